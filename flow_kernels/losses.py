@@ -1,0 +1,301 @@
+"""Weighted cross-entropy of given logits and of a linear head: the functions, and the same as modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flow_kernels import backends, ops
+from flow_kernels.reference import accumulation_dtype
+from flow_kernels.rows import (
+    Rows,
+    check_floating,
+    check_same_device,
+    drop_zero_weight,
+    flatten,
+    row_weights,
+    spread_sample_weight,
+)
+
+Normalizer = str | float | Tensor
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: Normalizer = "targets",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    shift: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of logits with one weight per sample.
+
+    With the defaults this is `F.cross_entropy(input.float(), target)`; with `sample_weight` per row it is
+
+        nll = F.cross_entropy(input.float(), target, reduction="none")
+        loss = (sample_weight * nll).sum() / (target != ignore_index).sum()
+
+    Args:
+        input: logits, `[..., V]`, any floating dtype. Never modified.
+        target: class indices, `[...]`, integer; `ignore_index` where there is nothing to predict.
+        weight: class weights, `[V]`, as in torch.
+        sample_weight: one weight per row (`[...]`, the shape of `target`), per leading index (`[B]` for a target
+            `[B, ...]`), or per sequence of `cu_seqlens`. Zero and negative weights are legal; a row of weight 0 is
+            left out as if its target were ignored.
+        cu_seqlens: `[num_sequences + 1]` row offsets of packed sequences, from 0 to the number of rows.
+        ignore_index: target value of rows that do not count.
+        reduction: "mean", "sum" or "none" (weighted row losses in the shape of `target`).
+        normalizer: what "mean" divides by. "targets": the number of targets, with class weights torch's sum of
+            `weight[target]`; rows of weight 0 count (the FLOW paper). "weights": the same, each times its sample
+            weight. Or a number or 0-d tensor, for example the target count of all micro-batches and ranks.
+        label_smoothing: in [0, 1], as in torch.
+        softcap: logits are `softcap * tanh(input / softcap)`.
+        z_loss: adds `z_loss * logsumexp(logits)^2` to every row loss, before the sample weight.
+        shift: row t is paired with target t + 1 of the same sequence (along the last dimension, or within
+            `cu_seqlens`); row weights move with the targets.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `flow_kernels.backends`.
+
+    Returns:
+        Loss in nats, fp32 (fp64 for fp64 input): 0-d, or the shape of `target` for "none". If nothing counts it is 0
+        with zero gradients.
+
+    Gradients flow to `input` (in its dtype) and to `sample_weight`.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, by name.
+        IndexError: a target outside [0, V), with its row.
+        flow_kernels.BackendUnavailable: the named backend cannot serve the call.
+
+    Source: equation 2 of "Upweighting Easy Samples in Fine-Tuning Mitigates Forgetting" (arXiv 2502.02797).
+    """
+    rows = flatten(input, target, cu_seqlens, ignore_index, shift)
+    weight = check_options(rows, input.shape[-1], weight, label_smoothing, softcap, z_loss)
+    row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
+    options = (weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss))
+    backend = backends.resolve(backend, input.device.type)
+
+    if reduction == "none":
+        _no_normalizer(normalizer)
+        loss, _, _ = ops.cross_entropy_fwd(rows.input, drop_zero_weight(rows, row_weight), *options, backend)
+        return (loss if row_weight is None else row_weight * loss).reshape(rows.shape)
+    row_weight = row_weights(rows, row_weight, weight, reduction, normalizer)
+    if torch.is_grad_enabled() and rows.input.requires_grad:
+        total, _, _ = ops.cross_entropy_fwd_bwd(rows.input, rows.target, row_weight, *options, backend)
+        return total
+    loss, _, _ = ops.cross_entropy_fwd(rows.input, drop_zero_weight(rows, row_weight), *options, backend)
+    return (row_weight * loss).sum()
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: Normalizer = "targets",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    shift: bool = False,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`cross_entropy` of a linear head, without ever holding the logits of all rows.
+
+        loss = cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)
+
+    Rows that are ignored or have weight 0 are dropped before the matrix product; a frozen head computes no
+    `linear_weight` gradient and a frozen input no `input` gradient; gradients are accumulated in fp32 and rounded
+    once. For "mean" and "sum" they are made in the forward pass (three matrix products, not four).
+
+    Args:
+        input: hidden states, `[..., D]`. Under autocast, floating inputs are cast as `F.linear` casts them.
+        linear_weight: `[V, D]`, the dtype of `input`.
+        target: class indices, `[...]`.
+        linear_bias: `[V]`.
+        chunk_size: rows of logits held at a time; by default as many as fit in 64 MiB of fp32, at least 64.
+
+    The other arguments, the result and the errors are those of `cross_entropy`. Gradients flow to `input`,
+    `linear_weight`, `linear_bias` and `sample_weight`.
+    """
+    input, linear_weight, linear_bias = cast_for_autocast(input, linear_weight, linear_bias)
+    rows = flatten(input, target, cu_seqlens, ignore_index, shift)
+    check_head(input, linear_weight, linear_bias)
+    weight = check_options(rows, linear_weight.shape[0], weight, label_smoothing, softcap, z_loss)
+    row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
+    options = (
+        weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), check_chunk_size(chunk_size),
+    )  # fmt: skip
+    backend = backends.resolve(backend, input.device.type)
+
+    if reduction == "none":
+        _no_normalizer(normalizer)
+        kept = drop_zero_weight(rows, row_weight)
+        loss, _, _ = ops.linear_cross_entropy_fwd(rows.input, linear_weight, kept, linear_bias, *options, backend)
+        return (loss if row_weight is None else row_weight * loss).reshape(rows.shape)
+    row_weight = row_weights(rows, row_weight, weight, reduction, normalizer)
+    needs = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.input, linear_weight, linear_bias)
+    ]
+    if any(needs):
+        total, *_ = ops.linear_cross_entropy_fwd_bwd(
+            rows.input, linear_weight, rows.target, row_weight, linear_bias, *options, *needs, backend
+        )
+        return total
+    kept = drop_zero_weight(rows, row_weight)
+    loss, _, _ = ops.linear_cross_entropy_fwd(rows.input, linear_weight, kept, linear_bias, *options, backend)
+    return (row_weight * loss).sum()
+
+
+def check_options(
+    rows: Rows, num_classes: int, weight: Tensor | None, label_smoothing: float, softcap: float | None, z_loss: float
+) -> Tensor | None:
+    """Check the options of a loss; returns the class weights in the accumulation dtype."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if num_classes == 0 and rows.target.numel():
+        raise ValueError("input has no classes: its vocabulary dimension is 0")
+    if weight is None:
+        return None
+    check_floating("weight", weight)
+    check_same_device(rows.input, weight=weight)
+    if weight.shape != (num_classes,):
+        raise ValueError(
+            f"weight holds one weight per class, shape ({num_classes},), got {tuple(weight.shape)}; "
+            "weights per sample are sample_weight"
+        )
+    if weight.requires_grad:
+        raise ValueError("weight (per class) gets no gradient, but it requires one; detach it")
+    return weight.to(accumulation_dtype(rows.input.dtype))
+
+
+def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """Check a linear head against its input."""
+    for name, tensor, shape in (
+        ("linear_weight", linear_weight, ("V", input.shape[-1])),
+        ("linear_bias", linear_bias, (linear_weight.shape[0] if isinstance(linear_weight, Tensor) else "V",)),
+    ):
+        if tensor is None and name == "linear_bias":
+            continue
+        check_floating(name, tensor)
+        check_same_device(input, **{name: tensor})
+        if tensor.dim() != len(shape) or tensor.shape[-1] != shape[-1]:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor; call the loss inside the sharded module or pass {name}.full_tensor()"
+            )
+        if tensor.dtype != input.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} but input is {input.dtype}; cast one, or use torch.autocast")
+
+
+def check_chunk_size(chunk_size: int | None) -> int:
+    """The operators' form of `chunk_size`: 0 stands for the backend's default."""
+    if chunk_size is None:
+        return 0
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive number of rows or None, got {chunk_size!r}")
+    return chunk_size
+
+
+def cast_for_autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, cast as `F.linear` does: every floating tensor but fp64 to the autocast dtype."""
+    tensors = (input, *others)
+    if not isinstance(input, Tensor) or not torch.is_autocast_enabled(input.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(input.device.type)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
+
+
+def _no_normalizer(normalizer: Normalizer) -> None:
+    if not (isinstance(normalizer, str) and normalizer == "targets"):
+        raise ValueError("normalizer goes with reduction='mean'; reduction='none' divides by nothing")
+
+
+class CrossEntropyLoss(nn.Module):
+    """`cross_entropy` as a module; the constructor takes its options, the call its tensors.
+
+    A drop-in for `torch.nn.CrossEntropyLoss` on `[N, V]` logits: `CrossEntropyLoss()(input, target)`, plus
+    `sample_weight`, `cu_seqlens` and `normalizer` by keyword.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        shift: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.options = {
+            "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
+            "softcap": softcap, "z_loss": z_loss, "shift": shift, "backend": backend,
+        }  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        normalizer: Normalizer = "targets",
+    ) -> Tensor:
+        return cross_entropy(
+            input, target, weight=self.weight, sample_weight=sample_weight, cu_seqlens=cu_seqlens,
+            normalizer=normalizer, **self.options,
+        )  # fmt: skip
+
+
+class LinearCrossEntropyLoss(CrossEntropyLoss):
+    """`linear_cross_entropy` as a module; the head stays where it is and is passed to each call.
+
+    Example: `LinearCrossEntropyLoss(softcap=30.0)(hidden, model.lm_head.weight, labels, sample_weight=w)`.
+    """
+
+    def __init__(self, weight: Tensor | None = None, *, chunk_size: int | None = None, **options) -> None:
+        super().__init__(weight, **options)
+        self.options["chunk_size"] = chunk_size
+
+    def forward(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        normalizer: Normalizer = "targets",
+    ) -> Tensor:
+        return linear_cross_entropy(
+            input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, sample_weight=sample_weight,
+            cu_seqlens=cu_seqlens, normalizer=normalizer, **self.options,
+        )  # fmt: skip

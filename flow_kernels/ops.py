@@ -1,0 +1,179 @@
+"""The operators as PyTorch sees them: schema, fake kernel, autograd. The only file that knows torch.library.
+
+Three operators for given logits and three for a linear head, each over N flat rows:
+
+    *_fwd       per-row loss, lse and correctness; differentiable in the loss with any per-row upstream gradient
+    *_bwd       its backward pass, from the saved lse
+    *_fwd_bwd   for row weights known before the forward pass (mean, sum, FLOW): the weighted total and its gradients
+                in one pass; differentiable with a scalar upstream gradient, which only scales what is already there
+
+`backend` is a resolved name of `flow_kernels.backends`. Gradients of the input, the head and the bias are made only
+where the `need_*` flags ask for them; an empty tensor stands for the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flow_kernels import backends
+from flow_kernels.reference import accumulation_dtype
+
+_OPTIONS = "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap, float z_loss"
+_NEEDS = "bool need_dinput, bool need_dlinear_weight, bool need_dlinear_bias"
+_HEAD = "Tensor input, Tensor linear_weight, Tensor target"
+
+SCHEMAS = {
+    "cross_entropy_fwd": f"(Tensor logits, Tensor target, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)",
+    "cross_entropy_bwd": (
+        f"(Tensor dloss, Tensor logits, Tensor target, Tensor lse, {_OPTIONS}, str backend) -> Tensor"
+    ),
+    "cross_entropy_fwd_bwd": (
+        f"(Tensor logits, Tensor target, Tensor row_weight, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)"
+    ),
+    "linear_cross_entropy_fwd": (
+        f"({_HEAD}, Tensor? linear_bias, {_OPTIONS}, int chunk_size, str backend) -> (Tensor, Tensor, Tensor)"
+    ),
+    "linear_cross_entropy_bwd": (
+        f"(Tensor dloss, {_HEAD}, Tensor lse, Tensor? linear_bias, {_OPTIONS}, int chunk_size, {_NEEDS}, str backend)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "linear_cross_entropy_fwd_bwd": (
+        f"({_HEAD}, Tensor row_weight, Tensor? linear_bias, {_OPTIONS}, int chunk_size, {_NEEDS}, str backend)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def _define(name: str):
+    """Define operator `name`: its kernel calls the function of the same name in the chosen backend's module."""
+
+    def kernel(*args):
+        *args, backend = args
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        # The dtypes of the inputs are the caller's choice; an autocast context must not change them a second time.
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return getattr(backends.implementation(backend), name)(*args)
+
+    return torch.library.custom_op(f"flow_kernels::{name}", kernel, mutates_args=(), schema=SCHEMAS[name])
+
+
+cross_entropy_fwd = _define("cross_entropy_fwd")
+cross_entropy_bwd = _define("cross_entropy_bwd")
+cross_entropy_fwd_bwd = _define("cross_entropy_fwd_bwd")
+linear_cross_entropy_fwd = _define("linear_cross_entropy_fwd")
+linear_cross_entropy_bwd = _define("linear_cross_entropy_bwd")
+linear_cross_entropy_fwd_bwd = _define("linear_cross_entropy_fwd_bwd")
+
+
+def _rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(like.shape[0], dtype=dtype or accumulation_dtype(like.dtype))
+
+
+@cross_entropy_fwd.register_fake
+def _(logits, target, *options):
+    return _rows(logits), _rows(logits), _rows(logits, torch.bool)
+
+
+@cross_entropy_bwd.register_fake
+def _(dloss, logits, *rest):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@cross_entropy_fwd_bwd.register_fake
+def _(logits, target, row_weight, *options):
+    loss = _rows(logits)
+    return loss.new_empty(()), loss, torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@linear_cross_entropy_fwd.register_fake
+def _(input, *rest):
+    return _rows(input), _rows(input), _rows(input, torch.bool)
+
+
+def _fake_head_gradients(input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias):
+    return (
+        input.new_empty(input.shape if need_dinput else (0,)),
+        linear_weight.new_empty(linear_weight.shape if need_dlinear_weight else (0,)),
+        (linear_weight if linear_bias is None else linear_bias).new_empty(
+            linear_weight.shape[0] if need_dlinear_bias else 0
+        ),
+    )
+
+
+@linear_cross_entropy_bwd.register_fake
+def _(dloss, input, linear_weight, target, lse, linear_bias, *rest):
+    return _fake_head_gradients(input, linear_weight, linear_bias, *rest[-4:-1])
+
+
+@linear_cross_entropy_fwd_bwd.register_fake
+def _(input, linear_weight, target, row_weight, linear_bias, *rest):
+    loss = _rows(input)
+    return loss.new_empty(()), loss, *_fake_head_gradients(input, linear_weight, linear_bias, *rest[-4:-1])
+
+
+def _setup_cross_entropy_fwd(ctx, inputs, output):
+    logits, target, class_weight, *ctx.options = inputs
+    _, lse, correct = output
+    ctx.mark_non_differentiable(lse, correct)
+    ctx.save_for_backward(logits, target, lse, class_weight)
+
+
+def _cross_entropy_fwd_backward(ctx, dloss, *_):
+    logits, target, lse, class_weight = ctx.saved_tensors
+    dlogits = cross_entropy_bwd(dloss, logits, target, lse, class_weight, *ctx.options)
+    return dlogits, *[None] * 7
+
+
+cross_entropy_fwd.register_autograd(_cross_entropy_fwd_backward, setup_context=_setup_cross_entropy_fwd)
+
+
+def _setup_cross_entropy_fwd_bwd(ctx, inputs, output):
+    _, loss, dlogits = output
+    ctx.mark_non_differentiable(loss, dlogits)
+    ctx.save_for_backward(loss, dlogits)
+
+
+def _cross_entropy_fwd_bwd_backward(ctx, dtotal, *_):
+    loss, dlogits = ctx.saved_tensors
+    return dlogits * dtotal, None, dtotal * loss, *[None] * 6
+
+
+cross_entropy_fwd_bwd.register_autograd(_cross_entropy_fwd_bwd_backward, setup_context=_setup_cross_entropy_fwd_bwd)
+
+
+def _setup_linear_fwd(ctx, inputs, output):
+    input, linear_weight, target, linear_bias, class_weight, *ctx.options = inputs
+    _, lse, correct = output
+    ctx.mark_non_differentiable(lse, correct)
+    ctx.save_for_backward(input, linear_weight, target, lse, linear_bias, class_weight)
+
+
+def _linear_fwd_backward(ctx, dloss, *_):
+    input, linear_weight, target, lse, linear_bias, class_weight = ctx.saved_tensors
+    *options, backend = ctx.options
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = linear_cross_entropy_bwd(
+        dloss, input, linear_weight, target, lse, linear_bias, class_weight, *options, *needs, backend
+    )
+    dinput, dlinear_weight, dlinear_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return dinput, dlinear_weight, None, dlinear_bias, *[None] * 7
+
+
+linear_cross_entropy_fwd.register_autograd(_linear_fwd_backward, setup_context=_setup_linear_fwd)
+
+
+def _setup_linear_fwd_bwd(ctx, inputs, output):
+    _, loss, *grads = output
+    ctx.mark_non_differentiable(loss, *grads)
+    ctx.save_for_backward(loss, *grads)
+
+
+def _linear_fwd_bwd_backward(ctx, dtotal, *_):
+    loss, *grads = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    dinput, dlinear_weight, dlinear_bias = (g * dtotal if need else None for g, need in zip(grads, needs, strict=True))
+    return dinput, dlinear_weight, None, dtotal * loss, dlinear_bias, *[None] * 10
+
+
+linear_cross_entropy_fwd_bwd.register_autograd(_linear_fwd_bwd_backward, setup_context=_setup_linear_fwd_bwd)

@@ -1,0 +1,244 @@
+"""Every operator in a few lines of eager torch, in any dtype up to fp64: the definition, and the oracle of the tests.
+
+N rows, V vocabulary entries, D hidden. For one row with logits z and target y, where `b` is the class weight of y
+(1 without class weights), `e` the label smoothing, `l` the z-loss factor and `c` the soft-cap:
+
+    z     = c * tanh(z / c)                                         if c > 0
+    lse   = log sum_j exp(z_j)
+    loss  = (1 - e) b (lse - z_y) + (e / V) sum_j weight_j (lse - z_j) + l lse^2
+    dz_j  = ((1 - e) b + (e / V) sum_k weight_k + 2 l lse) p_j - (1 - e) b [j = y] - (e / V) weight_j
+    dz_j *= 1 - (z_j / c)^2                                         if c > 0
+
+The first two terms of `loss` are those of `torch.nn.functional.cross_entropy`. Arithmetic is fp32 (fp64 for fp64
+input); a matrix product runs in the dtype of its inputs, so bf16 logits are rounded once before they are widened,
+as an eager model does.
+
+Rows whose target is `ignore_index`, and rows of weight 0, are left out by selection, never by multiplication, so a
+NaN in them reaches nothing. The selection is data-dependent: on an accelerator this backend synchronises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Bytes of one fp32 block of logits in the linear operator. Measured with benchmarks/head.py (benchmarks/results):
+# smaller blocks read `linear_weight` too often, larger ones leave the cache and cost memory only.
+LOGITS_BLOCK_BYTES = 64 * 2**20
+MIN_CHUNK_ROWS = 64
+
+
+def default_chunk_size(num_classes: int) -> int:
+    """Rows of logits that the linear operator holds at a time when `chunk_size` is not given."""
+    return max(MIN_CHUNK_ROWS, LOGITS_BLOCK_BYTES // (4 * max(num_classes, 1)))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64, everything else is accumulated in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_target(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise `IndexError` naming the first row whose target is neither a class nor `ignore_index`."""
+    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"target[{row}] is {int(target[row])}, outside [0, {num_classes}) and not ignore_index={ignore_index}"
+        )
+
+
+def _cap(logits: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
+
+
+def row_losses(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, label_smoothing: float, softcap: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(loss, lse, correct)` of rows that all have a target; `logits` already in the accumulation dtype."""
+    z = _cap(logits, softcap)
+    z_max = z.amax(-1).detach()
+    # -inf everywhere would give NaN from inf - inf; keep torch's result for it (NaN) without a special case.
+    log_sum = torch.log(torch.exp(z - z_max[:, None]).sum(-1))
+    lse = z_max + log_sum
+    # (max - z_y) + log_sum instead of lse - z_y: no cancellation when the target is the maximum, so the loss of a
+    # confident row, which FLOW weights most, keeps its relative precision.
+    nll = (z_max - z.gather(1, target[:, None]).squeeze(1)) + log_sum
+    if class_weight is not None:
+        nll = nll * class_weight[target]
+    loss = (1 - label_smoothing) * nll
+    if label_smoothing > 0:
+        if class_weight is None:
+            smooth = lse - z.mean(-1)
+        else:
+            smooth = (lse * class_weight.sum() - z @ class_weight) / z.shape[1]
+        loss = loss + label_smoothing * smooth
+    if z_loss > 0:
+        loss = loss + z_loss * lse.square()
+    return loss, lse, z.argmax(-1) == target
+
+
+def row_gradients(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    row_scale: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    softcap: float,
+    z_loss: float,
+) -> Tensor:
+    """Gradient of `sum(row_scale * loss)` with respect to `logits`, in the accumulation dtype."""
+    z = _cap(logits, softcap)
+    num_classes = z.shape[1]
+    hit = (1 - label_smoothing) * (torch.ones_like(lse) if class_weight is None else class_weight[target])
+    spread = hit + 2 * z_loss * lse
+    if label_smoothing > 0:
+        spread = spread + label_smoothing * (1.0 if class_weight is None else class_weight.sum() / num_classes)
+    log_p = z - lse[:, None]
+    dlogits = spread[:, None] * torch.exp(log_p)
+    # At the target, spread * p - hit = (spread - hit) * p + hit * (p - 1), and expm1 keeps p - 1 exact near p = 1.
+    log_p_target = log_p.gather(1, target[:, None]).squeeze(1)
+    at_target = (spread - hit) * torch.exp(log_p_target) + hit * torch.expm1(log_p_target)
+    dlogits.scatter_(1, target[:, None], at_target[:, None])
+    if label_smoothing > 0:
+        dlogits -= label_smoothing / num_classes * (1.0 if class_weight is None else class_weight)
+    if softcap > 0:
+        dlogits *= 1 - (z / softcap).square()
+    return dlogits * row_scale[:, None]
+
+
+def _row_chunks(keep: Tensor, num_classes: int, chunk_size: int) -> tuple[Tensor, ...]:
+    """Indices of the kept rows, in chunks."""
+    rows = keep.nonzero().squeeze(1)
+    return rows.split(chunk_size if chunk_size > 0 else default_chunk_size(num_classes)) if rows.numel() else ()
+
+
+def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    """Per-row `(loss [N], lse [N], correct [N] bool)` of `logits [N, V]`; 0, 0 and False for ignored rows."""
+    check_target(target, logits.shape[1], ignore_index)
+    dtype = accumulation_dtype(logits.dtype)
+    loss = logits.new_zeros(logits.shape[0], dtype=dtype)
+    lse = torch.zeros_like(loss)
+    correct = torch.zeros_like(loss, dtype=torch.bool)
+    for rows in _row_chunks(target != ignore_index, logits.shape[1], 0):
+        loss[rows], lse[rows], correct[rows] = row_losses(
+            logits[rows].to(dtype), target[rows], class_weight, label_smoothing, softcap, z_loss
+        )
+    return loss, lse, correct
+
+
+def cross_entropy_bwd(dloss, logits, target, lse, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    """`dlogits [N, V]` for the upstream gradient `dloss [N]` of the row losses."""
+    dlogits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    for rows in _row_chunks((target != ignore_index) & (dloss != 0), logits.shape[1], 0):
+        dlogits[rows] = row_gradients(
+            logits[rows].to(lse.dtype), target[rows], lse[rows], dloss[rows],
+            class_weight, label_smoothing, softcap, z_loss,
+        ).to(logits.dtype)  # fmt: skip
+    return dlogits
+
+
+def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    """`(total, loss [N], dlogits [N, V])` with `total = sum(row_weight * loss)`; rows of weight 0 are left out."""
+    check_target(target, logits.shape[1], ignore_index)
+    dtype = accumulation_dtype(logits.dtype)
+    loss = logits.new_zeros(logits.shape[0], dtype=dtype)
+    dlogits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    for rows in _row_chunks((target != ignore_index) & (row_weight != 0), logits.shape[1], 0):
+        z = logits[rows].to(dtype)
+        loss[rows], lse, _ = row_losses(z, target[rows], class_weight, label_smoothing, softcap, z_loss)
+        dlogits[rows] = row_gradients(
+            z, target[rows], lse, row_weight[rows], class_weight, label_smoothing, softcap, z_loss
+        ).to(logits.dtype)
+    return (row_weight * loss).sum(), loss, dlogits
+
+
+def _logits(input, linear_weight, linear_bias):
+    logits = input @ linear_weight.T
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    return logits if linear_bias is None else logits + linear_bias.to(logits.dtype)
+
+
+def linear_cross_entropy_fwd(
+    input, linear_weight, target, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss, chunk_size
+):
+    """`cross_entropy_fwd` of `input [N, D] @ linear_weight [V, D].T + linear_bias [V]`, a chunk of logits at a time."""
+    num_classes = linear_weight.shape[0]
+    check_target(target, num_classes, ignore_index)
+    loss = input.new_zeros(input.shape[0], dtype=accumulation_dtype(input.dtype))
+    lse = torch.zeros_like(loss)
+    correct = torch.zeros_like(loss, dtype=torch.bool)
+    for rows in _row_chunks(target != ignore_index, num_classes, chunk_size):
+        loss[rows], lse[rows], correct[rows] = row_losses(
+            _logits(input[rows], linear_weight, linear_bias), target[rows],
+            class_weight, label_smoothing, softcap, z_loss,
+        )  # fmt: skip
+    return loss, lse, correct
+
+
+class _HeadGradients:
+    """The gradients of the head that were asked for, accumulated chunk by chunk in fp32 and rounded once."""
+
+    def __init__(self, input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias):
+        dtype = accumulation_dtype(input.dtype)
+        self.input, self.linear_weight = input, linear_weight
+        self.linear_bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
+        num_classes = linear_weight.shape[0]
+        # An empty tensor stands for a gradient nobody asked for: custom operators cannot return None.
+        self.dinput = torch.zeros_like(input) if need_dinput else input.new_empty(0)
+        shape = linear_weight.shape if need_dlinear_weight else (0,)
+        self.dlinear_weight = linear_weight.new_zeros(shape, dtype=dtype)
+        self.dlinear_bias = linear_weight.new_zeros(num_classes if need_dlinear_bias else 0, dtype=dtype)
+        self.needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
+
+    def add(self, rows, dlogits):
+        need_dinput, need_dlinear_weight, need_dlinear_bias = self.needs
+        if need_dlinear_bias:
+            self.dlinear_bias += dlogits.sum(0)
+        dlogits = dlogits.to(self.input.dtype)
+        if need_dinput:
+            self.dinput[rows] = dlogits @ self.linear_weight
+        if need_dlinear_weight:
+            self.dlinear_weight += dlogits.T @ self.input[rows]
+
+    def result(self):
+        return (
+            self.dinput,
+            self.dlinear_weight.to(self.linear_weight.dtype),
+            self.dlinear_bias.to(self.linear_bias_dtype),
+        )
+
+
+def linear_cross_entropy_bwd(
+    dloss, input, linear_weight, target, lse, linear_bias, class_weight,
+    ignore_index, label_smoothing, softcap, z_loss, chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias,
+):  # fmt: skip
+    """`(dinput, dlinear_weight, dlinear_bias)` for the upstream gradient `dloss [N]`; the logits are made again."""
+    grads = _HeadGradients(input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias)
+    for rows in _row_chunks((target != ignore_index) & (dloss != 0), linear_weight.shape[0], chunk_size):
+        logits = _logits(input[rows], linear_weight, linear_bias)
+        grads.add(
+            rows,
+            row_gradients(logits, target[rows], lse[rows], dloss[rows], class_weight, label_smoothing, softcap, z_loss),
+        )
+    return grads.result()
+
+
+def linear_cross_entropy_fwd_bwd(
+    input, linear_weight, target, row_weight, linear_bias, class_weight,
+    ignore_index, label_smoothing, softcap, z_loss, chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias,
+):  # fmt: skip
+    """`(total, loss [N], dinput, dlinear_weight, dlinear_bias)` of `total = sum(row_weight * loss)` in one pass."""
+    num_classes = linear_weight.shape[0]
+    check_target(target, num_classes, ignore_index)
+    loss = input.new_zeros(input.shape[0], dtype=accumulation_dtype(input.dtype))
+    grads = _HeadGradients(input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias)
+    for rows in _row_chunks((target != ignore_index) & (row_weight != 0), num_classes, chunk_size):
+        logits = _logits(input[rows], linear_weight, linear_bias)
+        loss[rows], lse, _ = row_losses(logits, target[rows], class_weight, label_smoothing, softcap, z_loss)
+        grads.add(
+            rows,
+            row_gradients(logits, target[rows], lse, row_weight[rows], class_weight, label_smoothing, softcap, z_loss),
+        )
+    return (row_weight * loss).sum(), loss, *grads.result()

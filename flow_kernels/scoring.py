@@ -1,0 +1,128 @@
+"""Forward-only losses, per token and per sample: no gradient buffers, no logits kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flow_kernels import backends, ops
+from flow_kernels.losses import cast_for_autocast, check_chunk_size, check_head, check_options
+from flow_kernels.rows import flatten
+
+
+class SampleScores(NamedTuple):
+    """Per-sample sums over target tokens; `loss_sum / num_targets` is the loss that FLOW's weights come from."""
+
+    loss_sum: Tensor  # [S] fp32, nats
+    num_targets: Tensor  # [S] int64
+    num_correct: Tensor  # [S] int64, tokens whose target has the highest logit
+
+
+class TokenScores(NamedTuple):
+    """Per-row losses and correctness in the shape of the target; 0 and False where it is ignored."""
+
+    loss: Tensor  # fp32, nats
+    correct: Tensor  # bool
+
+
+@torch.no_grad()
+def score_tokens(
+    input: Tensor,
+    target: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: bool = False,
+    backend: str = "auto",
+) -> TokenScores:
+    """Loss and correctness of every row of `input [..., V]`; the arguments are those of `cross_entropy`."""
+    rows = flatten(input, target, cu_seqlens, ignore_index, shift)
+    check_options(rows, input.shape[-1], None, 0.0, softcap, 0.0)
+    loss, _, correct = ops.cross_entropy_fwd(
+        rows.input, rows.target, None, ignore_index, 0.0, float(softcap or 0.0), 0.0,
+        backends.resolve(backend, input.device.type),
+    )  # fmt: skip
+    return TokenScores(loss.reshape(rows.shape), correct.reshape(rows.shape))
+
+
+@torch.no_grad()
+def linear_score_tokens(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: bool = False,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> TokenScores:
+    """`score_tokens` of a linear head; the arguments are those of `linear_cross_entropy`."""
+    input, linear_weight, linear_bias = cast_for_autocast(input, linear_weight, linear_bias)
+    rows = flatten(input, target, cu_seqlens, ignore_index, shift)
+    check_head(input, linear_weight, linear_bias)
+    check_options(rows, linear_weight.shape[0], None, 0.0, softcap, 0.0)
+    loss, _, correct = ops.linear_cross_entropy_fwd(
+        rows.input, linear_weight, rows.target, linear_bias, None, ignore_index, 0.0, float(softcap or 0.0), 0.0,
+        check_chunk_size(chunk_size), backends.resolve(backend, input.device.type),
+    )  # fmt: skip
+    return TokenScores(loss.reshape(rows.shape), correct.reshape(rows.shape))
+
+
+def score_samples(input: Tensor, target: Tensor, *, cu_seqlens: Tensor | None = None, **options) -> SampleScores:
+    """Per-sample losses of logits, summed over each sample's target tokens.
+
+        nll = F.cross_entropy(input.float(), target, reduction="none")
+        loss_sum, num_targets = nll.sum(1), (target != ignore_index).sum(1)
+
+    Args:
+        input: logits, `[B, T, V]` for a padded batch, `[N, V]` with `cu_seqlens` for a packed one, or `[N, V]` alone
+            where every row is a sample.
+        target: class indices, the shape of `input` without its last dimension.
+        cu_seqlens: `[S + 1]` row offsets of the samples.
+        **options: `ignore_index`, `softcap`, `shift`, `backend` as in `cross_entropy`.
+
+    Returns:
+        `(loss_sum, num_targets, num_correct)`, each with one entry per sample; a sample without targets has 0, 0, 0.
+
+    Raises:
+        As `cross_entropy`.
+    """
+    scores = score_tokens(input, target, cu_seqlens=cu_seqlens, **options)
+    return sum_samples(scores, target, cu_seqlens, options.get("ignore_index", -100), options.get("shift", False))
+
+
+def linear_score_samples(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, cu_seqlens: Tensor | None = None, **options
+) -> SampleScores:
+    """`score_samples` of a linear head, `linear_bias` and `chunk_size` among the options; the logits are never held."""
+    scores = linear_score_tokens(input, linear_weight, target, cu_seqlens=cu_seqlens, **options)
+    return sum_samples(scores, target, cu_seqlens, options.get("ignore_index", -100), options.get("shift", False))
+
+
+@torch.no_grad()
+def sum_samples(
+    scores: TokenScores,
+    target: Tensor,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+) -> SampleScores:
+    """Sum token scores over each sample, deterministically, in fp64 before the one rounding to the result."""
+    # An already flat target goes through flatten again only for its shift; a scalar logit stands in for the input.
+    placeholder = scores.loss.unsqueeze(-1)
+    valid = flatten(placeholder, target, cu_seqlens, ignore_index, shift).target != ignore_index
+    columns = torch.stack([scores.loss.reshape(-1).double(), valid.double(), scores.correct.reshape(-1).double()], 1)
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.to(torch.int64).diff()
+        sums = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)
+    elif target.dim() >= 2:
+        sums = columns.reshape(target.shape[0], -1, 3).sum(1)
+    else:
+        sums = columns
+    return SampleScores(sums[:, 0].to(scores.loss.dtype), sums[:, 1].long(), sums[:, 2].long())

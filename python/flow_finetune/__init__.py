@@ -1,0 +1,1 @@
+"""The lean loop: score, train, evaluate, report."""
