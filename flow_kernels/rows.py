@@ -7,6 +7,7 @@ the kernels know nothing of reductions, counts or samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ def check_same_device(input: Tensor, **others: Tensor | None) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
     """Raise unless `cu_seqlens` is a 1-D integer tensor rising from 0 to `num_rows`."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype.is_floating_point or cu_seqlens.numel() < 1:
         raise ValueError(
             "cu_seqlens must be a 1-D integer tensor of num_sequences + 1 offsets, got shape "
@@ -86,12 +89,12 @@ def flatten(input: Tensor, target: Tensor, cu_seqlens: Tensor | None, ignore_ind
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, target.numel())
     shape = target.shape
+    target = target.to(torch.int64)
     if shift:
         if target.dim() == 0:
             raise ValueError("shift=True needs a sequence dimension, but target is a scalar")
         target = _next_target(target, cu_seqlens, ignore_index)
-    flat_target = target.reshape(-1).to(torch.int64)
-    return Rows(input.reshape(-1, input.shape[-1]), flat_target, shape, ignore_index)
+    return Rows(input.reshape(target.numel(), input.shape[-1]), target.reshape(-1), shape, ignore_index)
 
 
 def _next_target(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
@@ -127,7 +130,7 @@ def spread_sample_weight(
     weight = sample_weight.to(dtype)
     if reads_values(weight):
         bad = (~torch.isfinite(weight)).nonzero()
-        if bad.numel():
+        if bad.shape[0]:
             index = bad[0].tolist()
             raise ValueError(f"sample_weight{index} is {float(weight[tuple(index)])}; weights must be finite")
     num_rows = rows.target.numel()
@@ -186,6 +189,9 @@ def _count(rows: Rows, weight: Tensor, class_weight: Tensor | None, normalizer: 
         if normalizer == "weights":
             share = torch.where(share == 0, 0.0, share * weight)
         return share.sum()
+    if not isinstance(normalizer, (Real, Tensor)):
+        got = type(normalizer).__name__
+        raise TypeError(f"normalizer must be 'targets', 'weights', a number or a 0-d tensor, got {got}")
     count = torch.as_tensor(normalizer, dtype=weight.dtype, device=weight.device)
     if count.dim() != 0:
         raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(count.shape)}")

@@ -122,7 +122,7 @@ def sum_samples(
         lengths = cu_seqlens.to(torch.int64).diff()
         sums = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)
     elif target.dim() >= 2:
-        sums = columns.reshape(target.shape[0], -1, 3).sum(1)
+        sums = columns.reshape(*target.shape, 3).flatten(1, -2).sum(1)
     else:
         sums = columns
     return SampleScores(sums[:, 0].to(scores.loss.dtype), sums[:, 1].long(), sums[:, 2].long())

@@ -27,11 +27,11 @@ def _selected(losses: Tensor, mask: Tensor | None) -> Tensor:
                 f"mask must be boolean of shape {tuple(losses.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         values = losses[mask]
-    bad = (~torch.isfinite(values)).nonzero()
-    if bad.numel():
-        where = int(bad[0])
+    bad = (~torch.isfinite(losses) if mask is None else ~torch.isfinite(losses) & mask).nonzero()
+    if bad.shape[0]:
+        index = bad[0].tolist()
         raise ValueError(
-            f"{bad.numel()} losses are not finite, the first (number {where}) is {float(values[where])}; "
+            f"{bad.shape[0]} losses are not finite, the first, losses{index}, is {float(losses[tuple(index)])}; "
             "drop these samples before weighting"
         )
     return values.detach()
@@ -127,13 +127,16 @@ def flow_weights(
         tau = _quantile_of(losses, quantile, mask)
     else:
         tau = torch.as_tensor(temperature, dtype=torch.float64, device=losses.device)
+        if tau.dim() != 0:
+            raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(tau.shape)}")
         _check_temperature(tau)
     weights = torch.exp(-values / tau)
     if clip is not None:
         lowest, highest = clip
         if lowest is not None and highest is not None and lowest > highest:
             raise ValueError(f"clip must be (lowest, highest), got {clip}")
-        weights = weights.clamp(lowest, highest)
+        if lowest is not None or highest is not None:
+            weights = weights.clamp(lowest, highest)
     if normalize != "none" and values.numel():
         if clip is None:
             # exp(-(f - min f) / tau) has the same ratios and cannot underflow everywhere.
@@ -161,5 +164,9 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     Returns a 0-d fp64 tensor between 0 and the number of weights. Source: Kish, Survey Sampling (1965).
     """
     weights = weights.detach().double()
+    if weights.numel():
+        # Relative to the largest: the squares of weights near 1e-200 are no fp64 numbers.
+        largest = weights.abs().max()
+        weights = weights / torch.where(largest == 0, 1.0, largest)
     square_sum = weights.square().sum()
     return torch.where(square_sum == 0, 0.0, weights.sum().square() / torch.where(square_sum == 0, 1.0, square_sum))

@@ -1,0 +1,170 @@
+"""The directory of a training run: whose it is, its log, its checkpoints, its result.
+
+DIR/                     what AutoModelForCausalLM.from_pretrained loads, once the run is finished
+DIR/train/identity.json  what the run is; another run is refused here
+DIR/train/log.jsonl      one line per logged step
+DIR/train/tensorboard/   the same for TensorBoard
+DIR/train/summary.json   written last
+DIR/checkpoints/step-N/  the newest checkpoint; removed when the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch.utils.tensorboard import SummaryWriter
+
+from flow_finetune.errors import InputError
+from flow_finetune.storage import atomic_path, disk_space_errors, require_disk_space, write_json
+
+
+class TrainDirectory:
+    """Opens, continues and finishes the directory of one run; only the main process writes."""
+
+    def __init__(self, path: Path, identity: dict, accelerator) -> None:
+        self.path = path
+        self._identity = json.loads(json.dumps(identity))
+        self._accelerator = accelerator
+        self._train = path / "train"
+        self._checkpoints = path / "checkpoints"
+        self._tensorboard: SummaryWriter | None = None
+        self.saved = path / "saved"  # where the model is written before its files move up
+
+    def open(self, lm, *, overwrite: bool, keeps_checkpoints: bool) -> dict | None:
+        """Claim the directory; returns the summary if the run is finished already.
+
+        Raises:
+            InputError: it is used by something else, or the disk is too small for what will be written.
+        """
+        error = summary = None
+        if self._accelerator.is_main_process:
+            try:
+                summary = self._claim(lm, overwrite, keeps_checkpoints)
+            except InputError as caught:
+                error = caught
+        if self._accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            error, summary = broadcast_object_list([error, summary])
+        if error is not None:
+            raise error
+        return summary
+
+    def _claim(self, lm, overwrite: bool, keeps_checkpoints: bool) -> dict | None:
+        identity = self._train / "identity.json"
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not identity.is_file():
+                raise InputError(f"{self.path} is used by something else; choose an empty or new directory")
+            differences = _differences(json.loads(identity.read_text()), self._identity)
+            if overwrite:
+                shutil.rmtree(self.path)
+            elif differences:
+                raise InputError(
+                    f"{self.path} holds another run (it differs in {', '.join(differences)}); choose another directory "
+                    "or pass --overwrite"
+                )
+            elif (self._train / "summary.json").is_file():
+                return self.read_summary()
+        num_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
+        # A checkpoint holds the parameters and two moments of each; the old one goes when the new one is there.
+        require_disk_space(self.path, num_bytes * (1 + (6 if keeps_checkpoints else 0)))
+        self._train.mkdir(parents=True, exist_ok=True)
+        write_json(identity, self._identity)
+        return None
+
+    def restore(self, lm, optimizer, schedule, meter) -> int:
+        """Load the newest checkpoint, cut the log back to it, and return its step; 0 without one."""
+        found = sorted(self._checkpoints.glob("step-*")) if self._checkpoints.is_dir() else []
+        step = 0
+        if found:
+            load_model(lm.model, found[-1] / "model.safetensors")
+            # weights_only: a checkpoint cannot run code.
+            state = torch.load(found[-1] / "state.pt", weights_only=True, map_location="cpu")
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["rng"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            for name, value in state["meter"].items():
+                setattr(meter, name, value)
+            step = state["step"]
+        if self._accelerator.is_main_process:
+            lines = [line for line in self._log_lines() if line["step"] <= step]
+            with atomic_path(self._train / "log.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            self._tensorboard = SummaryWriter(str(self._train / "tensorboard"), purge_step=step + 1)
+        return step
+
+    def save_checkpoint(self, step: int, lm, optimizer, schedule, meter) -> None:
+        """Write a checkpoint, then remove the older ones."""
+        if self._accelerator.is_main_process:
+            older = list(self._checkpoints.glob("step-*")) if self._checkpoints.is_dir() else []
+            state = {
+                "step": step,
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "meter": {
+                    "seconds": meter.elapsed(), "tokens": meter.tokens, "loss_sum": torch.as_tensor(meter.loss_sum),
+                    "weighted_sum": torch.as_tensor(meter.weighted_sum), "num_targets": meter.num_targets,
+                    "weights": meter.weights,
+                },
+            }  # fmt: skip
+            with atomic_path(self._checkpoints / f"step-{step:08d}") as temporary:
+                temporary.mkdir()
+                save_model(lm.model, str(temporary / "model.safetensors"))
+                torch.save(state, temporary / "state.pt")
+            for directory in older:
+                shutil.rmtree(directory)
+        self._accelerator.wait_for_everyone()
+
+    def log(self, line: dict) -> None:
+        """Append a log line, and give its numbers to TensorBoard."""
+        with disk_space_errors(self.path), open(self._train / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self._tensorboard.add_scalar(f"train/{name}", value, line["step"])
+
+    def last_log_line(self) -> dict:
+        """The newest log line; empty before the first."""
+        lines = self._log_lines()
+        return lines[-1] if lines else {}
+
+    def _log_lines(self) -> list[dict]:
+        path = self._train / "log.jsonl"
+        if not path.is_file():
+            return []
+        content = path.read_text()
+        return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+
+    def finish(self, summary: dict) -> None:
+        """Move the saved model's files into place, write the summary, and remove the checkpoints."""
+        for file in self.saved.iterdir():
+            os.replace(file, self.path / file.name)
+        self.saved.rmdir()
+        self._tensorboard.close()
+        write_json(self._train / "summary.json", summary)
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+
+    def read_summary(self) -> dict:
+        """The summary of a finished run."""
+        return json.loads((self._train / "summary.json").read_text())
+
+
+def _differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """Dotted names of the entries in which two identities differ."""
+    names = []
+    for name in sorted({*found, *wanted}):
+        a, b = found.get(name), wanted.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += _differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            names.append(prefix + name)
+    return names

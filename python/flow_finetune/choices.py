@@ -1,0 +1,72 @@
+"""Log-likelihoods of choices, each context run once.
+
+A question's choices share its context, which is most of their tokens. The contexts of a batch are run left-padded, the
+keys and values are repeated for the choices, and only what differs is run after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+import flow_kernels
+from flow_finetune.data import Sample, collate, token_batches
+from flow_finetune.generate import left_pad
+from flow_finetune.models import CausalLM
+
+
+def split_length(choices: Sequence[Sample]) -> int:
+    """How many tokens all choices begin with, short of the last one before the first target, which predicts it."""
+    shortest = min(c.start for c in choices) - 1
+    first = choices[0].input_ids[:shortest]
+    differs = [np.flatnonzero(c.input_ids[:shortest] != first) for c in choices[1:]]
+    return min((int(d[0]) for d in differs if len(d)), default=shortest)
+
+
+def choice_batches(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[list[int]]:
+    """Batches of groups such that neither the contexts nor the choices exceed `batch_tokens` padded tokens."""
+    lengths = []
+    for choices in groups:
+        split = split_length(choices)
+        lengths.append(max(split, len(choices) * (max(len(c.input_ids) for c in choices) - split)))
+    return token_batches(lengths, batch_tokens)
+
+
+@torch.no_grad()
+def score_choices(
+    lm: CausalLM, groups: Sequence[Sequence[Sample]], pad_id: int
+) -> tuple[flow_kernels.SampleScores, int]:
+    """Scores of every choice of a batch of questions, question by question, and how many tokens were run.
+
+    `groups` holds the choices of each question, as samples whose targets are the choice.
+    """
+    device = lm.head.weight.device
+    splits = [split_length(choices) for choices in groups]
+    owner = torch.tensor([row for row, choices in enumerate(groups) for _ in choices], device=device)
+    rests = [
+        replace(c, input_ids=c.input_ids[split:], start=c.start - split)
+        for choices, split in zip(groups, splits, strict=True)
+        for c in choices
+    ]
+    batch = collate(rests, pad_id).to(device)
+    context = {}
+    if max(splits):
+        ids, mask = left_pad(
+            [choices[0].input_ids[:split] for choices, split in zip(groups, splits, strict=True)], pad_id
+        )
+        ids, mask = ids.to(device), mask.to(device)
+        cache = lm.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True
+        ).past_key_values
+        cache.batch_select_indices(owner)
+        first = torch.tensor(splits, device=device)[owner, None]
+        context = {
+            "attention_mask": torch.cat([mask[owner], batch.attention_mask], 1),
+            "position_ids": first + torch.arange(batch.input_ids.shape[1], device=device),
+            "past_key_values": cache,
+        }
+    scores = flow_kernels.sum_samples(lm.score(batch, **context), batch.target, batch.cu_seqlens)
+    return scores, sum(splits) + int(batch.attention_mask.sum())

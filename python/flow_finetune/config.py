@@ -1,0 +1,166 @@
+"""What a run is made of, as plain dataclasses, read strictly from a mapping."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from flow_finetune.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and in which precision it is held and run."""
+
+    source: str  # hub id, local directory or .gguf file
+    revision: str | None = None
+    dtype: str = "float32"  # of the parameters
+    precision: str = "bf16"  # "bf16": matrix products under bf16 autocast; "full": in the parameters' dtype
+    device: str = "auto"  # "auto": cuda, then mps, then cpu
+    backend: str = "auto"  # of flow_kernels
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which samples, and how a sample becomes tokens."""
+
+    source: str  # local .jsonl, .json, .csv, .parquet (each also .gz where the format allows) or hub id
+    split: str = "train"
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    id_field: str | None = None  # row numbers when not given
+    template: str = "alpaca"  # "alpaca", "chat" or a text that contains {prompt}
+    max_length: int = 1024
+    limit: int | None = None  # the first so many rows
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """How samples are weighted."""
+
+    name: str = "flow"
+    weights: str = "sequence"  # "none" (standard fine-tuning), "sequence" or "token"
+    temperature: float | None = None  # nats; the quantile of the losses when not given
+    quantile: float = 0.5
+    clip_low: float | None = None
+    clip_high: float | None = None
+    normalize: str = "none"  # "none", "mean" or "simplex"
+    learning_rate: float | None = None  # the training's when not given
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation, the same for every method unless a method says otherwise."""
+
+    epochs: int = 2
+    batch_size: int = 16  # samples of one optimiser step, over all processes
+    micro_batch_tokens: int = 4096  # padded tokens of one forward pass
+    learning_rate: float = 1e-5
+    warmup: float = 0.03  # share of all steps
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 0  # optimiser steps; 0 for none
+    log_every: int = 1
+    gradient_checkpointing: bool = False
+    track_distance: bool = True  # distance from the pre-trained weights, at the price of a copy of them on the CPU
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One evaluation."""
+
+    kind: str  # "perplexity", "qa" or "multiple_choice"
+    source: str
+    name: str | None = None  # the file's stem when not given
+    role: str = "retained"  # "retained" or "target", for the report
+    limit: int | None = None
+    window: int = 256  # perplexity: tokens of a window, its BOS included
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    template: str = "alpaca"
+    max_length: int = 1024
+    max_new_tokens: int = 256  # qa: of a generated answer
+    num_generate: int | None = None  # qa: how many items are answered in full; all when not given, 0 for none
+    answer_pattern: str = r"####\s*([-+]?[\d.,]*\d)"  # qa: the last match's first group is the answer
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole path: score, train with each method, evaluate, report."""
+
+    model: ModelConfig
+    data: DataConfig
+    methods: tuple[MethodConfig, ...] = (
+        MethodConfig(name="standard", weights="none"),
+        MethodConfig(name="flow"),
+    )
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tasks: tuple[TaskConfig, ...] = ()
+    batch_tokens: int = 4096  # padded tokens of one forward pass when scoring and evaluating
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping that a YAML file holds."""
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        mapping = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path} must hold a mapping, got {type(mapping).__name__}")
+    return mapping
+
+
+def from_mapping(cls: type, value: object, where: str) -> object:
+    """Build the dataclass `cls` from nested mappings; `where` names the place in messages."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must be a mapping, got {type(value).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in value:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it may hold {', '.join(fields)}"
+            raise InputError(f"{where} has an unknown key {key!r}{hint}")
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    for name, f in fields.items():
+        if (f.default, f.default_factory) == required and name not in value:
+            raise InputError(f"{where} lacks {name!r}")
+    return cls(**{key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()})
+
+
+def _convert(hint: object, value: object, where: str) -> object:
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise InputError(f"{where} must be a list, got {type(value).__name__}")
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and isinstance(value, int | str) and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-5 as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        names = " or ".join("nothing" if t is type(None) else t.__name__ for t in allowed)
+        raise InputError(f"{where} must be {names}, got {value!r}")
+    return value
+
+
+def choose(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Return `value` if it is allowed, else raise an `InputError` that lists what is."""
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value

@@ -1,0 +1,253 @@
+"""From a data set to tokenised samples, and from samples to batches.
+
+A sample is a prompt, wrapped in a template, and a response that ends in the end-of-sequence token. Only the response's
+tokens are targets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flow_finetune.config import DataConfig
+from flow_finetune.errors import InputError
+from flow_finetune.storage import fingerprint
+
+# The instruction template without input field of Stanford Alpaca, which the paper uses.
+ALPACA_TEMPLATE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:"
+)
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_TOKENIZE_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenised sample: `input_ids[start:]` are its targets, each predicted from the position before."""
+
+    id: str
+    input_ids: np.ndarray  # int32
+    start: int
+    prompt: str
+    response: str
+    truncated: bool
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.input_ids) - self.start
+
+
+@dataclass
+class SampleSet:
+    """The samples of a data set that have targets, what became of the others, and what they were made of."""
+
+    samples: list[Sample]
+    num_read: int
+    dropped: list[str]  # ids of samples without any target token
+    num_truncated: int
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of template and data
+
+    def describe(self) -> str:
+        """One line for the user."""
+        targets = sum(s.num_targets for s in self.samples)
+        return (
+            f"{len(self.samples):,} samples with {targets:,} target tokens "
+            f"({len(self.dropped):,} of {self.num_read:,} dropped without a target, {self.num_truncated:,} truncated)"
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A right-padded batch, and where its targets are."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64
+    positions: Tensor  # [R] int64, flat index of the position that predicts each target
+    target: Tensor  # [R] int64
+    cu_seqlens: Tensor  # [B + 1] int64, the targets of sample b are [cu_seqlens[b], cu_seqlens[b + 1])
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+
+def read_rows(source: str, split: str = "train", limit: int | None = None):
+    """The rows of a local JSONL, CSV or Parquet file, or of a hub data set, as a `datasets.Dataset`."""
+    import datasets
+
+    path = Path(source).expanduser()
+    suffixes = [s for s in path.suffixes if s != ".gz"]
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            if not suffixes or suffixes[-1] not in _FORMATS:
+                raise InputError(f"{source} is none of {', '.join(_FORMATS)} (.gz allowed)")
+            rows = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split="train")
+        elif path.suffix or path.is_absolute() or source.startswith("."):
+            raise InputError(f"no such file: {source}")
+        else:
+            rows = datasets.load_dataset(source, split=split)
+    except InputError:
+        raise
+    except Exception as error:  # the library raises a different class for every way in which a file can be wrong
+        detail = str(error.__cause__ or error).strip().splitlines()
+        raise InputError(f"{source} could not be read: {detail[0] if detail else type(error).__name__}") from error
+    if len(rows) == 0:
+        raise InputError(f"{source} is empty")
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def text_column(rows, name: str, source: str) -> list[str]:
+    """One column of text; anything else in it is an `InputError` that names the row."""
+    if name not in rows.column_names:
+        raise InputError(f"{source} has no field {name!r}; it has {', '.join(rows.column_names)}")
+    values = list(rows[name])
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise InputError(
+                f"{source}: field {name!r} of row {index} is {type(value).__name__} ({value!r:.60}), not text"
+            )
+    return values
+
+
+def render_prompts(prompts: Sequence[str], template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Wrap every prompt in the template."""
+    if template == "chat":
+        if tokenizer.chat_template is None:
+            raise InputError("this tokenizer has no chat template; use another template, for example alpaca")
+        return [
+            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+            for p in prompts
+        ]
+    text = template_text(template)
+    # Not str.format: prompts and templates hold braces of their own.
+    return [text.replace("{prompt}", p) for p in prompts]
+
+
+def template_text(template: str) -> str:
+    """The text of a template that is not the tokenizer's own."""
+    text = ALPACA_TEMPLATE if template == "alpaca" else template
+    if "{prompt}" not in text:
+        raise InputError(f"template must be 'alpaca', 'chat' or a text that contains {{prompt}}, got {template!r}")
+    return text
+
+
+def template_fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Fingerprint of how a sample's text is laid out and cut."""
+    text = str(tokenizer.chat_template) if config.template == "chat" else template_text(config.template)
+    return fingerprint([text.encode(), str(config.max_length).encode()])
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this tokenizer puts a beginning-of-sequence token in front of text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleSet:
+    """Read, render and tokenise a data set.
+
+    Raises:
+        InputError: a file or field that is not there, a response that is not text, repeated ids, or no sample with a
+            target token.
+    """
+    rows = read_rows(config.source, config.split, config.limit)
+    prompts = text_column(rows, config.prompt_field, config.source)
+    responses = text_column(rows, config.response_field, config.source)
+    ids = _sample_ids(rows, config)
+    samples, dropped, num_truncated = [], [], 0
+    rendered = render_prompts(prompts, config.template, tokenizer)
+    for first in range(0, len(ids), _TOKENIZE_AT_ONCE):
+        part = slice(first, first + _TOKENIZE_AT_ONCE)
+        # A chat template writes its own special tokens; for other texts the tokenizer adds its BOS if it has one.
+        prompt_ids = tokenizer(rendered[part], add_special_tokens=config.template != "chat").input_ids
+        response_ids = tokenizer(responses[part], add_special_tokens=False).input_ids
+        for index, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True), start=first):
+            sample = _sample(ids[index], prompt, response, prompts[index], responses[index], config, tokenizer)
+            num_truncated += sample.truncated
+            if sample.num_targets <= 0 or not responses[index].strip():
+                dropped.append(sample.id)
+            else:
+                samples.append(sample)
+    if not samples:
+        raise InputError(
+            f"none of the {len(ids)} samples of {config.source} has a target token: responses are empty or prompts "
+            f"fill max_length={config.max_length}"
+        )
+    fingerprints = {
+        "template": template_fingerprint(config, tokenizer),
+        "data": fingerprint(json.dumps(row).encode() for row in zip(ids, prompts, responses, strict=True)),
+    }
+    return SampleSet(samples, len(ids), dropped, num_truncated, fingerprints)
+
+
+def _sample(id, prompt_ids, response_ids, prompt, response, config, tokenizer) -> Sample:
+    ids = [*prompt_ids, *response_ids, tokenizer.eos_token_id]
+    truncated = len(ids) > config.max_length
+    ids = ids[: config.max_length]
+    # Nothing predicts the first token of a sequence, so a sample without prompt and BOS starts at its second.
+    start = min(max(len(prompt_ids), 1), len(ids))
+    return Sample(id, np.asarray(ids, dtype=np.int32), start, prompt, response, truncated)
+
+
+def _sample_ids(rows, config: DataConfig) -> list[str]:
+    if config.id_field is None:
+        return [str(i) for i in range(len(rows))]
+    if config.id_field not in rows.column_names:
+        raise InputError(f"{config.source} has no field {config.id_field!r}; it has {', '.join(rows.column_names)}")
+    ids = [str(value) for value in rows[config.id_field]]
+    repeated = [value for value, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"{config.source}: {len(repeated)} values of id field {config.id_field!r} are repeated, the first is "
+            f"{repeated[0]!r}; ids must be unique"
+        )
+    return ids
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length, at most `max_tokens` padded tokens each (or one sample), longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for index in order:
+        # The first sample of a batch is its longest, so it sets the padded length.
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def collate(samples: Iterable[Sample], pad_id: int) -> Batch:
+    """Right-pad samples into one batch."""
+    samples = list(samples)
+    longest = max(len(s.input_ids) for s in samples)
+    input_ids = np.full((len(samples), longest), pad_id, dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    positions, target, offsets = [], [], [0]
+    for row, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        input_ids[row, :length] = sample.input_ids
+        attention_mask[row, :length] = 1
+        positions.append(row * longest + np.arange(sample.start - 1, length - 1))
+        target.append(sample.input_ids[sample.start :])
+        offsets.append(offsets[-1] + sample.num_targets)
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(attention_mask),
+        torch.from_numpy(np.concatenate(positions).astype(np.int64)),
+        torch.from_numpy(np.concatenate(target).astype(np.int64)),
+        torch.tensor(offsets),
+    )
+
+
+# A fast tokenizer warns when the process forks after it was used in parallel; data loading here does not fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,5 @@
+"""The one exception that reaches a user as a message and exit code 2, without a traceback."""
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names it and the remedy."""

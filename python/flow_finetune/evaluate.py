@@ -1,0 +1,248 @@
+"""What a model can do: perplexity of a text, loss and answers on questions, multiple choice, with standard errors.
+
+Every metric is `Σ value / Σ weight` over items, and every item's value and weight are kept (`items.parquet`), so two
+models are compared item by item.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+import flow_kernels
+from flow_finetune.choices import choice_batches, score_choices
+from flow_finetune.config import TaskConfig, choose
+from flow_finetune.data import Sample
+from flow_finetune.errors import InputError
+from flow_finetune.generate import compile_answer_pattern, extract_answer, generate_greedily, same_answer
+from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenizer_fingerprint
+from flow_finetune.progress import track
+from flow_finetune.statistics import Items, ratio_and_standard_error
+from flow_finetune.storage import atomic_path, write_json
+from flow_finetune.tasks import Task, prepare
+
+EVALUATION_FILE, ITEMS_FILE, GENERATIONS_FILE = "evaluation.json", "items.parquet", "generations.jsonl"
+_NUM_NAMED = 5
+
+
+def evaluate(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[TaskConfig],
+    output: Path,
+    *,
+    batch_tokens: int = 4096,
+    precision: str = "bf16",
+    source: str = "",
+    overwrite: bool = False,
+) -> dict:
+    """Run every task in eval mode without gradients and write `evaluation.json`, the last file, into `output`.
+
+    Args:
+        tasks: what to measure; all are read before the first is run.
+        output: directory for `evaluation.json`, `items.parquet` and, if answers were generated, `generations.jsonl`.
+        batch_tokens: padded tokens of one forward pass.
+        precision: "bf16" (autocast) or "full".
+        source: where the model came from, for the record.
+        overwrite: replace an evaluation that is already there.
+
+    Returns:
+        The content of `evaluation.json`: for each task its metrics, each `{"value", "standard_error", "num_items"}`.
+
+    Raises:
+        InputError: a task that cannot be read, an output that holds an evaluation, or a model that gives NaN.
+    """
+    output = Path(output)
+    require_unused(output, overwrite)
+    if not tasks:
+        raise InputError("there is nothing to evaluate: give at least one task")
+    choose("precision", precision, ("bf16", "full"))
+    prepared = prepare(tasks, tokenizer)
+    lm.eval()
+    records, columns, generations = [], [], []
+    for task in prepared:
+        start = time.perf_counter()
+        items = _RUN[task.config.kind](lm, tokenizer, task, batch_tokens, precision, generations)
+        metrics = {name: _metric(i) for name, i in items.items()}
+        if task.config.kind == "perplexity":
+            metrics["perplexity"] = _exponential(metrics["nats_per_token"])
+        records.append(
+            {
+                "name": task.name, "kind": task.config.kind, "role": task.config.role, "source": task.config.source,
+                "num_items": len(task.questions) or len(task.samples), "num_dropped": task.num_dropped,
+                "num_truncated": sum(s.truncated for s in task.samples), "fingerprint": task.fingerprint(),
+                "seconds": time.perf_counter() - start, "metrics": metrics,
+            }
+        )  # fmt: skip
+        columns += [(task.name, metric, i) for metric, i in items.items()]
+    evaluation = {
+        "model": source,
+        "fingerprints": {"model": model_fingerprint(lm.model), "tokenizer": tokenizer_fingerprint(tokenizer)},
+        "tasks": records,
+    }
+    _write(output, evaluation, columns, generations)
+    return evaluation
+
+
+def require_unused(output: Path, overwrite: bool = False) -> None:
+    """Raise `InputError` if `output` holds an evaluation that may not be replaced."""
+    if (output / EVALUATION_FILE).exists() and not overwrite:
+        raise InputError(f"{output} already holds an evaluation; choose another directory or pass --overwrite")
+
+
+def read_items(directory: Path) -> dict[tuple[str, str], Items]:
+    """The items of every (task, metric) of an evaluated directory."""
+    path = Path(directory) / ITEMS_FILE
+    if not path.is_file():
+        raise InputError(f"{directory} has no {ITEMS_FILE}; evaluate it first")
+    table = pq.read_table(path)
+    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    keys = {}
+    for row, key in enumerate(zip(columns["task"], columns["metric"], strict=True)):
+        keys.setdefault(key, []).append(row)
+    return {
+        key: Items(columns["item"][rows].tolist(), columns["value"][rows], columns["weight"][rows])
+        for key, rows in keys.items()
+    }
+
+
+def _score(
+    lm: CausalLM, groups: Sequence[Sequence[Sample]], pad_id: int, batch_tokens: int, precision: str, name: str
+) -> flow_kernels.SampleScores:
+    """Summed loss, target count and correct count of every sample, fp64 numpy in the order of the samples.
+
+    A group is the choices of a question, or one sample on its own.
+    """
+    first = np.cumsum([0, *(len(group) for group in groups)])
+    sums = np.zeros((3, first[-1]))
+    batches = choice_batches(groups, batch_tokens)
+    # One autocast context over all batches: it keeps the cast weights, a noticeable part of a small batch's time.
+    with track(f"evaluating {name}", len(batches)) as tracker, autocast(lm.head.weight.device, precision):
+        for indices in batches:
+            scores, num_tokens = score_choices(lm, [groups[i] for i in indices], pad_id)
+            samples = np.concatenate([np.arange(first[i], first[i + 1]) for i in indices])
+            sums[:, samples] = [column.cpu() for column in scores]
+            bad = [s.id for i in indices for j, s in enumerate(groups[i], first[i]) if not math.isfinite(sums[0, j])]
+            if bad:
+                raise InputError(
+                    f"the model gives NaN or infinite losses in {name}, first for item {', '.join(bad[:_NUM_NAMED])}; "
+                    "check the model, or evaluate it with --dtype float32 --precision no"
+                )
+            tracker.advance(1, tokens=num_tokens)
+    return flow_kernels.SampleScores(*sums)
+
+
+def _run_perplexity(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
+    scores = _score(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
+    return {"nats_per_token": Items([s.id for s in task.samples], scores.loss_sum, scores.num_targets)}
+
+
+def _run_qa(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
+    config = task.config
+    asked = task.samples[: config.num_generate]
+    pattern = compile_answer_pattern(config.answer_pattern, task.name)
+    expected = [extract_answer(s.response, pattern) for s in asked]
+    if None in expected:
+        raise InputError(
+            f"{config.source}: answer_pattern {config.answer_pattern!r} finds no answer in row "
+            f"{asked[expected.index(None)].id}; give another answer_pattern, or num_generate: 0 for losses only"
+        )
+    scores = _score(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
+    ids = [s.id for s in task.samples]
+    items = {
+        "nats_per_token": Items(ids, scores.loss_sum, scores.num_targets),
+        "token_accuracy": Items(ids, scores.num_correct, scores.num_targets),
+    }
+    if not asked:
+        return items
+    texts = _answer(lm, tokenizer, task, asked, batch_tokens, precision)
+    answers = [extract_answer(text, pattern, or_last_number=True) for text in texts]
+    correct = [same_answer(a, e) for a, e in zip(answers, expected, strict=True)]
+    items["exact_match"] = Items(ids[: len(asked)], np.asarray(correct, np.float64), np.ones(len(asked)))
+    for s, text, answer, right, is_correct in zip(asked, texts, answers, expected, correct, strict=True):
+        generations.append(
+            {
+                "task": task.name, "item": s.id, "prompt": s.prompt, "reference": s.response, "generated": text,
+                "expected": right, "answer": answer, "correct": is_correct,
+            }
+        )  # fmt: skip
+    return items
+
+
+def _answer(lm, tokenizer, task: Task, samples, batch_tokens, precision) -> list[str]:
+    tokens = generate_greedily(
+        lm, [s.input_ids[: s.start] for s in samples], stop_ids=_stop_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id,
+        max_new_tokens=task.config.max_new_tokens, batch_tokens=batch_tokens, precision=precision,
+        description=f"answering {task.name}",
+    )  # fmt: skip
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+
+
+def _stop_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's EOS, and whatever else the model's own settings end a text with."""
+    configured = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
+    others = configured if isinstance(configured, list) else [configured]
+    return {tokenizer.eos_token_id, *(i for i in others if i is not None)}
+
+
+def _run_multiple_choice(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
+    scores = _score(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
+    correct = {"accuracy": [], "accuracy_bytes": []}
+    first = 0
+    for question in task.questions:
+        num_bytes = np.asarray(question.num_bytes)
+        log_likelihood = -scores.loss_sum[first : first + len(num_bytes)]
+        correct["accuracy"].append(log_likelihood.argmax() == question.answer)
+        correct["accuracy_bytes"].append((log_likelihood / num_bytes).argmax() == question.answer)
+        first += len(num_bytes)
+    ids = [q.id for q in task.questions]
+    return {name: Items(ids, np.asarray(values, np.float64), np.ones(len(ids))) for name, values in correct.items()}
+
+
+_RUN = {"perplexity": _run_perplexity, "qa": _run_qa, "multiple_choice": _run_multiple_choice}
+
+
+def _metric(items: Items) -> dict:
+    value, standard_error = ratio_and_standard_error(items.value, items.weight)
+    # JSON has no NaN; one item has no standard error.
+    return {
+        "value": value,
+        "standard_error": None if math.isnan(standard_error) else standard_error,
+        "num_items": len(items.ids),
+    }
+
+
+def _exponential(metric: dict) -> dict:
+    """A metric's exponential, its standard error to first order."""
+    value = math.exp(min(metric["value"], 700.0))
+    error = metric["standard_error"]
+    return {**metric, "value": value, "standard_error": None if error is None else value * error}
+
+
+def _write(output: Path, evaluation: dict, columns: list[tuple[str, str, Items]], generations: list[dict]) -> None:
+    """Everything, the file that says it is complete last."""
+    (output / EVALUATION_FILE).unlink(missing_ok=True)
+    (output / GENERATIONS_FILE).unlink(missing_ok=True)
+    if generations:
+        with atomic_path(output / GENERATIONS_FILE) as temporary:
+            temporary.write_text("".join(json.dumps(g, ensure_ascii=False) + "\n" for g in generations))
+    table = pa.table(
+        {
+            "task": pa.array([task for task, _, items in columns for _ in items.ids], pa.string()),
+            "metric": pa.array([metric for _, metric, items in columns for _ in items.ids], pa.string()),
+            "item": pa.array([id for _, _, items in columns for id in items.ids], pa.string()),
+            "value": np.concatenate([items.value for *_, items in columns]).astype(np.float64),
+            "weight": np.concatenate([items.weight for *_, items in columns]).astype(np.float64),
+        }
+    )
+    with atomic_path(output / ITEMS_FILE) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    write_json(output / EVALUATION_FILE, evaluation)

@@ -1,0 +1,128 @@
+"""Greedy answers in batches, and what counts as the right one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flow_finetune.data import token_batches
+from flow_finetune.errors import InputError
+from flow_finetune.models import CausalLM, autocast
+from flow_finetune.progress import Tracker, track
+
+# A sign belongs to a number unless it is a minus between two of them.
+_NUMBER = re.compile(r"((?:(?<![\d.])[-+])?\d[\d,]*(?:\.\d+)?)")
+# Finished sequences leave the batch when they are a quarter of it: each time the cache is copied.
+_KEEP_SHARE = 0.75
+
+
+@torch.no_grad()
+def generate_greedily(
+    lm: CausalLM,
+    prompts: Sequence[np.ndarray],
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    batch_tokens: int,
+    precision: str,
+    description: str = "generating",
+) -> list[list[int]]:
+    """The most likely token after each prompt, again and again, until one of `stop_ids` or `max_new_tokens`.
+
+    Args:
+        prompts: token ids, BOS included where the model wants one.
+        stop_ids: tokens that end a sequence; they are not part of what is returned.
+        pad_id: fills the left of shorter prompts; never attended to.
+        batch_tokens: padded prompt tokens of one batch.
+
+    Returns:
+        The new tokens of every prompt, in the order of the prompts.
+    """
+    lm.eval()
+    device = lm.head.weight.device
+    batches = token_batches([len(p) for p in prompts], batch_tokens)
+    results: list[list[int]] = [[] for _ in prompts]
+    # One autocast context over everything: it keeps the cast weights, which would cost more than a step of decoding.
+    with track(description, len(prompts)) as tracker, autocast(device, precision):
+        for indices in batches:
+            ids, mask = left_pad([prompts[i] for i in indices], pad_id)
+            _decode(lm, ids.to(device), mask.to(device), set(stop_ids), max_new_tokens, indices, results, tracker)
+    return results
+
+
+def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask `[B, T]` of texts that end together."""
+    longest = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.as_tensor(np.asarray(prompt, np.int64))
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def _decode(lm, ids, mask, stop_ids, max_new_tokens, owners, results, tracker: Tracker) -> None:
+    """Extend `results[owner]` for every row of a left-padded batch."""
+    cache = None
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    owners, going = list(owners), [True] * len(owners)
+    for _ in range(max_new_tokens):
+        output = lm.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        # The soft-cap is monotone, so the largest logit is the same without it.
+        chosen = lm.head(output.last_hidden_state[:, -1]).argmax(-1)
+        num_new = sum(going)
+        for row, token in enumerate(chosen.tolist()):
+            if going[row] and token in stop_ids:
+                going[row] = False
+            elif going[row]:
+                results[owners[row]].append(token)
+        tracker.advance(num_new - sum(going), tokens=num_new)
+        if not any(going):
+            return
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if sum(going) <= _KEEP_SHARE * len(going):
+            rows = [row for row, is_going in enumerate(going) if is_going]
+            kept = torch.tensor(rows, device=ids.device)
+            cache.batch_select_indices(kept)
+            ids, positions, mask = ids[kept], positions[kept], mask[kept]
+            owners, going = [owners[row] for row in rows], [True] * len(rows)
+    tracker.advance(sum(going))
+
+
+def compile_answer_pattern(pattern: str, name: str) -> re.Pattern:
+    """The regular expression whose last match's first group is an answer."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"answer_pattern of {name} is not a regular expression: {error} in {pattern!r}") from error
+    if compiled.groups < 1:
+        raise InputError(f"answer_pattern of {name} must have a group, (...), around the answer, got {pattern!r}")
+    return compiled
+
+
+def extract_answer(text: str, pattern: re.Pattern, *, or_last_number: bool = False) -> str | None:
+    """The answer that a text ends with: the pattern's last match, else its last number if that is asked for."""
+    found = [m for m in pattern.finditer(text) if m.group(1)]
+    if not found and or_last_number:
+        found = list(_NUMBER.finditer(text))
+    return found[-1].group(1).replace(",", "").replace("$", "").strip().rstrip(".") if found else None
+
+
+def same_answer(a: str | None, b: str | None) -> bool:
+    """Whether two answers are equal, as numbers if both are numbers."""
+    if a is None or b is None:
+        return False
+    try:
+        return Decimal(a) == Decimal(b)
+    except InvalidOperation:
+        return a == b

@@ -1,0 +1,227 @@
+"""A causal language model from a hub id, a directory or a GGUF file, taken apart into body and head.
+
+The head (the `[V, D]` matrix that makes logits) is what the fused loss replaces, so the body is run alone and the
+head's weights are handed to `flow_kernels`. `CausalLM` checks once that body, head and soft-cap together give the
+logits of the model itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import flow_kernels
+from flow_finetune.config import ModelConfig, choose
+from flow_finetune.data import Batch
+from flow_finetune.errors import InputError
+from flow_finetune.storage import atomic_path, fingerprint
+from flow_kernels import backends
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Where a model came from and how its file was packed; none of it changes a loss.
+_CONFIG_PROVENANCE = ("_name_or_path", "_model_name_or_path", "transformers_version", "quantization_config",
+                      "architectures", "dtype", "torch_dtype", "use_cache")  # fmt: skip
+
+
+class CausalLM(nn.Module):
+    """A language model whose loss is computed inside `forward`, where DDP and FSDP expect it.
+
+    Calling it with a batch, one weight per sample or per target token, and the target count of the whole step gives
+    `sum(weight * nll) / normalizer`.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: str = "auto") -> None:
+        super().__init__()
+        self.model = model
+        self.backend = backend
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise InputError(
+                f"{type(model).__name__} has a head of type {type(head).__name__}; the fused loss reads the weight of "
+                "a plain torch.nn.Linear, so merge or remove the adapter or quantisation on the head"
+            )
+        text_config = model.config.get_text_config()
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def target_hidden(self, batch: Batch, **context) -> Tensor:
+        """Hidden states `[R, D]` of the positions that predict a target token; the others never reach the head.
+
+        `context` goes to the body: a cache of what stands before the batch, with its attention mask and positions.
+        """
+        options = {"attention_mask": batch.attention_mask, "use_cache": False, **context}
+        hidden = self.model.base_model(input_ids=batch.input_ids, **options).last_hidden_state
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions)
+
+    def forward(self, batch: Batch, weight: Tensor, normalizer: float | Tensor) -> Tensor:
+        return flow_kernels.linear_cross_entropy(
+            self.target_hidden(batch), self.head.weight, batch.target, linear_bias=self.head.bias,
+            sample_weight=weight, cu_seqlens=batch.cu_seqlens, normalizer=normalizer, softcap=self.softcap,
+            backend=self.backend,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def score(self, batch: Batch, **context) -> flow_kernels.TokenScores:
+        """Loss and correctness of every target token of the batch, `[R]` each; `context` as in `target_hidden`."""
+        return flow_kernels.linear_score_tokens(
+            self.target_hidden(batch, **context), self.head.weight, batch.target, linear_bias=self.head.bias,
+            softcap=self.softcap, backend=self.backend,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Raise `InputError` unless head(body(x)), soft-capped, equals the logits of the model on a few tokens."""
+        device = self.head.weight.device
+        ids = torch.arange(8, device=device)[None] % self.head.weight.shape[0]
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = self.head(hidden).float()
+        if self.softcap:
+            ours = self.softcap * torch.tanh(ours / self.softcap)
+        theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        difference = float((ours - theirs).abs().max())
+        # The same products in the same dtype: they differ by rounding only, or by something done to the logits.
+        if not difference <= 1e-2 * float(theirs.abs().max().clamp(min=1)):
+            raise InputError(
+                f"{type(self.model).__name__} changes its logits after the head (by up to {difference:.3g}), which the "
+                "fused loss does not know; use a model whose logits are the head's, soft-capped or not"
+            )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `auto` stands for, or the one named."""
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+    """Load model and tokenizer, in eval mode, on the configured device.
+
+    Weights are read from safetensors or GGUF only, so nothing is unpickled.
+
+    Raises:
+        InputError: nothing to load there, an unknown dtype, or a head that the fused loss cannot serve.
+    """
+    dtype = DTYPES[choose("dtype", config.dtype, tuple(DTYPES))]
+    choose("precision", config.precision, ("bf16", "full"))
+    device = resolve_device(config.device)
+    try:
+        # Now, not at the first loss: a backend that cannot serve is found before anything is written.
+        backend = backends.resolve(config.backend, device.type)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    location, options = _location(config)
+    with _quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=config.trust_remote_code, **options)
+            # GGUF files are dequantised while they are read; use_safetensors would look for another file.
+            safe = {} if "gguf_file" in options else {"use_safetensors": True}
+            model = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, trust_remote_code=config.trust_remote_code, **safe, **options
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"no language model could be loaded from {config.source!r}: {first_line} (expected a hub id, a "
+                "directory with config.json, safetensors weights and a tokenizer, or a .gguf file)"
+            ) from error
+    if "gguf_file" in options:
+        _forget_quantization(model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {config.source!r} has no end-of-sequence token, which ends every response")
+    tokenizer.padding_side = "right"
+    lm = CausalLM(model.to(device).eval(), backend)
+    lm.check_head()
+    return lm, tokenizer
+
+
+def _location(config: ModelConfig) -> tuple[str, dict]:
+    path = Path(config.source).expanduser()
+    if config.source.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"no such file: {config.source}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{config.source} is not a model directory: it has no config.json")
+        return str(path), {}
+    if path.exists() or config.source.startswith((".", "/", "~")) or config.source.count("/") > 1:
+        raise InputError(f"no model directory {config.source}; give a directory, a .gguf file or a hub id")
+    return config.source, {"revision": config.revision or "main"}
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Remove what marks a dequantised model as quantised, without which transformers refuses to save it."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in vars(model):
+            delattr(model, name)
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """No weight-by-weight progress bars and no warnings about files it is not told to use."""
+    transformers.utils.logging.disable_progress_bar()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    previous = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        transformers.utils.logging.enable_progress_bar()
+        os.environ.pop("TQDM_DISABLE") if previous is None else os.environ.update(TQDM_DISABLE=previous)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a directory that `AutoModelForCausalLM.from_pretrained` loads, whole or not at all."""
+    with atomic_path(directory) as temporary:
+        temporary.mkdir()
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Fingerprint of a model's weights and of the configuration that shapes its losses, wherever it was loaded from."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _CONFIG_PROVENANCE}
+
+    def parts():
+        yield json.dumps(config, sort_keys=True, default=str).encode()
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+    return fingerprint(parts())
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Fingerprint of what a tokenizer does to text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    specials = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    return fingerprint([rules.encode(), json.dumps(specials, sort_keys=True).encode()])
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The autocast context of `ModelConfig.precision`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

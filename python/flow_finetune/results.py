@@ -1,0 +1,205 @@
+"""Finished runs read back from their directories, and what is shown of them: columns, cells and paired differences."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from flow_finetune.errors import InputError
+from flow_finetune.evaluate import EVALUATION_FILE, read_items
+from flow_finetune.statistics import Difference, Items, paired_difference, paired_mean_difference
+
+SUMMARY_FILE, LOG_FILE = "train/summary.json", "train/log.jsonl"
+MEAN_ACCURACY = "mean retained accuracy"
+# What is shown of each kind of task, in this order: metric, its words, whether higher is better.
+_SHOWN = {
+    "qa": (("nats_per_token", "loss (nats/token)", False), ("exact_match", "exact match (%)", True),
+           ("token_accuracy", "token accuracy (%)", True)),
+    "perplexity": (("perplexity", "perplexity", False),),
+    "multiple_choice": (("accuracy_bytes", "accuracy, byte-normalised (%)", True), ("accuracy", "accuracy (%)", True)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluated model; `summary` and `log` only if it was trained."""
+
+    name: str
+    evaluation: dict
+    items: dict[tuple[str, str], Items]
+    summary: dict | None = None
+    log: list[dict] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> dict[str, dict]:
+        return {task["name"]: task for task in self.evaluation["tasks"]}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured quantity, as it is shown."""
+
+    task: str
+    name: str
+    role: str
+    label: str
+    higher_is_better: bool
+
+    @property
+    def scale(self) -> float:
+        """Accuracies are shown in per cent."""
+        return 100.0 if self.higher_is_better else 1.0
+
+    @property
+    def digits(self) -> int:
+        return 3 if self.name == "nats_per_token" else 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value and its standard error in the units of its metric's label."""
+
+    value: float
+    standard_error: float | None
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read run directories, in the order given.
+
+    Raises:
+        InputError: a directory without evaluation, two runs of one name, or runs that were evaluated on other data.
+    """
+    runs = [_load_run(Path(path)) for path in paths]
+    if not runs:
+        raise InputError("there are no runs to report; give at least one directory that was evaluated")
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two runs are named {name!r}; rename one of the directories")
+    for run in runs[1:]:
+        for name, task in run.tasks.items():
+            first = next(r for r in runs if name in r.tasks)
+            if task["fingerprint"] != first.tasks[name]["fingerprint"]:
+                raise InputError(
+                    f"runs {first.name!r} and {run.name!r} were not evaluated on the same tokens of {name!r} (another "
+                    "file, limit, template or tokenizer); evaluate both the same way"
+                )
+    return runs
+
+
+def _load_run(path: Path) -> Run:
+    path = path.resolve()
+    if not (path / EVALUATION_FILE).is_file():
+        raise InputError(f"{path} is not an evaluated run: it has no {EVALUATION_FILE}")
+    summary = _read_json(path / SUMMARY_FILE) if (path / SUMMARY_FILE).is_file() else None
+    log = []
+    if (path / LOG_FILE).is_file():
+        log = [_parse(line, path / LOG_FILE) for line in (path / LOG_FILE).read_text().splitlines()]
+    return Run(path.name, _read_json(path / EVALUATION_FILE), read_items(path), summary, log)
+
+
+def _read_json(path: Path) -> dict:
+    return _parse(path.read_text(), path)
+
+
+def _parse(text: str, path: Path) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged: {error}; make it again") from error
+
+
+def shown_metrics(runs: Sequence[Run]) -> list[Metric]:
+    """Every metric that any run has, target tasks first."""
+    tasks = {}
+    for run in runs:
+        for name, task in run.tasks.items():
+            tasks.setdefault(name, (task["kind"], task["role"]))
+    metrics = []
+    for name, (kind, role) in sorted(tasks.items(), key=lambda item: item[1][1] != "target"):
+        for metric, words, higher in _SHOWN[kind]:
+            if any(metric in run.tasks.get(name, {"metrics": {}})["metrics"] for run in runs):
+                metrics.append(Metric(name, metric, role, f"{name} {words}", higher))
+    if _mean_accuracy_tasks(runs):
+        metrics.append(Metric("", MEAN_ACCURACY, "retained", f"{MEAN_ACCURACY} (%)", True))
+    return metrics
+
+
+def first_metric(metrics: Sequence[Metric], role: str, name: str) -> Metric | None:
+    """The first metric of that role and name."""
+    return next((m for m in metrics if m.role == role and m.name == name), None)
+
+
+def _mean_accuracy_tasks(runs: Sequence[Run]) -> list[str]:
+    """Retained multiple-choice tasks that every run has; a mean over fewer than two is not shown."""
+
+    def has(run: Run, name: str) -> bool:
+        task = run.tasks.get(name, {})
+        return task.get("kind") == "multiple_choice" and task["role"] == "retained"
+
+    names = [name for name in runs[0].tasks if all(has(run, name) for run in runs)]
+    return names if len(names) > 1 else []
+
+
+def cell(run: Run, metric: Metric, runs: Sequence[Run]) -> Cell | None:
+    """What one run shows of one metric; `runs` are all runs, over which the mean retained accuracy is defined."""
+    if metric.name == MEAN_ACCURACY:
+        parts = [run.tasks[name]["metrics"]["accuracy_bytes"] for name in _mean_accuracy_tasks(runs)]
+        errors = [part["standard_error"] for part in parts]
+        error = None if None in errors else metric.scale * math.sqrt(sum(e**2 for e in errors)) / len(parts)
+        return Cell(metric.scale * sum(part["value"] for part in parts) / len(parts), error)
+    found = run.tasks.get(metric.task, {"metrics": {}})["metrics"].get(metric.name)
+    if found is None:
+        return None
+    error = found["standard_error"]
+    return Cell(metric.scale * found["value"], None if error is None else metric.scale * error)
+
+
+def compare(run: Run, other: Run, metric: Metric, runs: Sequence[Run]) -> Difference | None:
+    """`run` minus `other` on one metric over the items of both, in the units of its label; None if one lacks it."""
+    if metric.name == MEAN_ACCURACY:
+        keys = [(name, "accuracy_bytes") for name in _mean_accuracy_tasks(runs)]
+        difference = paired_mean_difference([(run.items[key], other.items[key]) for key in keys])
+    else:
+        key = (metric.task, "nats_per_token" if metric.name == "perplexity" else metric.name)
+        if key not in run.items or key not in other.items:
+            return None
+        transform = np.exp if metric.name == "perplexity" else None
+        difference = paired_difference(run.items[key], other.items[key], transform=transform)
+    return Difference(*(metric.scale * value for value in difference))
+
+
+def verdict(difference: Difference, metric: Metric) -> str:
+    """ "better" or "worse" where the interval excludes 0, else nothing."""
+    if not difference.excludes_zero:
+        return ""
+    return "better" if (difference.difference > 0) == metric.higher_is_better else "worse"
+
+
+def find_baseline(runs: Sequence[Run], name: str | None = None) -> Run | None:
+    """The run of that name, else the first that was trained without weights."""
+    if name is not None:
+        found = [run for run in runs if run.name == name]
+        if not found:
+            raise InputError(f"there is no run {name!r} to compare with; there are {', '.join(r.name for r in runs)}")
+        return found[0]
+    return next((run for run in runs if run.summary and run.summary["method"]["weights"] == "none"), None)
+
+
+def find_pretrained(runs: Sequence[Run]) -> Run | None:
+    """The first run that was not trained."""
+    return next((run for run in runs if run.summary is None), None)
+
+
+def comparisons(runs: Sequence[Run], baseline: str | None = None) -> list[tuple[Run, list[Run]]]:
+    """Reference runs, each with the trained runs compared with it: first the baseline, then the untrained model."""
+    trained = [run for run in runs if run.summary is not None]
+    references = [find_baseline(runs, baseline)]
+    references += [run for run in (find_pretrained(runs),) if run is not references[0]]
+    pairs = [(ref, [run for run in trained if run is not ref]) for ref in references if ref is not None]
+    return [(reference, others) for reference, others in pairs if others]

@@ -1,0 +1,296 @@
+"""The pre-trained model's losses: made once, kept as Parquet, checked before they are used.
+
+A score file holds one row per sample, keyed by sample id, and in its metadata the fingerprints of the model,
+tokenizer, template and data it was made from. While it is being made, every finished batch is a line of a journal
+beside it; a killed run loses the batch in flight, and its continuation ends with the same bytes as an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import flow_kernels
+from flow_finetune.config import ModelConfig
+from flow_finetune.data import Batch, SampleSet, collate, token_batches
+from flow_finetune.errors import InputError
+from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenizer_fingerprint
+from flow_finetune.progress import say, track
+from flow_finetune.storage import atomic_path, disk_space_errors
+
+_METADATA_KEY = b"flow_finetune"
+_NUM_EXTREMES = 5
+# A model that gives NaN for this many samples will not recover; the rest of the data is not worth the time.
+_MAX_NON_FINITE = 20
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Losses in the order of the samples they are for."""
+
+    loss: torch.Tensor  # [S] fp64, nats per target token
+    token_losses: list[np.ndarray] | None  # fp32, one array of num_targets entries per sample
+    metadata: dict
+
+
+def scoring_fingerprints(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, samples: SampleSet) -> dict[str, str]:
+    """What losses depend on, and what a score file must agree in with the training that uses it."""
+    return {
+        "model": model_fingerprint(lm.model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        **samples.fingerprints,
+    }
+
+
+def score(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: SampleSet,
+    path: Path,
+    *,
+    model_config: ModelConfig,
+    batch_tokens: int = 4096,
+    tokens: bool = False,
+    overwrite: bool = False,
+) -> float:
+    """Score every sample in eval mode without gradients and write `path`; returns tokens per second (0 if complete).
+
+    Raises:
+        InputError: `path` or its journal belongs to other scores, a loss is NaN or infinite (ids listed), or the disk
+            is full.
+    """
+    header = {
+        "fingerprints": scoring_fingerprints(lm, tokenizer, samples),
+        "settings": {
+            "dtype": model_config.dtype, "precision": model_config.precision, "backend": model_config.backend,
+            "batch_tokens": batch_tokens, "tokens": tokens,
+        },
+    }  # fmt: skip
+    if path.exists() and not overwrite:
+        differences = _differences(read_metadata(path), header)
+        if not differences:
+            return 0.0
+        raise InputError(f"{path} holds other scores ({differences}); choose another file or pass --overwrite")
+    batches = token_batches([len(s.input_ids) for s in samples.samples], batch_tokens)
+    journal = _Journal(path, header, overwrite)
+    if journal.num_done:
+        say(f"continuing after {journal.num_done} of {len(batches)} batches of {journal.path}")
+    records = journal.read()
+    with track("scoring", len(batches)) as tracker, disk_space_errors(journal.path):
+        tracker.advance(journal.num_done)
+        for indices in batches[journal.num_done :]:
+            batch = collate([samples.samples[i] for i in indices], tokenizer.pad_token_id)
+            records.append(_score_batch(lm, batch, indices, model_config.precision, tokens))
+            _stop_if_not_finite(records, samples, journal, at_most=_MAX_NON_FINITE)
+            journal.append(records[-1])
+            tracker.advance(1, tokens=int(batch.attention_mask.sum()))
+        rate = tracker.tokens_per_second
+    _stop_if_not_finite(records, samples, journal, at_most=0)
+    with atomic_path(path) as temporary:
+        pq.write_table(_table(records, samples, header, tokens), temporary, compression="zstd")
+    journal.remove()
+    return rate
+
+
+@torch.no_grad()
+def _score_batch(lm: CausalLM, batch: Batch, indices: list[int], precision: str, tokens: bool) -> dict:
+    device = lm.head.weight.device
+    batch = batch.to(device)
+    lm.eval()
+    with autocast(device, precision):
+        token_scores = lm.score(batch)
+    # fp64 sums: the only rounding of a sample's loss is that of its token losses.
+    wide = token_scores._replace(loss=token_scores.loss.double())
+    sums = flow_kernels.sum_samples(wide, batch.target, batch.cu_seqlens)
+    record = {"samples": indices, "loss_sum": sums.loss_sum.tolist(), "num_correct": sums.num_correct.tolist()}
+    if tokens:
+        values = token_scores.loss.float().cpu().numpy().astype("<f4")
+        record["token_losses"] = base64.b64encode(values.tobytes()).decode()
+    return record
+
+
+def _stop_if_not_finite(records: list[dict], samples: SampleSet, journal: _Journal, *, at_most: int) -> None:
+    """Raise if more than `at_most` samples have a NaN or infinite loss; nothing is left behind for a weighting."""
+    bad = [
+        samples.samples[i].id
+        for record in records
+        for i, loss in zip(record["samples"], record["loss_sum"], strict=True)
+        if not math.isfinite(loss)
+    ]
+    if len(bad) > at_most:
+        journal.remove()
+        raise InputError(
+            f"the loss of {len(bad)} samples is NaN or infinite, with ids {', '.join(bad[:_MAX_NON_FINITE])}; remove "
+            "them, or score in higher precision (--precision full, --dtype float32)"
+        )
+
+
+def _table(records: list[dict], samples: SampleSet, header: dict, tokens: bool) -> pa.Table:
+    num_samples = len(samples.samples)
+    loss_sum, num_correct = np.empty(num_samples), np.empty(num_samples, dtype=np.int32)
+    token_losses: list[np.ndarray | None] = [None] * num_samples
+    for record in records:
+        loss_sum[record["samples"]] = record["loss_sum"]
+        num_correct[record["samples"]] = record["num_correct"]
+        if tokens:
+            values = np.frombuffer(base64.b64decode(record["token_losses"]), dtype="<f4")
+            ends = np.cumsum([samples.samples[i].num_targets for i in record["samples"]])
+            for i, part in zip(record["samples"], np.split(values, ends[:-1]), strict=True):
+                token_losses[i] = part
+    num_targets = np.array([s.num_targets for s in samples.samples], dtype=np.int32)
+    loss = loss_sum / num_targets
+    columns = {
+        "id": pa.array([s.id for s in samples.samples]),
+        "loss_sum": pa.array(loss_sum),
+        "num_targets": pa.array(num_targets),
+        "num_correct": pa.array(num_correct),
+        "loss": pa.array(loss),
+        "truncated": pa.array([s.truncated for s in samples.samples]),
+    }
+    if tokens:
+        columns["token_losses"] = pa.array(token_losses, type=pa.list_(pa.float32()))
+    metadata = {
+        **header,
+        "num_read": samples.num_read,
+        "dropped": samples.dropped,
+        "num_truncated": samples.num_truncated,
+        "temperature": float(np.median(loss)),
+        "extremes": _extremes(loss, samples),
+    }
+    table = pa.table(columns)
+    return table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
+
+
+def _extremes(loss: np.ndarray, samples: SampleSet) -> dict[str, list[dict]]:
+    """The easiest and hardest samples as text, so that a report needs no second look at the data."""
+    order = np.argsort(loss, kind="stable")
+
+    def describe(indices):
+        return [
+            {"id": s.id, "loss": float(loss[i]), "prompt": s.prompt, "response": s.response}
+            for i, s in ((i, samples.samples[i]) for i in indices)
+        ]
+
+    return {"easiest": describe(order[:_NUM_EXTREMES]), "hardest": describe(order[::-1][:_NUM_EXTREMES])}
+
+
+def read_metadata(path: Path) -> dict:
+    """The metadata of a score file."""
+    if not path.is_file():
+        raise InputError(f"no such file: {path}; make it with flow-finetune score")
+    try:
+        metadata = (pq.read_schema(path).metadata or {}).get(_METADATA_KEY)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path} is not a Parquet file: {error}") from error
+    if metadata is None:
+        raise InputError(f"{path} was not written by flow-finetune score")
+    return json.loads(metadata)
+
+
+def read_scores(path: Path, samples: SampleSet, fingerprints: dict[str, str], *, tokens: bool = False) -> Scores:
+    """The losses of `samples`, in their order.
+
+    Raises:
+        InputError: ids missing or repeated, scores made from another model, tokenizer, template or data (it says
+            which), or no token losses where `tokens` asks for them.
+    """
+    metadata = read_metadata(path)
+    table = pq.read_table(path)
+    ids = table.column("id").to_pylist()
+    repeated = [value for value, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise InputError(f"{path} has {len(repeated)} repeated ids, the first is {repeated[0]!r}; score again")
+    differences = _differences({"fingerprints": metadata["fingerprints"]}, {"fingerprints": fingerprints})
+    if differences:
+        raise InputError(
+            f"{path} does not belong to this training: {differences}; score again with this model, tokenizer, "
+            "template and data"
+        )
+    row_of = {value: row for row, value in enumerate(ids)}
+    missing = [s.id for s in samples.samples if s.id not in row_of]
+    if missing:
+        raise InputError(
+            f"{path} lacks {len(missing)} of {len(samples.samples)} ids, the first is {missing[0]!r}; score again"
+        )
+    rows = [row_of[s.id] for s in samples.samples]
+    token_losses = None
+    if tokens:
+        if "token_losses" not in table.column_names:
+            raise InputError(f"{path} has no token losses, which token weights need; score again with --tokens")
+        column = table.column("token_losses").combine_chunks()
+        values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+        token_losses = [values[offsets[row] : offsets[row + 1]] for row in rows]
+    loss = torch.from_numpy(table.column("loss").to_numpy().copy())[rows]
+    return Scores(loss, token_losses, metadata)
+
+
+def _differences(found: dict, wanted: dict) -> str:
+    """In words, which entries of two headers differ; empty where none does."""
+    differences = []
+    for group, entries in wanted.items():
+        for name, value in entries.items():
+            other = found.get(group, {}).get(name)
+            if other != value:
+                kind = f"{name} fingerprint" if group == "fingerprints" else name
+                differences.append(f"its {kind} is {other}, this one's {value}")
+    return "; ".join(differences)
+
+
+class _Journal:
+    """Finished batches, one JSON line each after a header line; a torn last line is dropped."""
+
+    def __init__(self, path: Path, header: dict, overwrite: bool) -> None:
+        self.path = path.with_name(path.name + ".journal")
+        self.header = header
+        self.num_done = 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and overwrite:
+            self.path.unlink()
+        if self.path.exists():
+            self._recover()
+        if not self.path.exists():
+            with disk_space_errors(self.path):
+                self._write(json.dumps(header, sort_keys=True) + "\n")
+
+    def _recover(self) -> None:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.splitlines()
+        if not lines:
+            self.path.unlink()
+            return
+        differences = _differences(json.loads(lines[0]), self.header)
+        if differences:
+            raise InputError(
+                f"{self.path} holds an unfinished scoring of something else ({differences}); finish that, choose "
+                "another file or pass --overwrite"
+            )
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        self.num_done = len(lines) - 1
+
+    def read(self) -> list[dict]:
+        return [json.loads(line) for line in self.path.read_bytes().splitlines()[1:]]
+
+    def append(self, record: dict) -> None:
+        self._write(json.dumps(record) + "\n")
+
+    def _write(self, line: str) -> None:
+        with open(self.path, "a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        self.path.unlink()

@@ -1,0 +1,93 @@
+"""Files that are whole or absent, output directories that are not used twice, and disks that have room."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flow_finetune.errors import InputError
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the place of `path` if the block ends well, else it is removed.
+
+    A file is synced before it is renamed, so a crash leaves the old file or the new one. The temporary path may also
+    be made a directory.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    _remove(temporary)
+    try:
+        with disk_space_errors(path):
+            yield temporary
+            _sync(temporary)
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _sync(path.parent)
+    finally:
+        _remove(temporary)
+
+
+@contextmanager
+def disk_space_errors(path: Path | str) -> Iterator[None]:
+    """Turn "no space left on device" while writing `path` into a message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"no disk space left while writing {path}; free some or choose another output, then run the same command "
+            "again to continue"
+        ) from error
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def require_disk_space(path: Path, num_bytes: int) -> None:
+    """Raise `InputError` unless the disk that holds `path` has `num_bytes` free."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise InputError(
+            f"{path} needs about {num_bytes / 2**20:,.0f} MiB of disk space but {free / 2**20:,.0f} MiB are free; "
+            "free some or choose another output"
+        )
+
+
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """16 hex digits of SHA-256 over length-prefixed parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _sync(path: Path) -> None:
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,279 @@
+"""The lean training loop: weighted loss, whole-step normalisation, and a run that continues where it was killed.
+
+One optimiser step minimises `sum_i w_i sum_t nll_it / (number of target tokens of the step)`, over all micro-batches
+and processes, as in the FLOW paper; the count is known from the data before the first forward pass, so nothing is
+synchronised for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from flow_finetune.checkpoint import TrainDirectory
+from flow_finetune.config import MethodConfig, ModelConfig, TrainConfig
+from flow_finetune.data import Sample, SampleSet, collate, token_batches
+from flow_finetune.errors import InputError
+from flow_finetune.methods import Weights, make_weights, needs_scores
+from flow_finetune.models import CausalLM, autocast, save_model
+from flow_finetune.progress import say, track
+from flow_finetune.scores import read_scores, scoring_fingerprints
+
+# Padded positions are masked and never targets, so any token does.
+_PAD_ID = 0
+
+
+def step_plan(num_samples: int, config: TrainConfig) -> list[list[int]]:
+    """The sample indices of every optimiser step: each epoch a seeded permutation, its last step possibly smaller."""
+    steps = []
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        order = torch.randperm(num_samples, generator=generator).tolist()
+        steps += [order[i : i + config.batch_size] for i in range(0, num_samples, config.batch_size)]
+    return steps
+
+
+def micro_batches(
+    indices: list[int], samples: list[Sample], rank: int, world_size: int, max_tokens: int
+) -> list[list[int]]:
+    """This process's share of a step, in batches of similar length; empty if there are more processes than samples."""
+    share = indices[rank::world_size]
+    return [
+        [share[k] for k in group] for group in token_batches([len(samples[i].input_ids) for i in share], max_tokens)
+    ]
+
+
+class Meter:
+    """Sums over the steps since the last log line, and the costs of the whole run."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # of training, earlier parts of a continued run included
+        self.tokens = 0
+        self._started = time.perf_counter()
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss_sum = self.weighted_sum = 0.0
+        self.num_targets = self.interval_tokens = 0
+        self.weights: list[Tensor] = []
+        self._interval_started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self._started
+
+    def interval_rate(self) -> float:
+        return self.interval_tokens / max(time.perf_counter() - self._interval_started, 1e-9)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on the GPU it trains on, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Distance:
+    """Euclidean distance of the parameters from where they started; keeps a copy of them on the CPU."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        self._start = [p.detach().to("cpu", copy=True) for p in lm.parameters() if p.requires_grad]
+
+    def __call__(self, lm: CausalLM) -> float:
+        trained = (p for p in lm.parameters() if p.requires_grad)
+        pairs = zip(trained, self._start, strict=True)
+        return sum(float((p.detach().cpu() - start).square().sum(dtype=torch.float64)) for p, start in pairs) ** 0.5
+
+
+def make_optimizer(lm: CausalLM, config: TrainConfig, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW; vectors (norms, biases) are not decayed."""
+    parameters = [p for p in lm.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=True)
+
+
+def train(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: SampleSet,
+    output: Path,
+    *,
+    method: MethodConfig,
+    config: TrainConfig,
+    model_config: ModelConfig,
+    scores: Path | None = None,
+    overwrite: bool = False,
+) -> dict:
+    """Fine-tune `lm` with one method and save a directory that transformers loads; returns the summary it wrote.
+
+    A directory that holds an unfinished run of the same configuration is continued from its last checkpoint and ends
+    with the same weights as an undisturbed run; a finished one is left alone.
+
+    Raises:
+        InputError: the directory is used by something else, scores are missing or of another model or data set, the
+            disk is too small, or the loss becomes NaN.
+    """
+    _check(config, method)
+    accelerator = Accelerator(cpu=lm.head.weight.device.type == "cpu")
+    fingerprints = scoring_fingerprints(lm, tokenizer, samples)
+    found = None
+    if needs_scores(method):
+        if scores is None:
+            raise InputError(f"method {method.name} needs the pre-trained model's scores; make them with score")
+        found = read_scores(scores, samples, fingerprints, tokens=method.weights == "token")
+    weights = make_weights(method, len(samples.samples), found)
+    identity = {
+        "method": dataclasses.asdict(method),
+        "train": dataclasses.asdict(config),
+        "precision": {"dtype": model_config.dtype, "precision": model_config.precision},
+        "fingerprints": fingerprints,
+    }
+    directory = TrainDirectory(output, identity, accelerator)
+    summary = directory.open(lm, overwrite=overwrite, keeps_checkpoints=config.checkpoint_every > 0)
+    if summary is not None:
+        say(f"{output} holds this run already, finished")
+        return summary
+    last, meter = _optimise(lm, samples, weights, directory, accelerator, method, config, model_config)
+    if accelerator.is_main_process:
+        save_model(lm.model, tokenizer, directory.saved)
+        summary = {
+            **identity,
+            "model": model_config.source,
+            "num_steps": len(step_plan(len(samples.samples), config)),
+            "num_samples": len(samples.samples),
+            "temperature": weights.temperature,
+            "mean_weight": weights.mean,
+            "effective_sample_size": weights.effective_sample_size,
+            "seconds": meter.elapsed(),
+            "tokens_per_second": meter.tokens / max(meter.elapsed(), 1e-9),
+            "final_loss": last.get("loss"),
+        }
+        directory.finish(summary)
+    accelerator.wait_for_everyone()
+    return directory.read_summary()
+
+
+def _check(config: TrainConfig, method: MethodConfig) -> None:
+    for name, value in (("epochs", config.epochs), ("batch_size", config.batch_size),
+                        ("micro_batch_tokens", config.micro_batch_tokens), ("log_every", config.log_every)):  # fmt: skip
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if not 0.0 <= config.warmup <= 1.0:
+        raise InputError(f"warmup is a share of all steps, in [0, 1], got {config.warmup}")
+    learning_rate = method.learning_rate or config.learning_rate
+    if not learning_rate > 0:
+        raise InputError(f"learning_rate must be positive, got {learning_rate}")
+
+
+def _optimise(lm, samples, weights: Weights, directory, accelerator, method, config, model_config):
+    """Every optimiser step from the last checkpoint on; returns the last log line and the meter."""
+    device = accelerator.device
+    lm.to(device).train()
+    torch.manual_seed(config.seed)
+    if config.gradient_checkpointing:
+        lm.model.gradient_checkpointing_enable()
+    distance = Distance(lm) if config.track_distance and accelerator.is_main_process else None
+    steps = step_plan(len(samples.samples), config)
+    optimizer = make_optimizer(lm, config, method.learning_rate or config.learning_rate)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * len(steps)), len(steps))
+    meter = Meter()
+    first = directory.restore(lm, optimizer, schedule, meter)
+    if first:
+        say(f"continuing {directory.path} after step {first} of {len(steps)}")
+    # Only DDP is asked of accelerate: autocast and the schedule stay visible here.
+    module = accelerator.prepare(lm)
+    last = directory.last_log_line()
+    with track(f"training {method.name}", len(steps), visible=accelerator.is_main_process) as tracker:
+        tracker.advance(first)
+        for step, indices in enumerate(steps[first:], start=first + 1):
+            num_tokens = accumulate_gradients(
+                module, samples.samples, indices, weights, accelerator, config, model_config, meter
+            )
+            grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), config.max_grad_norm)
+            learning_rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % config.log_every == 0 or step == len(steps):
+                last = _log_line(lm, step, len(steps), config, meter, accelerator, grad_norm, learning_rate, distance)
+                if accelerator.is_main_process:
+                    directory.log(last)
+                meter.reset()
+            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < len(steps):
+                directory.save_checkpoint(step, lm, optimizer, schedule, meter)
+            tracker.advance(1, tokens=num_tokens, note=f"loss {last.get('loss', float('nan')):.3f}")
+    return last, meter
+
+
+def accumulate_gradients(
+    module, samples, indices, weights: Weights, accelerator, config, model_config, meter: Meter
+) -> int:
+    """Forward and backward of one optimiser step; returns the number of tokens this process went through."""
+    device = accelerator.device
+    groups = micro_batches(
+        indices, samples, accelerator.process_index, accelerator.num_processes, config.micro_batch_tokens
+    )
+    # A process without a share takes part with a sample of weight 0: the others wait for its gradients.
+    is_stand_in = not groups
+    groups = groups or [indices[:1]]
+    num_targets = sum(samples[i].num_targets for i in indices)
+    num_tokens = 0
+    for k, group in enumerate(groups):
+        batch = collate([samples[i] for i in group], _PAD_ID).to(device)
+        weight = weights.of(group).to(device) * (0.0 if is_stand_in else 1.0)
+        # The loss is linear in the weights: their gradients are the samples' own losses, so the plain loss of the
+        # step comes with the weighted one for free (a weight of exactly 0 skips its sample, and its loss).
+        weight.requires_grad_()
+        is_last = k == len(groups) - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(module):
+            with autocast(device, model_config.precision):
+                loss = module(batch, weight, num_targets)
+            # DDP averages gradients over the processes; the sum over the step is wanted.
+            accelerator.backward(loss * accelerator.num_processes)
+        meter.weighted_sum = meter.weighted_sum + loss.detach() * num_targets
+        meter.loss_sum = meter.loss_sum + weight.grad.sum() * (num_targets / accelerator.num_processes)
+        num_tokens += sum(len(samples[i].input_ids) for i in group)
+    meter.num_targets += num_targets
+    meter.interval_tokens += num_tokens
+    meter.tokens += num_tokens
+    meter.weights.append(weights.of(indices))
+    return num_tokens
+
+
+def _log_line(lm, step, num_steps, config, meter: Meter, accelerator, grad_norm, learning_rate, distance) -> dict:
+    sums = torch.stack([torch.as_tensor(s, dtype=torch.float32) for s in (meter.loss_sum, meter.weighted_sum)])
+    loss, weighted_loss = (accelerator.reduce(sums.to(accelerator.device), "sum") / meter.num_targets).tolist()
+    if not (math.isfinite(loss) and math.isfinite(weighted_loss)):
+        raise InputError(
+            f"the loss is {loss} (weighted {weighted_loss}) at step {step}; lower the learning rate or use "
+            "--precision full"
+        )
+    batch_weights = torch.cat(meter.weights).double()
+    square_sum = float(batch_weights.square().sum())
+    return {
+        "step": step,
+        "epoch": step / num_steps * config.epochs,
+        "loss": loss,
+        "weighted_loss": weighted_loss,
+        "grad_norm": float(grad_norm),
+        "learning_rate": learning_rate,
+        "tokens_per_second": meter.interval_rate() * accelerator.num_processes,
+        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+        "mean_weight": float(batch_weights.mean()),
+        "effective_sample_size": float(batch_weights.sum()) ** 2 / square_sum if square_sum else 0.0,
+        "distance": distance(lm) if distance is not None else None,
+        "num_targets": meter.num_targets,
+    }

@@ -1,0 +1,76 @@
+"""Fixtures: which backends the operator tests run on, and what each of them can do. The one place that lists either."""
+
+import json
+from pathlib import Path
+
+import hypothesis
+import pytest
+import tiny_model
+import torch
+
+from flow_kernels import backends
+
+# A backend that can serve this machine's CPU joins every operator test by itself.
+BACKENDS = [name for name in backends.BACKENDS if backends.status(name, "cpu").available]
+
+# Input dtypes by backend; fp64 is what gradcheck needs. A kernel backend computes in fp32 and takes what users train in.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"reference": (torch.float64, *KERNEL_DTYPES)}
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    """The input dtypes that `backend` declares."""
+    return DTYPES.get(backend, KERNEL_DTYPES)
+
+
+FLOAT64_BACKENDS = [name for name in BACKENDS if torch.float64 in dtypes_of(name)]
+
+# Fixed examples, so that a failure is reproducible and a green run stays green.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30, database=None)
+hypothesis.settings.load_profile("fixed")
+
+
+# Session scope, because hypothesis runs many examples in one test and refuses fixtures of function scope.
+@pytest.fixture(params=BACKENDS, scope="session")
+def backend(request) -> str:
+    """Every available backend in turn."""
+    return request.param
+
+
+@pytest.fixture(params=FLOAT64_BACKENDS, scope="session")
+def float64_backend(request) -> str:
+    """Every available backend that computes in fp64."""
+    return request.param
+
+
+@pytest.fixture(
+    params=[(name, dtype) for name in BACKENDS for dtype in dtypes_of(name)],
+    ids=lambda pair: f"{pair[0]}-{str(pair[1]).removeprefix('torch.')}",
+    scope="session",
+)
+def backend_dtype(request) -> tuple[str, torch.dtype]:
+    """Every available backend with every input dtype that it takes."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """A saved two-layer language model with its tokenizer, BOS included."""
+    return tiny_model.build(tmp_path_factory.mktemp("tiny"), bos=True)
+
+
+@pytest.fixture(scope="session")
+def qa_file(tmp_path_factory) -> Path:
+    """24 question/answer pairs of very different lengths, as JSONL."""
+    path = tmp_path_factory.mktemp("data") / "qa.jsonl"
+    rows = [
+        {"question": f"How many apples are {i} and {i}?" * (1 + i % 3), "answer": f"It is {2 * i}. " * (1 + i % 5) + f"#### {2 * i}"}
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

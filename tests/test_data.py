@@ -1,0 +1,171 @@
+"""Samples: which tokens are targets, what is dropped or cut, and how batches are laid out."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from flow_finetune.config import DataConfig
+from flow_finetune.data import ALPACA_TEMPLATE, collate, load_samples, starts_with_bos, token_batches
+from flow_finetune.errors import InputError
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+def _write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _config(path, **options):
+    return DataConfig(str(path), prompt_field="question", response_field="answer", **options)
+
+
+def test_targets_are_the_response_and_its_end(tokenizer, qa_file):
+    samples = load_samples(_config(qa_file), tokenizer).samples
+    rows = [json.loads(line) for line in qa_file.read_text().splitlines()]
+    for sample, row in zip(samples, rows, strict=True):
+        prompt = sample.input_ids[: sample.start]
+        assert prompt[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(prompt[1:]) == ALPACA_TEMPLATE.replace("{prompt}", row["question"])
+        targets = sample.input_ids[sample.start :]
+        assert targets[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(targets[:-1]) == row["answer"]
+        assert sample.num_targets == len(targets)
+
+
+def test_braces_in_prompts_and_templates_stay(tokenizer, tmp_path):
+    path = _write(tmp_path / "a.jsonl", [{"question": "a {x} {prompt} b", "answer": "c"}])
+    sample = load_samples(_config(path, template="{{}} {prompt}>"), tokenizer).samples[0]
+    assert tokenizer.decode(sample.input_ids[1 : sample.start]) == "{{}} a {x} {prompt} b>"
+
+
+def test_chat_template_is_the_tokenizers_own(tokenizer, tmp_path):
+    path = _write(tmp_path / "a.jsonl", [{"question": "one", "answer": "two"}])
+    with pytest.raises(InputError, match="no chat template"):
+        load_samples(_config(path, template="chat"), tokenizer)
+    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} ->"
+    try:
+        samples = load_samples(_config(path, template="chat"), tokenizer)
+    finally:
+        tokenizer.chat_template = None
+    ids = samples.samples[0].input_ids
+    assert tokenizer.decode(ids[: samples.samples[0].start]) == "<s>[user] one ->"
+    assert list(ids).count(tokenizer.bos_token_id) == 1
+
+
+def test_samples_without_targets_are_dropped_and_cut_ones_counted(tokenizer, tmp_path):
+    rows = [
+        {"question": "short", "answer": "yes"},
+        {"question": "blank", "answer": "  "},
+        {"question": "long " * 200, "answer": "never reached"},
+        {"question": "short", "answer": "cut here " * 100},
+    ]
+    samples = load_samples(_config(_write(tmp_path / "a.jsonl", rows), max_length=120), tokenizer)
+    assert [s.id for s in samples.samples] == ["0", "3"]
+    assert samples.dropped == ["1", "2"]
+    assert (samples.num_read, samples.num_truncated) == (4, 2)
+    assert len(samples.samples[1].input_ids) == 120
+    assert "2 of 4 dropped" in samples.describe()
+    assert "2 truncated" in samples.describe()
+
+
+def test_all_samples_without_targets_is_an_error(tokenizer, tmp_path):
+    path = _write(tmp_path / "a.jsonl", [{"question": "q", "answer": ""}] * 3)
+    with pytest.raises(InputError, match="none of the 3 samples"):
+        load_samples(_config(path), tokenizer)
+
+
+def test_every_format_gives_the_same_samples(tokenizer, tmp_path):
+    rows = [{"question": f"q, {i}", "answer": f'a "{i}"'} for i in range(5)]
+    jsonl = _write(tmp_path / "a.jsonl", rows)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(jsonl.read_text())
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "c.parquet")
+    quoted = "".join('"{}","{}"\n'.format(r["question"], r["answer"].replace('"', '""')) for r in rows)
+    (tmp_path / "d.csv").write_text("question,answer\n" + quoted)
+    prints = [
+        load_samples(_config(tmp_path / name), tokenizer).fingerprints
+        for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.csv")
+    ]
+    assert all(p == prints[0] for p in prints)
+
+
+def test_ids_come_from_the_field_and_must_be_unique(tokenizer, tmp_path):
+    rows = [{"question": "q", "answer": "a", "key": key} for key in ("x", "y", "x")]
+    path = _write(tmp_path / "a.jsonl", rows)
+    assert [s.id for s in load_samples(_config(path), tokenizer).samples] == ["0", "1", "2"]
+    with pytest.raises(InputError, match="'x'"):
+        load_samples(_config(path, id_field="key"), tokenizer)
+    assert [s.id for s in load_samples(_config(path, id_field="key", limit=2), tokenizer).samples] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"template": "{prompt} ="}, "template"), ({"max_length": 99}, "template"), ({"limit": 3}, "data")],
+)
+def test_fingerprints_change_with_what_they_name(tokenizer, qa_file, change, name):
+    first = load_samples(_config(qa_file), tokenizer).fingerprints
+    second = load_samples(_config(qa_file, **change), tokenizer).fingerprints
+    assert {key for key in first if first[key] != second[key]} == {name}
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ([{"question": "q", "reply": "a"}], "no field 'answer'; it has question, reply"),
+        ([{"question": "q", "answer": 3}], "row 0 is int"),
+        ([{"question": "q", "answer": "a"}, {"question": "q", "answer": None}], "row 1 is NoneType"),
+    ],
+)
+def test_fields_that_cannot_be_used_are_named(tokenizer, tmp_path, rows, match):
+    with pytest.raises(InputError, match=match):
+        load_samples(_config(_write(tmp_path / "a.jsonl", rows)), tokenizer)
+
+
+def test_files_that_cannot_be_used_are_named(tokenizer, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"question": "q", "answer"\n')
+    (tmp_path / "a.xlsx").write_text("x")
+    for name, match in (
+        ("none.jsonl", "no such file"), ("empty.jsonl", r"empty\.jsonl"), ("broken.jsonl", "could not be read"),
+        ("a.xlsx", "none of"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=match) as caught:
+            load_samples(_config(tmp_path / name), tokenizer)
+        assert name in str(caught.value)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_token_batches_hold_every_sample_once_within_the_budget(lengths, max_tokens):
+    batches = token_batches(lengths, max_tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
+
+
+def test_collate_points_at_the_position_before_each_target(tokenizer, qa_file):
+    samples = load_samples(_config(qa_file), tokenizer).samples[:6]
+    batch = collate(samples, tokenizer.pad_token_id)
+    flat = batch.input_ids.reshape(-1)
+    assert flat[batch.positions + 1].tolist() == batch.target.tolist()
+    assert batch.cu_seqlens.diff().tolist() == [s.num_targets for s in samples]
+    assert batch.attention_mask.sum(1).tolist() == [len(s.input_ids) for s in samples]
+    assert np.array_equal(batch.input_ids[2, : len(samples[2].input_ids)], samples[2].input_ids)
+
+
+def test_bos_is_used_where_the_tokenizer_uses_it(tokenizer, tmp_path):
+    import tiny_model
+
+    assert starts_with_bos(tokenizer)
+    without = AutoTokenizer.from_pretrained(tiny_model.build(tmp_path, bos=False))
+    assert not starts_with_bos(without)

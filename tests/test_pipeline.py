@@ -1,0 +1,106 @@
+"""`run`: everything in one directory, continued where it stopped, from a file or from options."""
+
+import json
+
+import pytest
+import yaml
+from flow_finetune import pipeline as pipeline_module
+from flow_finetune.cli import app
+from flow_finetune.config import RunConfig, from_mapping
+from flow_finetune.errors import InputError
+from flow_finetune.pipeline import run
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def mapping(tiny_model_dir, qa_file, tmp_path):
+    """A whole run that takes seconds."""
+    (tmp_path / "text.txt").write_text("The answer is the third choice, Anna takes 3 of the 12 apples. " * 40)
+    rows = [{"context": f"Is {i} best?", "choices": [" yes", " the no", " 12"], "answer": i % 3} for i in range(9)]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"prompt_field": "question", "response_field": "answer"}
+    return {
+        "model": {"source": str(tiny_model_dir), "precision": "full", "device": "cpu"},
+        "data": {"source": str(qa_file), **fields},
+        "methods": [
+            {"name": "standard", "weights": "none"}, {"name": "flow"},
+            {"name": "token", "weights": "token", "quantile": 0.8, "clip_low": 0.1, "normalize": "mean"},
+        ],
+        "train": {"epochs": 1, "learning_rate": 1e-3},
+        "tasks": [
+            {"kind": "qa", "source": str(qa_file), "role": "target", "limit": 6, "num_generate": 2,
+             "max_new_tokens": 4, **fields},
+            {"kind": "perplexity", "source": str(tmp_path / "text.txt"), "window": 32},
+            {"kind": "multiple_choice", "source": str(tmp_path / "choices.jsonl")},
+        ],
+    }  # fmt: skip
+
+
+def test_a_run_makes_everything_and_a_second_call_makes_nothing_again(mapping, tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(mapping))
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "run.yaml"), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "report: " in " ".join(result.output.split())
+    for name in ("pretrained", "standard", "flow", "token"):
+        found = json.loads((tmp_path / "out" / name / "evaluation.json").read_text())
+        assert {task["kind"] for task in found["tasks"]} == {"qa", "perplexity", "multiple_choice"}
+    weights = {
+        name: json.loads((tmp_path / "out" / name / "train/summary.json").read_text())["mean_weight"]
+        for name in ("standard", "flow", "token")
+    }
+    assert weights["standard"] == 1.0
+    assert 0.2 < weights["flow"] < 0.6
+    assert weights["token"] == pytest.approx(1.0, rel=1e-5)
+    page = (tmp_path / "out/report/report.md").read_text()
+    assert all(name in page for name in ("pretrained", "standard", "flow", "token"))
+
+    for name in ("train", "score", "evaluate"):
+        original = getattr(pipeline_module, name)
+        monkeypatch.setattr(pipeline_module, name, _only_reuse(name, original))
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    mapping["train"]["epochs"] = 2
+    with pytest.raises(InputError, match=r"holds another run .its train differ"):
+        run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+
+
+def _only_reuse(name, original):
+    """A stand-in that fails if the part would be made again."""
+
+    def stand_in(lm, tokenizer, *rest, **options):
+        assert name != "evaluate", "evaluated again"
+        steps = []
+        lm.register_forward_pre_hook(lambda *_: steps.append(1))
+        found = original(lm, tokenizer, *rest, **options)
+        assert not steps, f"{name} ran the model again"
+        return found
+
+    return stand_in
+
+
+def test_options_alone_describe_a_run(mapping, tmp_path):
+    command = [
+        "run", "-m", mapping["model"]["source"], "-d", mapping["data"]["source"], "--prompt-field", "question",
+        "--response-field", "answer", "--method", "flow", "--perplexity", str(tmp_path / "text.txt"),
+        "--epochs", "1", "--lr", "1e-3", "--set", "model.precision=full", "--set", "train.batch_size=8",
+        "--set", "data.limit=10", "-o", str(tmp_path / "out"),
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "out/flow/train/summary.json").read_text())
+    assert (summary["num_samples"], summary["num_steps"]) == (10, 2)
+    assert summary["train"]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["report", "pretrained", "a/b", ""])
+def test_method_names_are_directories_of_their_own(mapping, tmp_path, name):
+    mapping["methods"] = [{"name": name}]
+    with pytest.raises(InputError, match="must be a plain directory name"):
+        run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_in_use_is_refused(mapping, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="used by something else"):
+        run(from_mapping(RunConfig, mapping, "test"), tmp_path / "used")

@@ -1,0 +1,239 @@
+"""Scores: right numbers, right file after a kill, and refused where they do not belong."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from flow_finetune import scores as scores_module
+from flow_finetune.config import DataConfig, MethodConfig, ModelConfig
+from flow_finetune.data import load_samples
+from flow_finetune.errors import InputError
+from flow_finetune.methods import make_weights
+from flow_finetune.models import load_model
+from flow_finetune.scores import read_metadata, read_scores, score, scoring_fingerprints
+
+import flow_kernels
+
+GSM8K = Path(__file__).parents[1] / "examples/data/gsm8k_train.jsonl.gz"
+
+
+# One thread: a tiny model gains nothing from more.
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def data_config(path, **options):
+    return DataConfig(str(path), prompt_field="question", response_field="answer", **options)
+
+
+@pytest.fixture
+def scored(tiny_model_dir, qa_file, tmp_path):
+    """Model, tokenizer, samples and their score file with token losses."""
+    config = ModelConfig(str(tiny_model_dir), precision="full", device="cpu")
+    lm, tokenizer = load_model(config)
+    samples = load_samples(data_config(qa_file), tokenizer)
+    path = tmp_path / "scores.parquet"
+    score(lm, tokenizer, samples, path, model_config=config, tokens=True)
+    return config, lm, tokenizer, samples, path
+
+
+def test_losses_equal_those_of_full_logits(scored):
+    _, lm, _, samples, path = scored
+    table = pq.read_table(path).to_pydict()
+    for row, sample in enumerate(samples.samples):
+        ids = torch.from_numpy(sample.input_ids).long()
+        logits = lm.model(input_ids=ids[None]).logits[0].detach().double()
+        nll = F.cross_entropy(logits[sample.start - 1 : -1], ids[sample.start :], reduction="none")
+        assert table["loss_sum"][row] == pytest.approx(float(nll.sum()), rel=1e-5)
+        assert table["num_targets"][row] == len(nll)
+        assert table["num_correct"][row] == int((logits[sample.start - 1 : -1].argmax(-1) == ids[sample.start :]).sum())
+        np.testing.assert_allclose(table["token_losses"][row], nll, rtol=2e-5, atol=2e-5)
+        assert table["id"][row] == sample.id
+
+
+def test_temperature_and_weights_of_1000_real_samples_equal_numpys(tiny_model_dir, tmp_path):
+    config = ModelConfig(str(tiny_model_dir), precision="full", device="cpu")
+    lm, tokenizer = load_model(config)
+    samples = load_samples(data_config(GSM8K, max_length=400), tokenizer)
+    assert samples.num_read == 1000
+    path = tmp_path / "scores.parquet"
+    score(lm, tokenizer, samples, path, model_config=config, batch_tokens=8192, tokens=True)
+    found = read_scores(path, samples, scoring_fingerprints(lm, tokenizer, samples), tokens=True)
+    per_sample = np.array([np.mean(values, dtype=np.float64) for values in found.token_losses])
+    tau = np.median(per_sample)
+    weights = make_weights(MethodConfig(), len(samples.samples), found)
+    assert weights.temperature == pytest.approx(tau, rel=1e-12)
+    assert read_metadata(path)["temperature"] == pytest.approx(tau, rel=1e-12)
+    np.testing.assert_allclose(weights.per_sample, np.exp(-per_sample / tau), rtol=1e-6)
+    assert weights.effective_sample_size == pytest.approx(
+        np.exp(-per_sample / tau).sum() ** 2 / (np.exp(-per_sample / tau) ** 2).sum(), rel=1e-5
+    )
+    all_tokens = np.concatenate(found.token_losses).astype(np.float64)
+    by_token = make_weights(MethodConfig(weights="token"), len(samples.samples), found)
+    assert by_token.temperature == pytest.approx(np.median(all_tokens), rel=1e-12)
+    np.testing.assert_allclose(
+        torch.cat(by_token.per_token), np.exp(-all_tokens / np.median(all_tokens)), rtol=1e-5, atol=1e-30
+    )
+
+
+def test_scores_come_back_in_the_order_of_the_samples(scored):
+    _, lm, tokenizer, samples, path = scored
+    samples.samples = samples.samples[::-1]
+    found = read_scores(path, samples, scoring_fingerprints(lm, tokenizer, samples))
+    assert found.loss.tolist() == pq.read_table(path).column("loss").to_pylist()[::-1]
+
+
+def test_a_second_call_leaves_complete_scores_alone(scored):
+    config, lm, tokenizer, samples, path = scored
+    before = path.read_bytes()
+    assert score(lm, tokenizer, samples, path, model_config=config, tokens=True) == 0.0
+    assert path.read_bytes() == before
+    with pytest.raises(InputError, match=r"holds other scores \(its tokens is True, this one's False\)"):
+        score(lm, tokenizer, samples, path, model_config=config, tokens=False)
+
+
+def test_foreign_scores_are_refused_by_the_fingerprint_that_differs(scored, tmp_path):
+    _, lm, tokenizer, samples, path = scored
+    fingerprints = scoring_fingerprints(lm, tokenizer, samples)
+    for name in ("model", "tokenizer", "template", "data"):
+        with pytest.raises(InputError, match=f"its {name} fingerprint is {fingerprints[name]}, this one's other"):
+            read_scores(path, samples, {**fingerprints, name: "other"})
+    with torch.no_grad():
+        lm.head.weight[0, 0] += 1e-3
+    with pytest.raises(InputError, match="model fingerprint"):
+        read_scores(path, samples, scoring_fingerprints(lm, tokenizer, samples))
+
+
+def test_missing_and_repeated_ids_are_refused(scored, tmp_path):
+    _, lm, tokenizer, samples, path = scored
+    fingerprints = scoring_fingerprints(lm, tokenizer, samples)
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1), tmp_path / "missing.parquet")
+    with pytest.raises(InputError, match=r"lacks 1 of 24 ids, the first is '0'"):
+        read_scores(tmp_path / "missing.parquet", samples, fingerprints)
+    repeated = table.take([0, *range(len(table))])
+    pq.write_table(repeated, tmp_path / "repeated.parquet")
+    with pytest.raises(InputError, match=r"1 repeated ids, the first is '0'"):
+        read_scores(tmp_path / "repeated.parquet", samples, fingerprints)
+
+
+def test_files_that_are_not_scores_are_refused(scored, tmp_path):
+    _, lm, tokenizer, samples, path = scored
+    fingerprints = scoring_fingerprints(lm, tokenizer, samples)
+    (tmp_path / "text.parquet").write_text("text")
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), tmp_path / "plain.parquet")
+    without = pq.read_table(path).drop_columns(["token_losses"])
+    pq.write_table(without, tmp_path / "sequence.parquet")
+    for name, match in (
+        ("none.parquet", "no such file"), ("text.parquet", "not a Parquet file"), ("plain.parquet", "not written by"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=match):
+            read_scores(tmp_path / name, samples, fingerprints)
+    with pytest.raises(InputError, match="--tokens"):
+        read_scores(tmp_path / "sequence.parquet", samples, fingerprints, tokens=True)
+
+
+def test_losses_that_are_not_finite_are_listed_and_nothing_is_left(tiny_model_dir, qa_file, tmp_path):
+    config = ModelConfig(str(tiny_model_dir), precision="full", device="cpu")
+    lm, tokenizer = load_model(config)
+    samples = load_samples(data_config(qa_file), tokenizer)
+    # Only samples 3 and 17 hold this token.
+    token = tokenizer("~", add_special_tokens=False).input_ids[0]
+    for index in (3, 17):
+        samples.samples[index].input_ids[5] = token
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[token] = float("nan")
+    with pytest.raises(InputError, match=r"2 samples is NaN or infinite, with ids (3, 17|17, 3);"):
+        score(lm, tokenizer, samples, tmp_path / "s.parquet", model_config=config, batch_tokens=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_journal_and_no_half_file(scored, tmp_path, monkeypatch):
+    config, lm, tokenizer, samples, path = scored
+    other = tmp_path / "other.parquet"
+
+    def full(table, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scores_module.pq, "write_table", full)
+        with pytest.raises(InputError, match="no disk space left"):
+            score(lm, tokenizer, samples, other, model_config=config, tokens=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.parquet.journal", "scores.parquet"]
+    score(lm, tokenizer, samples, other, model_config=config, tokens=True)
+    assert other.read_bytes() == path.read_bytes()
+
+
+def test_a_torn_journal_line_is_dropped_and_a_foreign_journal_refused(scored, tmp_path):
+    config, lm, tokenizer, samples, path = scored
+    other = tmp_path / "other.parquet"
+    journal = tmp_path / "other.parquet.journal"
+    header = {key: read_metadata(path)[key] for key in ("fingerprints", "settings")}
+    journal.write_text(json.dumps(header) + '\n{"samples": [1, 2], "loss_su')
+    score(lm, tokenizer, samples, other, model_config=config, tokens=True)
+    assert other.read_bytes() == path.read_bytes()
+    other.unlink()
+    header["fingerprints"]["data"] = "other"
+    journal.write_text(json.dumps(header) + "\n")
+    with pytest.raises(InputError, match=r"unfinished scoring of something else .*data fingerprint"):
+        score(lm, tokenizer, samples, other, model_config=config, tokens=True)
+    score(lm, tokenizer, samples, other, model_config=config, tokens=True, overwrite=True)
+    assert other.read_bytes() == path.read_bytes()
+
+
+def test_killed_scoring_continues_to_the_same_bytes(tiny_model_dir, tmp_path):
+    def command(output):
+        return [
+            sys.executable, "-m", "flow_finetune.cli", "score", "-m", str(tiny_model_dir), "-d", str(GSM8K),
+            "--prompt-field", "question", "--response-field", "answer", "--limit", "120", "--batch-tokens", "512",
+            "--max-length", "400", "--tokens", "--device", "cpu", "-o", str(output),
+        ]  # fmt: skip
+
+    undisturbed, killed = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    subprocess.run(command(undisturbed), check=True, capture_output=True, env=_ENVIRONMENT)
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_ENVIRONMENT)
+    journal = tmp_path / "b.parquet.journal"
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 20:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not killed.exists()
+    num_done = journal.read_bytes().count(b"\n") - 1
+    result = subprocess.run(command(killed), check=True, capture_output=True, env=_ENVIRONMENT, text=True)
+    assert f"continuing after {num_done} of" in result.stderr.replace("\n", " ")
+    assert killed.read_bytes() == undisturbed.read_bytes()
+    assert not journal.exists()
+
+
+def test_a_single_sample_has_no_median(scored):
+    _, lm, tokenizer, samples, path = scored
+    samples.samples = samples.samples[:1]
+    found = read_scores(path, samples, scoring_fingerprints(lm, tokenizer, samples))
+    with pytest.raises(InputError, match="at least 2 losses"):
+        make_weights(MethodConfig(), 1, found)
+    zeros = scores_module.Scores(torch.zeros(4, dtype=torch.float64), None, {})
+    with pytest.raises(InputError, match="temperature must be positive"):
+        make_weights(MethodConfig(), 4, zeros)
+
+
+def test_effective_sample_size_is_that_of_the_weights(scored):
+    _, lm, tokenizer, samples, path = scored
+    found = read_scores(path, samples, scoring_fingerprints(lm, tokenizer, samples))
+    weights = make_weights(MethodConfig(normalize="mean"), len(samples.samples), found)
+    assert weights.mean == pytest.approx(1.0, abs=1e-6)
+    assert weights.effective_sample_size == pytest.approx(
+        float(flow_kernels.effective_sample_size(weights.per_sample)), rel=1e-6
+    )

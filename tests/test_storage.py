@@ -1,0 +1,51 @@
+"""Files are whole or absent."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from flow_finetune.errors import InputError
+from flow_finetune.storage import atomic_path, fingerprint, require_disk_space, write_json
+
+
+def test_a_file_or_directory_replaces_the_old_one_when_it_is_whole(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    write_json(path, {"b": 1})
+    assert path.read_text() == '{\n "b": 1\n}\n'
+    with atomic_path(tmp_path / "d") as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("x")
+    with atomic_path(tmp_path / "d") as temporary:
+        temporary.mkdir()
+        (temporary / "newer").write_text("y")
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["newer"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EDQUOT, "quota"), KeyboardInterrupt()])
+def test_nothing_is_left_and_the_old_file_stays_when_writing_fails(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    expected = InputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected), atomic_path(path) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_other_errors_keep_their_class(tmp_path):
+    with pytest.raises(PermissionError), atomic_path(tmp_path / "a"):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_too_small_a_disk_is_named_even_for_a_path_that_does_not_exist_yet(tmp_path):
+    require_disk_space(tmp_path / "a" / "b", 1)
+    with pytest.raises(InputError, match="MiB are free"):
+        require_disk_space(tmp_path / "a" / "b", 1 << 60)
+    require_disk_space(Path("relative") / "path", 1)
+
+
+def test_fingerprints_keep_parts_apart():
+    assert fingerprint([b"ab", b"c"]) != fingerprint([b"a", b"bc"])
+    assert fingerprint([b"ab"]) == fingerprint([bytearray(b"ab")])
