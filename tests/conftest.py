@@ -69,7 +69,10 @@ def qa_file(tmp_path_factory) -> Path:
     """24 question/answer pairs of very different lengths, as JSONL."""
     path = tmp_path_factory.mktemp("data") / "qa.jsonl"
     rows = [
-        {"question": f"How many apples are {i} and {i}?" * (1 + i % 3), "answer": f"It is {2 * i}. " * (1 + i % 5) + f"#### {2 * i}"}
+        {
+            "question": f"How many apples are {i} and {i}?" * (1 + i % 3),
+            "answer": f"It is {2 * i}. " * (1 + i % 5) + f"#### {2 * i}",
+        }
         for i in range(24)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,6 +1,7 @@
 """Every metric against plain loops over the full logits of a tiny model, generation against transformers, bad input."""
 
 import gzip
+import itertools
 import json
 import math
 import re
@@ -10,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_model
 import torch
+from flow_finetune import choices, generate, tasks
 from flow_finetune import evaluate as evaluation
-from flow_finetune import generate, tasks
 from flow_finetune.config import ModelConfig, TaskConfig
-from flow_finetune.data import ALPACA_TEMPLATE
+from flow_finetune.data import ALPACA_TEMPLATE, Sample
 from flow_finetune.errors import InputError
-from flow_finetune.models import load_model
+from flow_finetune.models import CausalLM, load_model
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 TEXT = "The answer is 12. The question is how many apples are in the basket? Anna takes 3 of them, naïve as ever. " * 6
 QA = [
@@ -135,17 +137,25 @@ def test_limit_and_gzip(tiny, files, tmp_path):
     assert second["fingerprint"] != first["fingerprint"]
 
 
-def test_question_answers(tiny, files, tmp_path):
+def test_question_answers(tiny, tmp_path):
     lm, tokenizer = tiny
-    result = run(tiny, [qa_task(files["qa"], max_new_tokens=12, num_generate=4)], tmp_path / "out")
+    # Two answers that the model itself would give, so that some tokens are right.
+    rows = list(QA)
+    for question in ("Which of these?", "The best answer"):
+        prompt = tokenizer(ALPACA_TEMPLATE.replace("{prompt}", question), return_tensors="pt").input_ids
+        ids = lm.model.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+        rows.append({"question": question, "answer": tokenizer.decode(ids, skip_special_tokens=True)})
+    source = write_rows(tmp_path / "sums.jsonl", rows)
+    result = run(tiny, [qa_task(source, max_new_tokens=12, num_generate=4)], tmp_path / "out")
     losses, correct, counts = [], [], []
-    for row in QA:
+    for row in rows:
         prompt = tokenizer(ALPACA_TEMPLATE.replace("{prompt}", row["question"])).input_ids
         response = [*tokenizer(row["answer"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         log_probabilities, right = target_log_probabilities(lm, prompt + response, len(prompt))
         losses.append(-sum(log_probabilities))
         correct.append(sum(right))
         counts.append(len(response))
+    assert 0 < sum(correct) < sum(counts)
     metrics = metrics_of(result, "sums")
     assert metrics["nats_per_token"]["value"] == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
     assert metrics["token_accuracy"]["value"] == pytest.approx(sum(correct) / sum(counts))
@@ -209,6 +219,65 @@ def test_multiple_choice(tiny, files, tmp_path):
     task = tasks.prepare([config], tokenizer)[0]
     found = evaluation._score(lm, task.groups(), tokenizer.pad_token_id, 100, "full", "choices")
     np.testing.assert_allclose(-found.loss_sum, expected, rtol=1e-5)
+
+
+def test_contexts_are_run_once(tiny, files):
+    lm, tokenizer = tiny
+    groups = tasks.prepare([TaskConfig("multiple_choice", files["mc"])], tokenizer)[0].groups()
+    assert [len(group) for group in groups] == [len(row["choices"]) for row in MC]
+    _, num_tokens = choices.score_choices(lm, groups, tokenizer.pad_token_id)
+    # The last token of a context is run with each choice, because it predicts the choice's first.
+    once = sum(
+        g[0].start - 1 + sum(len(c.input_ids) - c.start + 1 for c in g)
+        for g in groups
+        if len({c.start for c in g}) == 1
+    )
+    rest = [g for g in groups if len({c.start for c in g}) > 1]
+    assert len(rest) <= 1
+    assert num_tokens <= once + sum(len(c.input_ids) for g in rest for c in g)
+    assert num_tokens < 0.8 * sum(len(c.input_ids) for g in groups for c in g)
+
+
+@pytest.fixture(scope="module")
+def sliding():
+    """A random Gemma 3 whose layers see 6 tokens or all, with a soft-cap on its logits."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=6, final_logit_softcapping=3.0, initializer_range=0.3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], query_pre_attn_scalar=8,
+    )  # fmt: skip
+    return CausalLM(Gemma3ForCausalLM(config).eval())
+
+
+def test_choices_of_a_sliding_window_model(sliding):
+    rng = np.random.default_rng(0)
+    groups, expected = [], []
+    for length in (1, 3, 9, 20, 33):
+        context = rng.integers(3, 97, length)
+        endings = [rng.integers(3, 97, n) for n in (1, 4, 11)]
+        groups.append(
+            [Sample("", np.concatenate([context, e]).astype(np.int32), length, "", "", False) for e in endings]
+        )
+    for sample in itertools.chain.from_iterable(groups):
+        expected.append(-sum(target_log_probabilities(sliding, sample.input_ids.tolist(), sample.start)[0]))
+    scores, _ = choices.score_choices(sliding, groups, 0)
+    np.testing.assert_allclose(scores.loss_sum, expected, rtol=1e-5)
+
+
+def test_generation_of_a_sliding_window_model(sliding):
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 97, n) for n in (2, 5, 9, 30)]
+    expected = [
+        sliding.model.generate(torch.tensor(p)[None], max_new_tokens=15, do_sample=False, eos_token_id=-1)[
+            0, len(p) :
+        ].tolist()
+        for p in prompts
+    ]
+    found = generate.generate_greedily(
+        sliding, prompts, stop_ids=[-1], pad_id=0, max_new_tokens=15, batch_tokens=1000, precision="no"
+    )
+    assert found == expected
 
 
 def test_straddling_token_belongs_to_the_choice(tiny, files):

@@ -1,12 +1,15 @@
 """`run`: everything in one directory, continued where it stopped, from a file or from options."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
 from flow_finetune import pipeline as pipeline_module
 from flow_finetune.cli import app
 from flow_finetune.config import RunConfig, from_mapping
+from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
 from flow_finetune.pipeline import run
 from typer.testing import CliRunner
@@ -104,3 +107,46 @@ def test_a_directory_in_use_is_refused(mapping, tmp_path):
     (tmp_path / "used/thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="used by something else"):
         run(from_mapping(RunConfig, mapping, "test"), tmp_path / "used")
+
+
+# Nothing of this project: what a user has after the run is a directory, transformers and torch.
+_FRESH_PROCESS = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+directory, text_file, qa_file, template_file = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(directory).eval()
+tokenizer = AutoTokenizer.from_pretrained(directory)
+template = open(template_file).read()
+
+@torch.no_grad()
+def loss(ids, start):
+    logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    return torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[start:]), reduction="sum").item()
+
+tokens = tokenizer(open(text_file).read(), add_special_tokens=False).input_ids
+windows = [[tokenizer.bos_token_id, *tokens[i : i + 31]] for i in range(0, len(tokens), 31)]
+found = {"text": sum(loss(w, 1) for w in windows) / len(tokens)}
+total = count = 0
+for line in list(open(qa_file))[:6]:
+    row = json.loads(line)
+    prompt = tokenizer(template.replace("{prompt}", row["question"])).input_ids
+    response = tokenizer(row["answer"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    total, count = total + loss(prompt + response, len(prompt)), count + len(response)
+found["qa"] = total / count
+print(json.dumps(found))
+"""
+
+
+def test_the_saved_model_reproduces_its_evaluation_in_a_fresh_process(mapping, qa_file, tmp_path):
+    mapping["methods"] = mapping["methods"][1:2]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    (tmp_path / "template.txt").write_text(ALPACA_TEMPLATE)
+    arguments = [tmp_path / "out/flow", tmp_path / "text.txt", qa_file, tmp_path / "template.txt"]
+    result = subprocess.run(
+        [sys.executable, "-c", _FRESH_PROCESS, *map(str, arguments)], check=True, capture_output=True, text=True
+    )
+    evaluation = json.loads((tmp_path / "out/flow/evaluation.json").read_text())
+    reported = {task["name"]: task["metrics"]["nats_per_token"]["value"] for task in evaluation["tasks"][:2]}
+    assert reported == pytest.approx(json.loads(result.stdout), rel=1e-5)

@@ -174,6 +174,14 @@ def test_log_lines_average_over_their_interval(setup, tmp_path):
     assert second[0]["loss"] == pytest.approx(pooled, rel=1e-5)
 
 
+def test_no_clipping_is_clipping_at_infinity(setup, tmp_path):
+    for name, norm in (("none", 0.0), ("huge", 1e9), ("small", 1e-3)):
+        setup.train(tmp_path / name, epochs=1, learning_rate=1e-3, max_grad_norm=norm)
+    none, huge, small = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("none", "huge", "small"))
+    assert none == huge
+    assert none != small
+
+
 def test_saved_directory_is_what_transformers_loads(setup, tmp_path):
     lm = load_model(setup.config)[0]
     setup.train(tmp_path / "out", lm=lm, epochs=1)

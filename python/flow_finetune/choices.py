@@ -20,6 +20,8 @@ from flow_finetune.models import CausalLM
 
 def split_length(choices: Sequence[Sample]) -> int:
     """How many tokens all choices begin with, short of the last one before the first target, which predicts it."""
+    if len(choices) == 1:
+        return 0
     shortest = min(c.start for c in choices) - 1
     first = choices[0].input_ids[:shortest]
     differs = [np.flatnonzero(c.input_ids[:shortest] != first) for c in choices[1:]]

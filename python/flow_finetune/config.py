@@ -65,7 +65,7 @@ class TrainConfig:
     learning_rate: float = 1e-5
     warmup: float = 0.03  # share of all steps
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # 0 for no clipping
     seed: int = 0
     checkpoint_every: int = 0  # optimiser steps; 0 for none
     log_every: int = 1

@@ -179,23 +179,20 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers():
-    """No weight-by-weight progress bars and no warnings about files it is not told to use."""
+    """No weight-by-weight progress bars and no warnings about files that it is not told to use."""
     transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity(logging.ERROR)
-    previous = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
     try:
         yield
     finally:
         transformers.utils.logging.set_verbosity(level)
         transformers.utils.logging.enable_progress_bar()
-        os.environ.pop("TQDM_DISABLE") if previous is None else os.environ.update(TQDM_DISABLE=previous)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a directory that `AutoModelForCausalLM.from_pretrained` loads, whole or not at all."""
-    with atomic_path(directory) as temporary:
+    with atomic_path(directory) as temporary, _quiet_transformers():
         temporary.mkdir()
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

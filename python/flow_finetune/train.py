@@ -158,7 +158,7 @@ def train(
             "mean_weight": weights.mean,
             "effective_sample_size": weights.effective_sample_size,
             "seconds": meter.elapsed(),
-            "tokens_per_second": meter.tokens / max(meter.elapsed(), 1e-9),
+            "tokens_per_second": meter.tokens * accelerator.num_processes / max(meter.elapsed(), 1e-9),
             "final_loss": last.get("loss"),
         }
         directory.finish(summary)
@@ -202,7 +202,7 @@ def _optimise(lm, samples, weights: Weights, directory, accelerator, method, con
             num_tokens = accumulate_gradients(
                 module, samples.samples, indices, weights, accelerator, config, model_config, meter
             )
-            grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), config.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), config.max_grad_norm or math.inf)
             learning_rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()

@@ -1,0 +1,44 @@
+"""The examples do what they say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from flow_finetune.config import RunConfig, from_mapping, read_yaml
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_replacing_the_loss_trains():
+    first, last = _load("replace_loss").main()
+    assert 0 < last < 0.2 * first
+
+
+def test_the_demos_configuration_is_whole_and_its_files_are_there():
+    mapping = read_yaml(EXAMPLES / "demo.yaml")
+    config = from_mapping(RunConfig, mapping, "demo.yaml")
+    assert [method.weights for method in config.methods] == ["none", "sequence"]
+    for source in (config.data.source, *(task.source for task in config.tasks)):
+        assert (EXAMPLES.parent / source).is_file(), source
+    assert {task.role for task in config.tasks} == {"target", "retained"}
+
+
+def test_the_demo_finds_its_model_and_names_a_missing_package(tmp_path, monkeypatch, capsys):
+    demo = _load("demo")
+    with open(demo.gguf_file("smollm2-135m", tmp_path), "rb") as file:
+        assert file.read(4) == b"GGUF"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "gemma-3-270m", "--output", str(tmp_path / "out")])
+    monkeypatch.chdir(EXAMPLES.parent)
+    with pytest.raises(SystemExit) as caught:
+        demo.main()
+    assert caught.value.code == 2
+    assert "make demo MODEL=gemma-3-270m" in capsys.readouterr().err
