@@ -176,7 +176,9 @@ def train(
     weight_decay: Annotated[
         float, typer.Option(min=0, help="AdamW's, of matrices.", rich_help_panel=_optimisation)
     ] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(min=0, help="Clipping; 0 for none.", rich_help_panel=_optimisation)] = 1.0,
+    max_grad_norm: Annotated[
+        float, typer.Option(min=0, help="Clipping; 0 for none.", rich_help_panel=_optimisation)
+    ] = 1.0,
     seed: Seed = 0,
     checkpoint_every: Annotated[
         int, typer.Option(min=0, help="Steps; 0 for no checkpoints.", rich_help_panel=_optimisation)
