@@ -15,8 +15,8 @@ from pathlib import Path
 from flow_finetune.config import RunConfig, from_mapping, read_yaml
 from flow_finetune.errors import InputError
 from flow_finetune.pipeline import run, run_directories
+from flow_finetune.progress import print_table
 from flow_finetune.report import summary_table
-from rich.console import Console
 
 # The learning rate is the model's: one at which plain fine-tuning of it forgets visibly in so few steps.
 LEARNING_RATE = {"smollm2-135m": 5e-4, "gemma-3-270m": 1e-4}
@@ -52,10 +52,8 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    console = Console()
-    console.print(summary_table(run_directories(config, output)))
-    console.print(f"{time.perf_counter() - started:,.0f} seconds", highlight=False)
-    console.print(f"report: {report}", soft_wrap=True, highlight=False)
+    print_table(summary_table(run_directories(config, output)))
+    print(f"{time.perf_counter() - started:,.0f} seconds in all\nreport: {report}")
 
 
 if __name__ == "__main__":

@@ -79,18 +79,19 @@ def cross_entropy(
     rows = flatten(input, target, cu_seqlens, ignore_index, shift)
     weight = check_options(rows, input.shape[-1], weight, label_smoothing, softcap, z_loss)
     row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
+    kept = drop_zero_weight(rows, row_weight)
     options = (weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss))
     backend = backends.resolve(backend, input.device.type)
 
     if reduction == "none":
         _no_normalizer(normalizer)
-        loss, _, _ = ops.cross_entropy_fwd(rows.input, drop_zero_weight(rows, row_weight), *options, backend)
+        loss, _, _ = ops.cross_entropy_fwd(rows.input, kept, *options, backend)
         return (loss if row_weight is None else row_weight * loss).reshape(rows.shape)
     row_weight = row_weights(rows, row_weight, weight, reduction, normalizer)
     if torch.is_grad_enabled() and rows.input.requires_grad and not _needs_loss_scale(rows.input):
-        total, _, _ = ops.cross_entropy_fwd_bwd(rows.input, rows.target, row_weight, *options, backend)
+        total, _, _ = ops.cross_entropy_fwd_bwd(rows.input, kept, row_weight, *options, backend)
         return total
-    loss, _, _ = ops.cross_entropy_fwd(rows.input, drop_zero_weight(rows, row_weight), *options, backend)
+    loss, _, _ = ops.cross_entropy_fwd(rows.input, kept, *options, backend)
     return (row_weight * loss).sum()
 
 
@@ -136,6 +137,7 @@ def linear_cross_entropy(
     check_head(input, linear_weight, linear_bias)
     weight = check_options(rows, linear_weight.shape[0], weight, label_smoothing, softcap, z_loss)
     row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
+    kept = drop_zero_weight(rows, row_weight)
     options = (
         weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), check_chunk_size(chunk_size),
     )  # fmt: skip
@@ -143,7 +145,6 @@ def linear_cross_entropy(
 
     if reduction == "none":
         _no_normalizer(normalizer)
-        kept = drop_zero_weight(rows, row_weight)
         loss, _, _ = ops.linear_cross_entropy_fwd(rows.input, linear_weight, kept, linear_bias, *options, backend)
         return (loss if row_weight is None else row_weight * loss).reshape(rows.shape)
     row_weight = row_weights(rows, row_weight, weight, reduction, normalizer)
@@ -152,10 +153,9 @@ def linear_cross_entropy(
     ]
     if any(needs) and not _needs_loss_scale(rows.input):
         total, *_ = ops.linear_cross_entropy_fwd_bwd(
-            rows.input, linear_weight, rows.target, row_weight, linear_bias, *options, *needs, backend
+            rows.input, linear_weight, kept, row_weight, linear_bias, *options, *needs, backend
         )
         return total
-    kept = drop_zero_weight(rows, row_weight)
     loss, _, _ = ops.linear_cross_entropy_fwd(rows.input, linear_weight, kept, linear_bias, *options, backend)
     return (row_weight * loss).sum()
 

@@ -112,6 +112,15 @@ def _(input, linear_weight, target, row_weight, linear_bias, *rest):
     return loss.new_empty(()), loss, *_fake_head_gradients(input, linear_weight, linear_bias, *rest[-4:-1])
 
 
+def _forbid_create_graph() -> None:
+    """Raise where gradients of gradients are recorded: what was made in the forward pass would count as a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the gradients of flow_kernels' losses are not differentiable themselves (create_graph=True); "
+            "use torch.nn.functional.cross_entropy for second derivatives"
+        )
+
+
 def _setup_cross_entropy_fwd(ctx, inputs, output):
     logits, target, class_weight, *ctx.options = inputs
     _, lse, correct = output
@@ -135,6 +144,7 @@ def _setup_cross_entropy_fwd_bwd(ctx, inputs, output):
 
 
 def _cross_entropy_fwd_bwd_backward(ctx, dtotal, *_):
+    _forbid_create_graph()
     loss, dlogits = ctx.saved_tensors
     return dlogits * dtotal, None, dtotal * loss, *[None] * 6
 
@@ -170,6 +180,7 @@ def _setup_linear_fwd_bwd(ctx, inputs, output):
 
 
 def _linear_fwd_bwd_backward(ctx, dtotal, *_):
+    _forbid_create_graph()
     loss, *grads = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     dinput, dlinear_weight, dlinear_bias = (g * dtotal if need else None for g, need in zip(grads, needs, strict=True))

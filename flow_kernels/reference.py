@@ -95,12 +95,13 @@ def row_gradients(
     spread = hit + 2 * z_loss * lse
     if label_smoothing > 0:
         spread = spread + label_smoothing * (1.0 if class_weight is None else class_weight.sum() / num_classes)
-    log_p = z - lse[:, None]
-    dlogits = spread[:, None] * torch.exp(log_p)
-    # At the target, spread * p - hit = (spread - hit) * p + hit * (p - 1), and expm1 keeps p - 1 exact near p = 1.
-    log_p_target = log_p.gather(1, target[:, None]).squeeze(1)
-    at_target = (spread - hit) * torch.exp(log_p_target) + hit * torch.expm1(log_p_target)
-    dlogits.scatter_(1, target[:, None], at_target[:, None])
+    p = torch.exp(z - lse[:, None])
+    p_target = p.gather(1, target[:, None]).squeeze(1)
+    # At the target, spread * p - hit = (spread - hit) * p - hit * (1 - p). Near p = 1, where FLOW puts its weight, 1 - p
+    # is taken as the sum of the others: the rounding of lse is then relative to each of them, not to 1.
+    others = p.scatter(1, target[:, None], 0.0).sum(1)
+    dlogits = spread[:, None] * p
+    dlogits.scatter_(1, target[:, None], ((spread - hit) * p_target - hit * others)[:, None])
     if label_smoothing > 0:
         dlogits -= label_smoothing / num_classes * (1.0 if class_weight is None else class_weight)
     if softcap > 0:

@@ -17,6 +17,7 @@ NORMALIZATIONS = ("none", "mean", "simplex")
 
 
 def _selected(losses: Tensor, mask: Tensor | None) -> Tensor:
+    """The losses that count, flat; their values are not looked at."""
     if not isinstance(losses, Tensor) or not losses.dtype.is_floating_point:
         raise TypeError("losses must be a floating-point tensor")
     if mask is None:
@@ -27,6 +28,10 @@ def _selected(losses: Tensor, mask: Tensor | None) -> Tensor:
                 f"mask must be boolean of shape {tuple(losses.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         values = losses[mask]
+    return values.detach()
+
+
+def _check_finite(losses: Tensor, mask: Tensor | None = None) -> None:
     bad = (~torch.isfinite(losses) if mask is None else ~torch.isfinite(losses) & mask).nonzero()
     if bad.shape[0]:
         index = bad[0].tolist()
@@ -34,7 +39,6 @@ def _selected(losses: Tensor, mask: Tensor | None) -> Tensor:
             f"{bad.shape[0]} losses are not finite, the first, losses{index}, is {float(losses[tuple(index)])}; "
             "drop these samples before weighting"
         )
-    return values.detach()
 
 
 def _gather(values: Tensor, group) -> Tensor:
@@ -70,8 +74,12 @@ def temperature(losses: Tensor, *, quantile: float = 0.5, mask: Tensor | None = 
     if not 0.0 <= quantile <= 1.0:
         raise ValueError(f"quantile must be in [0, 1], got {quantile}")
     values = _selected(losses, mask).double()
-    if group is not None:
+    if group is None:
+        _check_finite(losses, mask)
+    else:
+        # Checked together, so that every rank raises and none waits for one that did.
         values = _gather(values, group)
+        _check_finite(values)
     if values.numel() < 2:
         raise ValueError(
             f"a temperature needs at least 2 losses, got {values.numel()}; score more samples or pass a number"
@@ -123,6 +131,7 @@ def flow_weights(
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
     values = _selected(losses, mask).double()
+    _check_finite(losses, mask)
     if temperature is None:
         tau = _quantile_of(losses, quantile, mask)
     else:

@@ -6,6 +6,8 @@ import pytest
 from flow_finetune.cli import app
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def call(tmp_path, tiny_model_dir, qa_file, monkeypatch):

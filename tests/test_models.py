@@ -16,6 +16,8 @@ from flow_finetune.models import CausalLM, load_model, model_fingerprint, save_m
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def _config(source, **options):
     return ModelConfig(str(source), precision="full", device="cpu", **options)

@@ -261,3 +261,9 @@ def test_nothing_is_differentiated_twice_in_silence(backend):
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.square().sum().backward()
+    # A mean's gradient is made in the forward pass, so a graph of it would hold it as a constant: refused at once.
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(cross_entropy(logits, target, backend=backend), logits, create_graph=True)
+    head = torch.randn(logits.shape[-1], logits.shape[-1])
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(linear_cross_entropy(logits, head, target, backend=backend), logits, create_graph=True)

@@ -14,6 +14,8 @@ from flow_finetune.errors import InputError
 from flow_finetune.pipeline import run
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def mapping(tiny_model_dir, qa_file, tmp_path):

@@ -24,6 +24,8 @@ from flow_finetune.scores import read_metadata, read_scores, score, scoring_fing
 
 import flow_kernels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GSM8K = Path(__file__).parents[1] / "examples/data/gsm8k_train.jsonl.gz"
 
 

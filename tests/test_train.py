@@ -26,6 +26,8 @@ from flow_finetune.train import Meter, accumulate_gradients, micro_batches, step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 METHODS = {
     "standard": MethodConfig("standard", "none"),
     "sequence": MethodConfig("sequence", "sequence"),

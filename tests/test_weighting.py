@@ -177,6 +177,11 @@ def test_effective_sample_size_extremes():
 def _worker(rank, init, path, parts):
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=len(parts))
     taus = [float(temperature(parts[rank], quantile=q, group=dist.group.WORLD)) for q in (0.5, 0.1, 0.83)]
+    # A NaN on one rank raises on all: none is left waiting in a collective.
+    bad = parts[rank].clone()
+    bad[0] = float("nan") if rank == 0 else bad[0]
+    with pytest.raises(ValueError, match="1 losses are not finite"):
+        temperature(bad, group=dist.group.WORLD)
     torch.save(taus, f"{path}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 import yaml
-from rich.console import Console
 from rich.markup import escape
 
 from flow_finetune.config import (
@@ -24,7 +23,7 @@ from flow_finetune.config import (
     read_yaml,
 )
 from flow_finetune.errors import InputError
-from flow_finetune.progress import console, say
+from flow_finetune.progress import console, print_table, say
 from flow_kernels import BackendUnavailable
 
 app = typer.Typer(
@@ -394,7 +393,7 @@ def run(
             _set(mapping, name, yaml.safe_load(value))
         run_config = from_mapping(RunConfig, mapping, str(config) if config else "the command line")
         path = run_pipeline(run_config, output)
-        Console().print(summary_table(run_directories(run_config, output)))
+        print_table(summary_table(run_directories(run_config, output)))
         say(f"report: {path}")
 
 

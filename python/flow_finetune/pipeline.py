@@ -28,6 +28,7 @@ from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.scores import score
 from flow_finetune.storage import write_json
+from flow_finetune.tasks import prepare
 from flow_finetune.train import train
 
 _RESERVED = ("pretrained", "report")
@@ -102,6 +103,8 @@ def _base_model(config: ModelConfig, pretrained: Path) -> ModelConfig:
 def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, scores: Path) -> SampleSet:
     lm, tokenizer = load_model(base)
     samples = load_samples(config.data, tokenizer)
+    # Before anything is trained: an evaluation file that cannot be used is found now.
+    prepare(config.tasks, tokenizer)
     say(f"{config.data.source}: {samples.describe()}")
     if _scores_path(config, scores.parent) is not None:
         tokens = any(method.weights == "token" for method in config.methods)

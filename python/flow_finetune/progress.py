@@ -8,8 +8,15 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 console = Console(stderr=True)
+
+
+def print_table(table: Table) -> None:
+    """Print a table to stdout, at its full width where that is not a terminal."""
+    output = Console()
+    (output if output.is_terminal else Console(width=200)).print(table)
 
 
 def say(message: str) -> None:
