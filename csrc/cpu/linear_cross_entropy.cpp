@@ -10,6 +10,7 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include <atomic>
 #include <cmath>
 
 namespace flow_kernels {
@@ -103,10 +104,14 @@ struct Head {
     const int64_t per_thread = kernels->scratch_bytes(problem, false);
     at::Tensor scratch = bytes(threads * per_thread);
     char* scratch_ptr = static_cast<char*>(scratch.mutable_data_ptr());
-    at::parallel_for(0, stretches, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        kernels->forward(problem, s * problem.num_tiles / stretches, (s + 1) * problem.num_tiles / stretches,
-                         stats + s * n, scratch_ptr + at::get_thread_num() * per_thread);
+    // Threads take the next stretch when they are free: a core that is busy elsewhere delays one stretch, not half.
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) {
+        for (int64_t s = next++; s < stretches; s = next++) {
+          kernels->forward(problem, s * problem.num_tiles / stretches, (s + 1) * problem.num_tiles / stretches,
+                           stats + s * n, scratch_ptr + w * per_thread);
+        }
       }
       release();
     });
