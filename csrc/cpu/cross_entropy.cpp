@@ -72,7 +72,7 @@ at::Tensor cross_entropy_bwd_cpu(const at::Tensor& dloss, const at::Tensor& logi
   const int64_t num_classes = logits_.size(1);
   const KeptRows rows = keep_rows(target, dloss, num_classes, ignore_index);
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
-  at::Tensor dlogits = rows.size() == target.numel() ? at::empty(logits_.sizes(), logits_.options())
+  at::Tensor dlogits = rows.size() == target.numel() ? with_huge_pages(at::empty(logits_.sizes(), logits_.options()))
                                                      : at::zeros(logits_.sizes(), logits_.options());
   const Kernels& kernels = row_kernels();
   const at::Tensor lses = lse.contiguous();
@@ -100,7 +100,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_fwd_bwd_cpu(
   const KeptRows rows = keep_rows(target, row_weight, num_classes, ignore_index);
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat);
-  at::Tensor dlogits = rows.size() == target.numel() ? at::empty(logits_.sizes(), logits_.options())
+  at::Tensor dlogits = rows.size() == target.numel() ? with_huge_pages(at::empty(logits_.sizes(), logits_.options()))
                                                      : at::zeros(logits_.sizes(), logits_.options());
   const Kernels& kernels = row_kernels();
   const int64_t* index = rows.index.const_data_ptr<int64_t>();

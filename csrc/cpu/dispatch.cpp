@@ -4,6 +4,10 @@
 #include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cmath>
 #include <limits>
 
@@ -90,6 +94,19 @@ KeptRows keep_rows(const at::Tensor& target, const std::optional<at::Tensor>& sc
     rows.scale.mutable_data_ptr<float>()[i] = g == nullptr ? 1.0f : g[index[i]];
   }
   return rows;
+}
+
+at::Tensor with_huge_pages(at::Tensor tensor) {
+#ifdef __linux__
+  // Above 32 MiB malloc always maps memory for one block and unmaps it again, so the advice stays with this tensor.
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const auto size = static_cast<uintptr_t>(tensor.nbytes());
+  if (size <= (uintptr_t{32} << 20)) return tensor;
+  const auto begin = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + size) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return tensor;
 }
 
 LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t num_classes, double label_smoothing,

@@ -29,6 +29,10 @@ struct KeptRows {
 KeptRows keep_rows(const at::Tensor& target, const std::optional<at::Tensor>& scale, int64_t num_classes,
                    int64_t ignore_index);
 
+// Ask for 2 MiB pages for a large fresh tensor: touching it first costs 0.35 s per 335 MB in 4 KiB pages on a virtual
+// machine, five times as long as writing it.
+at::Tensor with_huge_pages(at::Tensor tensor);
+
 LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t num_classes, double label_smoothing,
                          double softcap, double z_loss);
 

@@ -26,7 +26,7 @@ constexpr int64_t scratch_budget = int64_t{248} << 20;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-at::Tensor bytes(int64_t size) { return at::empty({std::max<int64_t>(size, 64)}, at::kByte); }
+at::Tensor bytes(int64_t size) { return with_huge_pages(at::empty({std::max<int64_t>(size, 64)}, at::kByte)); }
 
 struct Head {
   at::Tensor input, weight, bias;
@@ -165,7 +165,7 @@ struct Head {
     at::Tensor dinput = need_dinput ? at::zeros(input.sizes(), input.options()) : at::empty({0}, input.options());
     const auto options = weight.options();
     at::Tensor dweight = !need_dweight ? at::empty({0}, options)
-                         : some        ? at::empty(weight.sizes(), options)
+                         : some        ? with_huge_pages(at::empty(weight.sizes(), options))
                                        : at::zeros(weight.sizes(), options);
     at::Tensor dbias = at::zeros({need_dbias ? problem.num_classes : 0}, at::kFloat);
     problem.need_dinput = need_dinput;
