@@ -1,5 +1,90 @@
-"""Builds flow-kernels; everything static is in pyproject.toml."""
+"""Builds flow-kernels; everything static is in pyproject.toml.
 
-from setuptools import setup
+FLOW_KERNELS_BUILD says what to compile: `auto` (the default: the CPU kernels if torch and a compiler are there), `cpu`
+(the same, but failing to is an error), `off`. Without compiled kernels the install is pure Python and works; the
+reason is left in flow_kernels/build_report.txt, which `python -m flow_kernels` prints.
+"""
 
-setup()
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+MODE = os.environ.get("FLOW_KERNELS_BUILD", "auto")
+SOURCES = ["csrc/ops.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
+REPORT = "build_report.txt"
+
+
+def why_not() -> str | None:
+    """The reason why nothing can be compiled here, or None."""
+    if MODE not in ("auto", "cpu", "off"):
+        raise SystemExit(f"FLOW_KERNELS_BUILD must be auto, cpu or off, got {MODE!r}")
+    if MODE == "off":
+        return "built with FLOW_KERNELS_BUILD=off"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"the CPU kernels are x86-64 code and this is {platform.machine()}"
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        return f"torch could not be imported at build time ({error}); install with --no-build-isolation"
+    compiler = os.environ.get("CXX", "c++")
+    if os.name != "nt" and not any(shutil.which(c) for c in (compiler, "g++")):
+        return f"no C++ compiler ({compiler} and g++ are not on the PATH)"
+    return None
+
+
+class BuildKernels(build_ext):
+    """Compiles with torch's build command, or says why not and leaves a pure-Python package."""
+
+    def run(self) -> None:
+        report = Path(self.get_ext_fullpath("flow_kernels._cpu")).parent / REPORT
+        report.parent.mkdir(parents=True, exist_ok=True)
+        reason = why_not()
+        if reason is None:
+            try:
+                self.compile()
+                report.unlink(missing_ok=True)
+                return
+            except Exception as error:
+                reason = f"compilation failed: {str(error).strip().splitlines()[0]}"
+                if MODE == "auto":
+                    print(f"flow-kernels: {error}")
+        if MODE == "cpu":
+            raise SystemExit(f"flow-kernels: {reason}")
+        print(f"flow-kernels: pure-Python install: {reason}")
+        report.write_text(reason + "\n")
+
+    def compile(self) -> None:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, is_ninja_available
+
+        # -O3 only: each instruction set is chosen inside its own file (csrc/cpu/isa_*.cpp), never for all of them.
+        # The uninitialised values that GCC 12 warns of are its own, in _mm512_undefined_ps.
+        flags = ["-O3", "-g0", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
+        extension = CppExtension(
+            "flow_kernels._cpu",
+            SOURCES,
+            extra_compile_args=flags + os.environ.get("FLOW_KERNELS_CXXFLAGS", "").split(),
+            extra_link_args=os.environ.get("FLOW_KERNELS_CXXFLAGS", "").split(),
+        )
+        command = BuildExtension(
+            self.distribution, use_ninja=is_ninja_available(), no_python_abi_suffix=True
+        )
+        command.initialize_options()
+        for option in ("build_lib", "build_temp", "inplace", "editable_mode", "parallel", "force"):
+            setattr(command, option, getattr(self, option))
+        self.distribution.ext_modules = [extension]
+        command.ensure_finalized()
+        command.extensions = [extension]
+        command.run()
+        print(f"flow-kernels: CPU kernels compiled against torch {torch.__version__}")
+
+    def get_outputs(self) -> list[str]:
+        folder = Path(self.get_ext_fullpath("flow_kernels._cpu")).parent
+        return [str(p) for p in (*folder.glob("_cpu*.so"), *folder.glob("_cpu*.pyd"), folder / REPORT) if p.exists()]
+
+
+setup(ext_modules=[Extension("flow_kernels._cpu", SOURCES)], cmdclass={"build_ext": BuildKernels})

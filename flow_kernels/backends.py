@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from flow_kernels import reference
+from flow_kernels import cpu, reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # By device type, best first. `reference` runs on every device that torch runs on.
-PREFERENCE = {"cpu": ("reference",), "cuda": ("reference",)}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
 
 class BackendUnavailable(RuntimeError):
@@ -33,6 +33,11 @@ def status(backend: str, device_type: str) -> Status:
     """Say whether `backend` can serve tensors on `device_type`, and why (not)."""
     if backend == "reference":
         return Status(True, "eager torch, every device and dtype")
+    if backend == "cpu":
+        if device_type != "cpu":
+            return Status(False, "its kernels read CPU memory only")
+        reason = cpu.why_not()
+        return Status(reason is None, reason or cpu.describe())
     if backend in BACKENDS:
         return Status(False, f"flow_kernels has no {backend} kernels in this version")
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
@@ -59,4 +64,4 @@ def resolve(backend: str, device_type: str) -> str:
 
 def implementation(backend: str) -> ModuleType:
     """The module that holds the operators of a resolved backend, under the names of `flow_kernels.reference`."""
-    return {"reference": reference}[backend]
+    return {"reference": reference, "cpu": cpu}[backend]

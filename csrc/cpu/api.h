@@ -1,0 +1,107 @@
+// What the dispatcher (ATen) and the kernels (one translation unit per instruction set) say to each other.
+//
+// N rows that count, V vocabulary entries, D hidden. A "word" is 32 bits of a product's operand: two bf16 along the
+// summed dimension where vdpbf16ps or AMX multiplies them (group = 2), one fp32 elsewhere (group = 1).
+//
+// This header and everything the kernels include is free of ATen and of standard templates: an inline function
+// compiled for AVX-512 here would otherwise be the one the linker keeps for every CPU.
+#pragma once
+#include <cstdint>
+
+namespace flow_kernels {
+
+enum class DType : int { f32, bf16, f16 };
+
+// The options of the loss; class_weight is [V] or null, mean_class_weight is sum(class_weight) / V or 1.
+struct LossOptions {
+  const float* class_weight;
+  float mean_class_weight;
+  float label_smoothing;
+  float softcap;
+  float z_loss;
+  int64_t num_classes;
+};
+
+// What a stretch of the vocabulary has added to one row: max, sum of exp(z - max), sum of class_weight * z.
+struct RowStats {
+  float max;
+  float sum;
+  float smooth;
+};
+
+// The loss of the rows and what their gradients need, [N] each; log_p and target_logit are null in a backward pass
+// that only has lse.
+struct RowResults {
+  const int64_t* target;
+  float* target_logit;
+  float* max_before;  // largest logit in front of the target within its stretch: decides ties of the argmax
+  const float* lse;
+  const float* log_p;      // log-probability of the target, exact near 0
+  const float* row_scale;  // g
+};
+
+// Exponentials of some vocabulary tiles, kept by the forward pass so that the backward pass need not multiply again.
+struct Kept {
+  char* values;   // [num_kept, N, tile] fp16 (times 2^15) where bytes == 2, fp32 where bytes == 4
+  float* maxima;  // [num_kept, N]: what was subtracted
+  int bytes;
+  int64_t num_kept;
+};
+
+struct HeadProblem {
+  int64_t num_rows, num_classes, dim;
+  DType dtype;
+  const void* weight;  // [V, D]
+  int64_t weight_stride;
+  const float* bias;  // [V] or null
+  const uint32_t* rows_a;  // the input, packed as the left operand of the logits
+  const uint32_t* rows_b;  // the input, packed as the right operand of the weight gradient; null without one
+  int64_t tile, num_tiles;
+  LossOptions loss;
+  RowResults rows;
+  Kept kept;
+  // backward only
+  bool need_dinput;
+  void* dweight;   // [V, D] contiguous in dtype, or null
+  float* dbias;    // [V] or null
+};
+
+// One product C[M, width] (+)= A[M, K] B[K, width] of bf16 by the CPU's matrix unit, A row-major, B in pairs of K.
+using BrgemmFn = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                          const void* a, const void* b, float* c);
+
+// The kernels of one instruction set for one kind of word.
+struct Kernels {
+  const char* name;
+  int group;            // elements per word
+  int64_t width;        // fp32 lanes of a vector
+  int64_t row_multiple;  // rows are padded to this
+  int64_t (*tile_width)(int64_t dim);
+  // Bytes of scratch one thread needs; `backward` adds the probabilities, the second packing and dweight's tile.
+  int64_t (*scratch_bytes)(const HeadProblem&, bool backward);
+  // input[index[i]] for i < num_rows, as left operand [num_rows padded, D] and right operand [num_rows, D].
+  void (*pack_rows_a)(const void* input, int64_t stride, const int64_t* index, int64_t num_rows, int64_t dim, DType,
+                      uint32_t* out);
+  void (*pack_rows_b)(const void* input, int64_t stride, const int64_t* index, int64_t num_rows, int64_t dim, DType,
+                      uint32_t* out);
+  // Statistics of tiles [first, last) for every row, stats is [N].
+  void (*forward)(const HeadProblem&, int64_t first, int64_t last, RowStats* stats, char* scratch);
+  // Gradients of tiles [first, last); dinput is this thread's [N padded, D padded] fp32 sum.
+  void (*backward)(const HeadProblem&, int64_t first, int64_t last, float* dinput, char* scratch);
+  // out[index[i], :] = sum over `parts` of dinput[part][i, :], for rows [first, last).
+  void (*finish_dinput)(const float* dinput, int64_t parts, int64_t part_stride, int64_t dim, const int64_t* index,
+                        int64_t first, int64_t last, DType, void* out, int64_t out_stride);
+  // Given logits of one row [V]: its statistics, and its gradient in dtype.
+  void (*row_stats)(const void* logits, DType, int64_t target, const LossOptions&, RowStats*, double* sum,
+                    double* smooth, float* target_logit, float* max_before);
+  void (*row_gradient)(const void* logits, DType, int64_t target, const LossOptions&, float lse, const float* log_p,
+                       float row_scale, void* out);
+};
+
+// Null where this build or CPU has no such kernels. Defined one per translation unit.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+const Kernels* brgemm_kernels(BrgemmFn product);
+
+}  // namespace flow_kernels

@@ -1,0 +1,123 @@
+// cross_entropy of given logits [N, V]: rows are independent, each is read once per pass and stays in cache between.
+#include "operators.h"
+
+#include "dispatch.h"
+
+namespace flow_kernels {
+
+namespace {
+
+const Kernels& row_kernels() {
+  const Kernels* kernels = kernels_for(DType::f32, "");
+  TORCH_CHECK(kernels != nullptr, "this CPU has no AVX2");
+  return *kernels;
+}
+
+struct Logits {
+  at::Tensor tensor;
+  DType dtype;
+  const char* base;
+  int64_t stride_bytes;
+
+  explicit Logits(const at::Tensor& logits) {
+    TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape [N, V]");
+    dtype = dtype_of(logits, "logits");
+    tensor = logits.size(1) > 1 && logits.stride(1) != 1 ? logits.contiguous() : logits;
+    base = static_cast<const char*>(tensor.const_data_ptr());
+    stride_bytes = tensor.stride(0) * static_cast<int64_t>(tensor.element_size());
+  }
+  const void* row(int64_t i) const { return base + i * stride_bytes; }
+};
+
+RowLoss loss_of_row(const Kernels& kernels, const Logits& logits, int64_t row, int64_t target,
+                    const LossOptions& options) {
+  RowStats stats;
+  double sum, smooth;
+  float target_logit, max_before;
+  kernels.row_stats(logits.row(row), logits.dtype, target, options, &stats, &sum, &smooth, &target_logit, &max_before);
+  return finish_row(options, stats.max, sum, smooth, target_logit, max_before, target);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
+    const at::Tensor& logits_, const at::Tensor& target, const std::optional<at::Tensor>& class_weight,
+    int64_t ignore_index, double label_smoothing, double softcap, double z_loss) {
+  const Logits logits(logits_);
+  const int64_t num_classes = logits_.size(1);
+  const KeptRows rows = keep_rows(target, std::nullopt, num_classes, ignore_index);
+  const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
+  at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat), lse = at::zeros_like(loss);
+  at::Tensor correct = at::zeros({logits_.size(0)}, at::kBool);
+  const Kernels& kernels = row_kernels();
+  const int64_t* index = rows.index.const_data_ptr<int64_t>();
+  const int64_t* targets = rows.target.const_data_ptr<int64_t>();
+  float *loss_ptr = loss.mutable_data_ptr<float>(), *lse_ptr = lse.mutable_data_ptr<float>();
+  bool* correct_ptr = correct.mutable_data_ptr<bool>();
+  at::parallel_for(0, rows.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const RowLoss row = loss_of_row(kernels, logits, index[i], targets[i], options);
+      loss_ptr[index[i]] = row.loss;
+      lse_ptr[index[i]] = row.lse;
+      correct_ptr[index[i]] = row.correct;
+    }
+  });
+  return {loss, lse, correct};
+}
+
+at::Tensor cross_entropy_bwd_cpu(const at::Tensor& dloss, const at::Tensor& logits_, const at::Tensor& target,
+                                 const at::Tensor& lse, const std::optional<at::Tensor>& class_weight,
+                                 int64_t ignore_index, double label_smoothing, double softcap, double z_loss) {
+  const Logits logits(logits_);
+  const int64_t num_classes = logits_.size(1);
+  const KeptRows rows = keep_rows(target, dloss, num_classes, ignore_index);
+  const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
+  at::Tensor dlogits = rows.size() == target.numel() ? with_huge_pages(at::empty(logits_.sizes(), logits_.options()))
+                                                     : at::zeros(logits_.sizes(), logits_.options());
+  const Kernels& kernels = row_kernels();
+  const at::Tensor lses = lse.contiguous();
+  const float* lse_ptr = lses.const_data_ptr<float>();
+  const int64_t* index = rows.index.const_data_ptr<int64_t>();
+  const int64_t* targets = rows.target.const_data_ptr<int64_t>();
+  const float* scale = rows.scale.const_data_ptr<float>();
+  char* out = static_cast<char*>(dlogits.mutable_data_ptr());
+  const int64_t row_bytes = num_classes * static_cast<int64_t>(dlogits.element_size());
+  at::parallel_for(0, rows.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels.row_gradient(logits.row(index[i]), logits.dtype, targets[i], options, lse_ptr[index[i]], nullptr,
+                           scale[i], out + index[i] * row_bytes);
+    }
+  });
+  return dlogits;
+}
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy_fwd_bwd_cpu(
+    const at::Tensor& logits_, const at::Tensor& target, const at::Tensor& row_weight,
+    const std::optional<at::Tensor>& class_weight, int64_t ignore_index, double label_smoothing, double softcap,
+    double z_loss) {
+  const Logits logits(logits_);
+  const int64_t num_classes = logits_.size(1);
+  const KeptRows rows = keep_rows(target, row_weight, num_classes, ignore_index);
+  const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
+  at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat);
+  at::Tensor dlogits = rows.size() == target.numel() ? with_huge_pages(at::empty(logits_.sizes(), logits_.options()))
+                                                     : at::zeros(logits_.sizes(), logits_.options());
+  const Kernels& kernels = row_kernels();
+  const int64_t* index = rows.index.const_data_ptr<int64_t>();
+  const int64_t* targets = rows.target.const_data_ptr<int64_t>();
+  const float* scale = rows.scale.const_data_ptr<float>();
+  float* loss_ptr = loss.mutable_data_ptr<float>();
+  char* out = static_cast<char*>(dlogits.mutable_data_ptr());
+  const int64_t row_bytes = num_classes * static_cast<int64_t>(dlogits.element_size());
+  at::parallel_for(0, rows.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const RowLoss row = loss_of_row(kernels, logits, index[i], targets[i], options);
+      loss_ptr[index[i]] = row.loss;
+      kernels.row_gradient(logits.row(index[i]), logits.dtype, targets[i], options, row.lse, &row.log_p, scale[i],
+                           out + index[i] * row_bytes);
+    }
+  });
+  return {loss, dlogits};
+}
+
+}  // namespace flow_kernels

@@ -1,0 +1,140 @@
+#include "dispatch.h"
+
+#include <ATen/Context.h>
+#include <ATen/cpu/Utils.h>
+#include <ATen/native/CPUBlas.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cmath>
+#include <limits>
+
+namespace flow_kernels {
+
+namespace {
+
+void bf16_brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const void* a,
+                 const void* b, float* c) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const at::BFloat16*>(a),
+                              static_cast<const at::BFloat16*>(b), c);
+}
+
+// Best first. brgemm leads where the CPU has AMX; elsewhere its vdpbf16ps code only repeats ours, behind a table of
+// generated kernels, and it stays for the tests.
+std::vector<const Kernels*> candidates(DType dtype) {
+  std::vector<const Kernels*> found;
+  if (dtype == DType::bf16) {
+    const Kernels* brgemm = at::globalContext().userEnabledMkldnn() ? brgemm_kernels(bf16_brgemm) : nullptr;
+    static const bool amx = at::cpu::init_amx();
+    if (amx) found.push_back(brgemm);
+    found.push_back(avx512_bf16_kernels());
+    if (!amx) found.push_back(brgemm);
+  }
+  found.push_back(avx512_kernels());
+  found.push_back(avx2_kernels());
+  std::vector<const Kernels*> present;
+  for (const Kernels* kernels : found) {
+    if (kernels != nullptr) present.push_back(kernels);
+  }
+  return present;
+}
+
+}  // namespace
+
+DType dtype_of(const at::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default: TORCH_CHECK_TYPE(false, name, " is ", tensor.scalar_type(), "; the cpu kernels take fp32, bf16 and fp16");
+  }
+}
+
+const Kernels* kernels_for(DType dtype, const std::string& name) {
+  for (const Kernels* kernels : candidates(dtype)) {
+    if (name.empty() || name == kernels->name) return kernels;
+  }
+  return nullptr;
+}
+
+std::vector<std::string> kernel_names(DType dtype) {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : candidates(dtype)) names.emplace_back(kernels->name);
+  return names;
+}
+
+KeptRows keep_rows(const at::Tensor& target, const std::optional<at::Tensor>& scale, int64_t num_classes,
+                   int64_t ignore_index) {
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.scalar_type() == at::kLong, "target must be int64 of shape [N]");
+  const int64_t num_rows = target.numel();
+  const at::Tensor targets = target.contiguous();
+  const int64_t* t = targets.const_data_ptr<int64_t>();
+  at::Tensor scales;
+  const float* g = nullptr;
+  if (scale.has_value()) {
+    TORCH_CHECK_VALUE(scale->dim() == 1 && scale->numel() == num_rows, "one row weight per target is needed");
+    scales = scale->to(at::kFloat).contiguous();
+    g = scales.const_data_ptr<float>();
+  }
+  std::vector<int64_t> index;
+  index.reserve(num_rows);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (t[i] == ignore_index) continue;
+    TORCH_CHECK_INDEX(t[i] >= 0 && t[i] < num_classes, "target[", i, "] is ", t[i], ", outside [0, ", num_classes,
+                      ") and not ignore_index=", ignore_index);
+    if (g == nullptr || g[i] != 0) index.push_back(i);
+  }
+  const int64_t kept = static_cast<int64_t>(index.size());
+  KeptRows rows{at::empty({kept}, at::kLong), at::empty({kept}, at::kLong), at::empty({kept}, at::kFloat)};
+  for (int64_t i = 0; i < kept; ++i) {
+    rows.index.mutable_data_ptr<int64_t>()[i] = index[i];
+    rows.target.mutable_data_ptr<int64_t>()[i] = t[index[i]];
+    rows.scale.mutable_data_ptr<float>()[i] = g == nullptr ? 1.0f : g[index[i]];
+  }
+  return rows;
+}
+
+at::Tensor with_huge_pages(at::Tensor tensor) {
+#ifdef __linux__
+  // Above 32 MiB malloc always maps memory for one block and unmaps it again, so the advice stays with this tensor.
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const auto size = static_cast<uintptr_t>(tensor.nbytes());
+  if (size <= (uintptr_t{32} << 20)) return tensor;
+  const auto begin = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + size) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t num_classes, double label_smoothing,
+                         double softcap, double z_loss) {
+  LossOptions options{nullptr, 1.0f, static_cast<float>(label_smoothing), static_cast<float>(softcap),
+                      static_cast<float>(z_loss), num_classes};
+  if (class_weight.has_value()) {
+    TORCH_CHECK_VALUE(class_weight->scalar_type() == at::kFloat && class_weight->is_contiguous() &&
+                      class_weight->numel() == num_classes, "class_weight must be contiguous fp32 of shape [V]");
+    options.class_weight = class_weight->const_data_ptr<float>();
+    options.mean_class_weight = static_cast<float>(class_weight->sum(at::kDouble).item<double>() / num_classes);
+  }
+  return options;
+}
+
+RowLoss finish_row(const LossOptions& options, float max, double sum, double smooth, float target_logit,
+                   float max_before, int64_t target) {
+  const double log_sum = std::log(sum);
+  const double lse = max + log_sum;
+  const double nll = (static_cast<double>(max) - target_logit) + log_sum;
+  const double weight = options.class_weight == nullptr ? 1.0 : options.class_weight[target];
+  double loss = (1.0 - options.label_smoothing) * weight * nll;
+  if (options.label_smoothing > 0) {
+    loss += options.label_smoothing * (lse * options.mean_class_weight - smooth / options.num_classes);
+  }
+  if (options.z_loss > 0) loss += options.z_loss * lse * lse;
+  return {static_cast<float>(loss), static_cast<float>(lse), static_cast<float>(-nll),
+          target_logit == max && !(max_before >= max)};
+}
+
+}  // namespace flow_kernels

@@ -1,0 +1,259 @@
+// cross_entropy of a linear head: what is shared by the threads is made here, the tiles are walked by the kernels.
+//
+// Forward: the vocabulary is cut into stretches, the same whatever the number of threads, and the stretches' row
+// statistics are merged in order; so losses are bit-equal for any number of threads.
+// Backward: every thread owns a range of tiles, so dweight needs no reduction; dinput is the sum of one fp32 buffer
+// per thread, so it differs between thread counts by the rounding of that sum (relative 1e-6).
+#include "operators.h"
+
+#include "dispatch.h"
+
+#include <ATen/native/CPUBlas.h>
+
+#include <atomic>
+#include <cmath>
+
+namespace flow_kernels {
+
+namespace {
+
+// Stretches of the vocabulary that the forward pass hands to threads; also 12 bytes of statistics a row each.
+constexpr int64_t max_stretches = 64;
+
+// Scratch a training pass may use apart from what grows with N x D; what its buffers leave of it holds exponentials,
+// and each tile whose exponentials fit saves one of four products.
+constexpr int64_t scratch_budget = int64_t{248} << 20;
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+at::Tensor bytes(int64_t size) { return with_huge_pages(at::empty({std::max<int64_t>(size, 64)}, at::kByte)); }
+
+struct Head {
+  at::Tensor input, weight, bias;
+  KeptRows rows;
+  const Kernels* kernels;
+  HeadProblem problem{};
+  at::Tensor rows_a, rows_b, target_logit, max_before, lse, log_p;
+  int threads;
+
+  Head(const at::Tensor& input_, const at::Tensor& weight_, const at::Tensor& target, const OptionalTensor& bias_,
+       const OptionalTensor& scale, const OptionalTensor& class_weight, int64_t ignore_index, double label_smoothing,
+       double softcap, double z_loss, const std::string& kernels_name) {
+    TORCH_CHECK_VALUE(input_.dim() == 2 && weight_.dim() == 2 && input_.size(1) == weight_.size(1),
+                      "input [N, D] and linear_weight [V, D] do not fit: ", input_.sizes(), " and ", weight_.sizes());
+    TORCH_CHECK_TYPE(input_.scalar_type() == weight_.scalar_type(), "linear_weight is ", weight_.scalar_type(),
+                     " but input is ", input_.scalar_type());
+    TORCH_CHECK_VALUE(target.dim() == 1 && target.numel() == input_.size(0), "one target per row is needed");
+    const DType dtype = dtype_of(input_, "input");
+    kernels = kernels_for(dtype, kernels_name);
+    TORCH_CHECK(kernels != nullptr, "this CPU has no ", kernels_name.empty() ? "AVX2" : kernels_name, " kernels for ",
+                input_.scalar_type());
+    threads = at::get_num_threads();
+    const auto rows_contiguous = [](const at::Tensor& t) {
+      return t.size(1) > 1 && t.stride(1) != 1 ? t.contiguous() : t;
+    };
+    input = rows_contiguous(input_);
+    weight = rows_contiguous(weight_);
+    rows = keep_rows(target, scale, weight.size(0), ignore_index);
+    problem.num_rows = rows.size();
+    problem.num_classes = weight.size(0);
+    problem.dim = input.size(1);
+    problem.dtype = dtype;
+    problem.weight = weight.const_data_ptr();
+    problem.weight_stride = weight.stride(0);
+    if (bias_.has_value()) {
+      TORCH_CHECK_VALUE(bias_->dim() == 1 && bias_->numel() == problem.num_classes, "linear_bias must be [V]");
+      bias = bias_->to(at::kFloat).contiguous();
+      problem.bias = bias.const_data_ptr<float>();
+    }
+    problem.tile = kernels->tile_width(problem.dim);
+    problem.num_tiles = (problem.num_classes + problem.tile - 1) / problem.tile;
+    problem.loss = loss_options(class_weight, problem.num_classes, label_smoothing, softcap, z_loss);
+    for (at::Tensor* t : {&target_logit, &max_before, &lse, &log_p}) *t = at::empty({problem.num_rows}, at::kFloat);
+    problem.rows.target = rows.target.const_data_ptr<int64_t>();
+    problem.rows.target_logit = target_logit.mutable_data_ptr<float>();
+    problem.rows.max_before = max_before.mutable_data_ptr<float>();
+    problem.rows.row_scale = rows.scale.const_data_ptr<float>();
+  }
+
+  int64_t words() const { return (problem.dim + kernels->group - 1) / kernels->group; }
+  int64_t padded_rows() const { return round_up(problem.num_rows, kernels->row_multiple); }
+  int64_t columns() const { return round_up(problem.dim, kernels->width); }
+  const int64_t* index() const { return rows.index.const_data_ptr<int64_t>(); }
+
+  void pack_a() {
+    rows_a = bytes(4 * padded_rows() * words());
+    problem.rows_a = static_cast<const uint32_t*>(rows_a.const_data_ptr());
+    kernels->pack_rows_a(input.const_data_ptr(), input.stride(0), index(), problem.num_rows, problem.dim,
+                         problem.dtype, static_cast<uint32_t*>(rows_a.mutable_data_ptr()));
+  }
+
+  void pack_b() {
+    rows_b = bytes(4 * padded_rows() / kernels->group * columns());
+    problem.rows_b = static_cast<const uint32_t*>(rows_b.const_data_ptr());
+    kernels->pack_rows_b(input.const_data_ptr(), input.stride(0), index(), problem.num_rows, problem.dim,
+                         problem.dtype, static_cast<uint32_t*>(rows_b.mutable_data_ptr()));
+  }
+
+  // Losses, lse and correctness into the rows' places; leaves target_logit, lse and log_p of the kept rows.
+  void forward(at::Tensor& loss_out, at::Tensor* lse_out, at::Tensor* correct_out) {
+    const int64_t n = problem.num_rows, stretches = std::min(max_stretches, problem.num_tiles);
+    if (n == 0) return;
+    at::Tensor stats_tensor = bytes(stretches * n * static_cast<int64_t>(sizeof(RowStats)));
+    RowStats* stats = static_cast<RowStats*>(stats_tensor.mutable_data_ptr());
+    const int64_t per_thread = kernels->scratch_bytes(problem, false);
+    at::Tensor scratch = bytes(threads * per_thread);
+    char* scratch_ptr = static_cast<char*>(scratch.mutable_data_ptr());
+    // Threads take the next stretch when they are free: a core that is busy elsewhere delays one stretch, not half.
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) {
+        for (int64_t s = next++; s < stretches; s = next++) {
+          kernels->forward(problem, s * problem.num_tiles / stretches, (s + 1) * problem.num_tiles / stretches,
+                           stats + s * n, scratch_ptr + w * per_thread);
+        }
+      }
+      release();
+    });
+    float *loss_ptr = loss_out.mutable_data_ptr<float>(), *lse_ptr = lse.mutable_data_ptr<float>();
+    float* log_p_ptr = log_p.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < n; ++i) {
+      float max = -INFINITY, before = problem.rows.max_before[i];
+      double sum = 0, smooth = 0;
+      for (int64_t s = 0; s < stretches; ++s) {
+        const RowStats& part = stats[s * n + i];
+        const int64_t next_class = (s + 1) * problem.num_tiles / stretches * problem.tile;
+        if (next_class <= problem.rows.target[i]) before = std::max(before, part.max);
+        max = std::max(max, part.max);
+        smooth += part.smooth;
+      }
+      for (int64_t s = 0; s < stretches; ++s) {
+        const RowStats& part = stats[s * n + i];
+        // A stretch of -inf only has sum 0 (NaN if a NaN is in it) and takes part with factor 1, not exp(-inf + inf).
+        sum += part.sum * (part.max == -INFINITY ? 1.0 : std::exp(static_cast<double>(part.max) - max));
+      }
+      const RowLoss row =
+          finish_row(problem.loss, max, sum, smooth, problem.rows.target_logit[i], before, problem.rows.target[i]);
+      lse_ptr[i] = row.lse;
+      log_p_ptr[i] = row.log_p;
+      loss_ptr[index()[i]] = row.loss;
+      if (lse_out != nullptr) lse_out->mutable_data_ptr<float>()[index()[i]] = row.lse;
+      if (correct_out != nullptr) correct_out->mutable_data_ptr<bool>()[index()[i]] = row.correct;
+    }
+    problem.rows.lse = lse_ptr;
+    problem.rows.log_p = log_p_ptr;
+  }
+
+  // Room for exponentials, where the backward pass can use them; call before `forward`, after the needs are set.
+  std::pair<at::Tensor, at::Tensor> keep_exponentials() {
+    problem.kept.bytes = problem.dtype == DType::bf16 ? 2 : 4;
+    const int64_t scratch = threads * kernels->scratch_bytes(problem, true);
+    const int64_t per_tile = problem.num_rows * (problem.tile * problem.kept.bytes + 4);
+    const int64_t fit = per_tile == 0 ? 0 : std::max<int64_t>(0, scratch_budget - scratch) / per_tile;
+    // The derivative of the soft-cap needs the logits themselves.
+    problem.kept.num_kept = problem.loss.softcap > 0 ? 0 : std::min(fit, problem.num_tiles);
+    at::Tensor values = bytes(problem.kept.num_kept * problem.num_rows * problem.tile * problem.kept.bytes);
+    at::Tensor maxima = at::empty({problem.kept.num_kept * problem.num_rows}, at::kFloat);
+    problem.kept.values = static_cast<char*>(values.mutable_data_ptr());
+    problem.kept.maxima = maxima.mutable_data_ptr<float>();
+    return {values, maxima};
+  }
+
+  // Where the gradients go; zero where no row counts.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(bool need_dinput, bool need_dweight, bool need_dbias) {
+    const bool some = problem.num_rows > 0;
+    at::Tensor dinput = need_dinput ? at::zeros(input.sizes(), input.options()) : at::empty({0}, input.options());
+    const auto options = weight.options();
+    at::Tensor dweight = !need_dweight ? at::empty({0}, options)
+                         : some        ? with_huge_pages(at::empty(weight.sizes(), options))
+                                       : at::zeros(weight.sizes(), options);
+    at::Tensor dbias = at::zeros({need_dbias ? problem.num_classes : 0}, at::kFloat);
+    problem.need_dinput = need_dinput;
+    problem.dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr;
+    problem.dbias = need_dbias ? dbias.mutable_data_ptr<float>() : nullptr;
+    return {dinput, dweight, dbias};
+  }
+
+  void backward(at::Tensor& dinput) {
+    if (problem.num_rows == 0 || (!problem.need_dinput && problem.dweight == nullptr && problem.dbias == nullptr)) {
+      return;
+    }
+    const int64_t workers = std::min<int64_t>(threads, problem.num_tiles);
+    const int64_t part = problem.need_dinput ? padded_rows() * columns() : 0;
+    const int64_t per_thread = kernels->scratch_bytes(problem, true);
+    at::Tensor parts = at::empty({workers * part}, at::kFloat), scratch = bytes(workers * per_thread);
+    float* parts_ptr = parts.mutable_data_ptr<float>();
+    char* scratch_ptr = static_cast<char*>(scratch.mutable_data_ptr());
+    at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) {
+        kernels->backward(problem, w * problem.num_tiles / workers, (w + 1) * problem.num_tiles / workers,
+                          parts_ptr + w * part, scratch_ptr + w * per_thread);
+      }
+      release();
+    });
+    if (!problem.need_dinput) return;
+    at::parallel_for(0, problem.num_rows, 16, [&](int64_t begin, int64_t end) {
+      kernels->finish_dinput(parts_ptr, workers, part, problem.dim, index(), begin, end, problem.dtype,
+                             dinput.mutable_data_ptr(), dinput.stride(0));
+    });
+  }
+
+  // A thread that used AMX tiles gives them back.
+  void release() const {
+    if (std::string(kernels->name) == "brgemm") at::native::cpublas::brgemm_release();
+  }
+};
+
+at::ScalarType bias_dtype(const at::Tensor& input, const OptionalTensor& bias) {
+  return bias.has_value() ? bias->scalar_type() : input.scalar_type();
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_cpu(
+    const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+    const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
+    double label_smoothing, double softcap, double z_loss, const std::string& kernels) {
+  Head head(input, linear_weight, target, linear_bias, std::nullopt, class_weight, ignore_index, label_smoothing,
+            softcap, z_loss, kernels);
+  at::Tensor loss = at::zeros({input.size(0)}, at::kFloat), lse = at::zeros_like(loss);
+  at::Tensor correct = at::zeros({input.size(0)}, at::kBool);
+  head.pack_a();
+  head.forward(loss, &lse, &correct);
+  return {loss, lse, correct};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd_cpu(
+    const at::Tensor& dloss, const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+    const at::Tensor& lse, const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
+    double label_smoothing, double softcap, double z_loss, bool need_dinput, bool need_dlinear_weight,
+    bool need_dlinear_bias, const std::string& kernels) {
+  Head head(input, linear_weight, target, linear_bias, dloss, class_weight, ignore_index, label_smoothing, softcap,
+            z_loss, kernels);
+  auto [dinput, dweight, dbias] = head.gradients(need_dinput, need_dlinear_weight, need_dlinear_bias);
+  head.lse = lse.to(at::kFloat).index_select(0, head.rows.index);
+  head.problem.rows.lse = head.lse.const_data_ptr<float>();
+  head.pack_a();
+  if (need_dlinear_weight) head.pack_b();
+  head.backward(dinput);
+  return {dinput, dweight, dbias.to(bias_dtype(input, linear_bias))};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_bwd_cpu(
+    const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target, const at::Tensor& row_weight,
+    const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
+    double label_smoothing, double softcap, double z_loss, bool need_dinput, bool need_dlinear_weight,
+    bool need_dlinear_bias, const std::string& kernels) {
+  Head head(input, linear_weight, target, linear_bias, row_weight, class_weight, ignore_index, label_smoothing, softcap,
+            z_loss, kernels);
+  at::Tensor loss = at::zeros({input.size(0)}, at::kFloat);
+  auto [dinput, dweight, dbias] = head.gradients(need_dinput, need_dlinear_weight, need_dlinear_bias);
+  const auto exponentials = head.keep_exponentials();
+  head.pack_a();
+  if (need_dlinear_weight) head.pack_b();
+  head.forward(loss, nullptr, nullptr);
+  head.backward(dinput);
+  return {loss, dinput, dweight, dbias.to(bias_dtype(input, linear_bias))};
+}
+
+}  // namespace flow_kernels

@@ -1,0 +1,44 @@
+// The operators as ops.cpp registers them; meaning and argument order are those of flow_kernels/reference.py.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <string>
+#include <tuple>
+
+namespace flow_kernels {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
+    const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& class_weight, int64_t ignore_index,
+    double label_smoothing, double softcap, double z_loss);
+
+at::Tensor cross_entropy_bwd_cpu(
+    const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& target, const at::Tensor& lse,
+    const OptionalTensor& class_weight, int64_t ignore_index, double label_smoothing, double softcap, double z_loss);
+
+// (loss, dlogits); the weighted total is left to the caller, here and below.
+std::tuple<at::Tensor, at::Tensor> cross_entropy_fwd_bwd_cpu(
+    const at::Tensor& logits, const at::Tensor& target, const at::Tensor& row_weight,
+    const OptionalTensor& class_weight, int64_t ignore_index, double label_smoothing, double softcap, double z_loss);
+
+// `kernels` names the kernels to use, "" for the best of this CPU.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_cpu(
+    const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+    const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
+    double label_smoothing, double softcap, double z_loss, const std::string& kernels);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd_cpu(
+    const at::Tensor& dloss, const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+    const at::Tensor& lse, const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
+    double label_smoothing, double softcap, double z_loss, bool need_dinput, bool need_dlinear_weight,
+    bool need_dlinear_bias, const std::string& kernels);
+
+// (loss, dinput, dlinear_weight, dlinear_bias)
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_bwd_cpu(
+    const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target, const at::Tensor& row_weight,
+    const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
+    double label_smoothing, double softcap, double z_loss, bool need_dinput, bool need_dlinear_weight,
+    bool need_dlinear_bias, const std::string& kernels);
+
+}  // namespace flow_kernels

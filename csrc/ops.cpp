@@ -1,0 +1,39 @@
+// Registration of the compiled CPU operators; flow_kernels/cpu.py calls them behind the public schemas of ops.py.
+#include <torch/library.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/operators.h"
+
+#define OPTIONS "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap, float z_loss"
+#define NEEDS "bool need_dinput, bool need_dlinear_weight, bool need_dlinear_bias"
+#define HEAD "Tensor input, Tensor linear_weight, Tensor target"
+
+namespace {
+
+std::vector<std::string> kernel_names(at::ScalarType dtype) {
+  return flow_kernels::kernel_names(flow_kernels::dtype_of(at::empty({0}, dtype), "dtype"));
+}
+
+}  // namespace
+
+TORCH_LIBRARY(flow_kernels_cpu, m) {
+  m.def("kernel_names(ScalarType dtype) -> str[]", kernel_names);
+  m.def("cross_entropy_fwd(Tensor logits, Tensor target, " OPTIONS ") -> (Tensor, Tensor, Tensor)");
+  m.def("cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, " OPTIONS ") -> Tensor");
+  m.def("cross_entropy_fwd_bwd(Tensor logits, Tensor target, Tensor row_weight, " OPTIONS ") -> (Tensor, Tensor)");
+  m.def("linear_cross_entropy_fwd(" HEAD ", Tensor? linear_bias, " OPTIONS ", str kernels)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("linear_cross_entropy_bwd(Tensor dloss, " HEAD ", Tensor lse, Tensor? linear_bias, " OPTIONS ", " NEEDS
+        ", str kernels) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_cross_entropy_fwd_bwd(" HEAD ", Tensor row_weight, Tensor? linear_bias, " OPTIONS ", " NEEDS
+        ", str kernels) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(flow_kernels_cpu, CPU, m) {
+  m.impl("cross_entropy_fwd", flow_kernels::cross_entropy_fwd_cpu);
+  m.impl("cross_entropy_bwd", flow_kernels::cross_entropy_bwd_cpu);
+  m.impl("cross_entropy_fwd_bwd", flow_kernels::cross_entropy_fwd_bwd_cpu);
+  m.impl("linear_cross_entropy_fwd", flow_kernels::linear_cross_entropy_fwd_cpu);
+  m.impl("linear_cross_entropy_bwd", flow_kernels::linear_cross_entropy_bwd_cpu);
+  m.impl("linear_cross_entropy_fwd_bwd", flow_kernels::linear_cross_entropy_fwd_bwd_cpu);
+}

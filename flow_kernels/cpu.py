@@ -1,0 +1,120 @@
+"""The compiled CPU backend: the operators of `flow_kernels.reference` by the C++ kernels of csrc/cpu.
+
+fp32, bf16 and fp16 are compiled; fp64, which only tests of exactness use, runs the reference's eager code.
+`chunk_size` does nothing here: the kernels walk tiles of the vocabulary and never hold a row of logits.
+"""
+
+from __future__ import annotations
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+from flow_kernels import reference
+
+HERE = Path(__file__).parent
+REPORT = HERE / "build_report.txt"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_is_loaded = False
+
+
+def library_path() -> Path | None:
+    """The compiled file beside this one, or None in a pure-Python install."""
+    found = [HERE / f"_cpu{suffix}" for suffix in (*EXTENSION_SUFFIXES, ".so", ".pyd")]
+    return next((path for path in found if path.exists()), None)
+
+
+def why_not() -> str | None:
+    """The reason why the compiled kernels cannot serve, or None; loads them.
+
+    Raises:
+        ImportError: there is a compiled file and it does not load.
+    """
+    global _is_loaded
+    if not _is_loaded:
+        path = library_path()
+        if path is None:
+            reason = REPORT.read_text().strip() if REPORT.exists() else "not compiled"
+            return f"{reason}; pip install --no-build-isolation -e . compiles them where a C++ compiler is"
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            raise ImportError(
+                f"the compiled CPU kernels do not load ({error}); they belong to the torch they were compiled with: "
+                f"build them again with pip install --no-build-isolation -e . or delete {path.name}"
+            ) from error
+        _is_loaded = True
+    return None if kernel_names(torch.float32) else "this CPU has no AVX2 (with FMA and F16C)"
+
+
+def kernel_names(dtype: torch.dtype) -> list[str]:
+    """The kernels that can multiply `dtype` on this CPU, best first; the first is used. `why_not` has loaded them."""
+    return torch.ops.flow_kernels_cpu.kernel_names(dtype)
+
+
+def describe() -> str:
+    """Which kernels serve which dtype here."""
+    best = {str(dtype).removeprefix("torch."): kernel_names(dtype)[0] for dtype in DTYPES}
+    return ", ".join(f"{dtype}: {name}" for dtype, name in best.items()) + ", float64: eager torch"
+
+
+def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    """See `flow_kernels.reference`, also for the functions below."""
+    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    if logits.dtype == torch.float64:
+        return reference.cross_entropy_fwd(logits, target, *options)
+    return torch.ops.flow_kernels_cpu.cross_entropy_fwd(logits, target, *options)
+
+
+def cross_entropy_bwd(dloss, logits, target, lse, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    if logits.dtype == torch.float64:
+        return reference.cross_entropy_bwd(dloss, logits, target, lse, *options)
+    return torch.ops.flow_kernels_cpu.cross_entropy_bwd(dloss, logits, target, lse, *options)
+
+
+def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    if logits.dtype == torch.float64:
+        return reference.cross_entropy_fwd_bwd(logits, target, row_weight, *options)
+    loss, dlogits = torch.ops.flow_kernels_cpu.cross_entropy_fwd_bwd(logits, target, row_weight, *options)
+    return (row_weight * loss).sum(), loss, dlogits
+
+
+def linear_cross_entropy_fwd(
+    input, linear_weight, target, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss, chunk_size,
+    kernels="",
+):  # fmt: skip
+    head = (input, linear_weight, target, linear_bias)
+    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    if input.dtype == torch.float64:
+        return reference.linear_cross_entropy_fwd(*head, *options, chunk_size)
+    return torch.ops.flow_kernels_cpu.linear_cross_entropy_fwd(*head, *options, kernels)
+
+
+def linear_cross_entropy_bwd(
+    dloss, input, linear_weight, target, lse, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss,
+    chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias, kernels="",
+):  # fmt: skip
+    head = (dloss, input, linear_weight, target, lse, linear_bias)
+    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
+    if input.dtype == torch.float64:
+        return reference.linear_cross_entropy_bwd(*head, *options, chunk_size, *needs)
+    return torch.ops.flow_kernels_cpu.linear_cross_entropy_bwd(*head, *options, *needs, kernels)
+
+
+def linear_cross_entropy_fwd_bwd(
+    input, linear_weight, target, row_weight, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss,
+    chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias, kernels="",
+):  # fmt: skip
+    head = (input, linear_weight, target, row_weight, linear_bias)
+    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
+    if input.dtype == torch.float64:
+        return reference.linear_cross_entropy_fwd_bwd(*head, *options, chunk_size, *needs)
+    loss, *grads = torch.ops.flow_kernels_cpu.linear_cross_entropy_fwd_bwd(*head, *options, *needs, kernels)
+    return (row_weight * loss).sum(), loss, *grads
