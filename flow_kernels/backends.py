@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
 from flow_kernels import cpu, reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -43,6 +45,8 @@ def status(backend: str, device_type: str) -> Status:
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
 
 
+# Constant under torch.compile: what is compiled and which CPU this is do not change while a program runs.
+@torch.compiler.assume_constant_result
 def resolve(backend: str, device_type: str) -> str:
     """The name of the backend that serves a call on `device_type`.
 

@@ -221,12 +221,13 @@ def like(value, device):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_no_look_at_values(backend, name):
-    # Meta tensors have no values: whatever would synchronise an accelerator (.item(), bool(), nonzero) raises.
+def test_no_look_at_values(name):
+    # Meta tensors have no values: whatever would synchronise an accelerator (.item(), bool(), nonzero) raises. What
+    # runs outside the kernels is the same for every backend; the reference is the one that serves every device.
     function, tensors, target, options = batch_of(name)
     leaves = [like(t, "meta").requires_grad_() for t in tensors]
     options = {key: like(value, "meta") for key, value in options.items()}
-    out = function(*leaves, like(target, "meta"), **options, backend=backend)
+    out = function(*leaves, like(target, "meta"), **options, backend="reference")
     if not isinstance(out, tuple):
         gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
         assert [g.shape for g in gradients] == [t.shape for t in tensors]
