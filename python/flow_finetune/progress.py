@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ def print_table(table: Table) -> None:
 
 
 def say(message: str) -> None:
-    """Print one line of information to stderr, unbroken and as it is, whatever the width of the terminal."""
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    """Print one line of information to stderr, unbroken whatever the width of the terminal, and once per launch."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 class Tracker:
