@@ -72,9 +72,7 @@ class BuildKernels(build_ext):
             extra_compile_args=flags + os.environ.get("FLOW_KERNELS_CXXFLAGS", "").split(),
             extra_link_args=os.environ.get("FLOW_KERNELS_CXXFLAGS", "").split(),
         )
-        command = BuildExtension(
-            self.distribution, use_ninja=is_ninja_available(), no_python_abi_suffix=True
-        )
+        command = BuildExtension(self.distribution, use_ninja=is_ninja_available(), no_python_abi_suffix=True)
         command.initialize_options()
         for option in ("build_lib", "build_temp", "inplace", "editable_mode", "parallel", "force"):
             setattr(command, option, getattr(self, option))
