@@ -54,6 +54,8 @@ class BuildKernels(build_ext):
                     print(f"flow-kernels: {error}")
         if MODE == "cpu":
             raise SystemExit(f"flow-kernels: {reason}")
+        for stale in report.parent.glob("_cpu*.so"):
+            stale.unlink()
         print(f"flow-kernels: pure-Python install: {reason}")
         report.write_text(reason + "\n")
 
