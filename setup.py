@@ -54,6 +54,8 @@ class BuildKernels(build_ext):
                     print(f"flow-kernels: {error}")
         if MODE == "cpu":
             raise SystemExit(f"flow-kernels: {reason}")
+        for stale in report.parent.glob("_cpu*.so"):
+            stale.unlink()
         print(f"flow-kernels: pure-Python install: {reason}")
         report.write_text(reason + "\n")
 
@@ -63,7 +65,9 @@ class BuildKernels(build_ext):
 
         # -O3 only: each instruction set is chosen inside its own file (csrc/cpu/isa_*.cpp), never for all of them.
         # The uninitialised values that GCC 12 warns of are its own, in _mm512_undefined_ps.
-        flags = ["-O3", "-g0", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
+        # at::parallel_for is serial without -fopenmp. It is not given to the linker: the runtime must be the one inside
+        # torch, or torch.set_num_threads would not reach it.
+        flags = ["-O3", "-g0", "-fopenmp", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
         extension = CppExtension(
             "flow_kernels._cpu",
             SOURCES,

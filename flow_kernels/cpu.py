@@ -61,23 +61,27 @@ def describe() -> str:
     return ", ".join(f"{dtype}: {name}" for dtype, name in best.items()) + ", float64: eager torch"
 
 
+def _options(class_weight, *rest):
+    return class_weight if class_weight is None else class_weight.contiguous(), *rest
+
+
 def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):
     """See `flow_kernels.reference`, also for the functions below."""
-    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     if logits.dtype == torch.float64:
         return reference.cross_entropy_fwd(logits, target, *options)
     return torch.ops.flow_kernels_cpu.cross_entropy_fwd(logits, target, *options)
 
 
 def cross_entropy_bwd(dloss, logits, target, lse, class_weight, ignore_index, label_smoothing, softcap, z_loss):
-    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     if logits.dtype == torch.float64:
         return reference.cross_entropy_bwd(dloss, logits, target, lse, *options)
     return torch.ops.flow_kernels_cpu.cross_entropy_bwd(dloss, logits, target, lse, *options)
 
 
 def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index, label_smoothing, softcap, z_loss):
-    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     if logits.dtype == torch.float64:
         return reference.cross_entropy_fwd_bwd(logits, target, row_weight, *options)
     loss, dlogits = torch.ops.flow_kernels_cpu.cross_entropy_fwd_bwd(logits, target, row_weight, *options)
@@ -89,7 +93,7 @@ def linear_cross_entropy_fwd(
     kernels="",
 ):  # fmt: skip
     head = (input, linear_weight, target, linear_bias)
-    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     if input.dtype == torch.float64:
         return reference.linear_cross_entropy_fwd(*head, *options, chunk_size)
     return torch.ops.flow_kernels_cpu.linear_cross_entropy_fwd(*head, *options, kernels)
@@ -100,7 +104,7 @@ def linear_cross_entropy_bwd(
     chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias, kernels="",
 ):  # fmt: skip
     head = (dloss, input, linear_weight, target, lse, linear_bias)
-    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
     if input.dtype == torch.float64:
         return reference.linear_cross_entropy_bwd(*head, *options, chunk_size, *needs)
@@ -112,7 +116,7 @@ def linear_cross_entropy_fwd_bwd(
     chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias, kernels="",
 ):  # fmt: skip
     head = (input, linear_weight, target, row_weight, linear_bias)
-    options = (class_weight, ignore_index, label_smoothing, softcap, z_loss)
+    options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
     if input.dtype == torch.float64:
         return reference.linear_cross_entropy_fwd_bwd(*head, *options, chunk_size, *needs)

@@ -46,7 +46,7 @@ def error(actual, expected):
 @pytest.mark.parametrize(("dtype", "name"), kernels())
 @pytest.mark.parametrize(
     ("num_rows", "dim", "num_classes"),
-    [(1, 1, 1), (3, 5, 2), (17, 31, 509), (70, 64, 1201), (1030, 33, 97), (5, 2304, 130)],
+    [(1, 1, 1), (3, 0, 4), (3, 5, 2), (17, 31, 509), (70, 64, 1201), (1030, 33, 97), (5, 2304, 130)],
 )
 @pytest.mark.parametrize("has_options", [False, True])
 def test_against_fp64(num_rows, dim, num_classes, dtype, name, has_options):
@@ -149,9 +149,10 @@ def test_threads_and_runs_agree(dtype, name):
         torch.set_num_threads(before)
     one, two = results[1], results[2]
     assert torch.equal(one[1], two[1]), "losses depend on the number of threads"
-    # Which tiles keep exponentials may differ; so the bound is that of one rounding of the operand.
-    for a, b in zip(one[2:], two[2:], strict=True):
-        assert error(a, b.double()) <= GRADIENT_ERROR[dtype]
+    assert torch.equal(one[3], two[3]), "dweight depends on the number of threads"
+    # dinput is summed over threads in fp32: a relative 1e-6, and where that crosses a rounding boundary one unit.
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(one[2], two[2], rtol=unit, atol=1e-6 * float(two[2].abs().max()))
 
 
 @pytest.mark.parametrize("value", [-1, 40, 2**40, -(2**40)])

@@ -221,6 +221,10 @@ template <class C>
 static inline void panel_product(int64_t m0, int64_t m_rows, int64_t columns, int64_t k_words, const AView& a,
                                  const uint32_t* b, float* c, int64_t ldc, bool add) {
   if constexpr (C::uses_brgemm) {
+    if (k_words == 0) {  // an empty sum, for which oneDNN has no kernel
+      for (int64_t m = 0; m < (add ? 0 : m_rows); ++m) __builtin_memset(c + m * ldc, 0, columns * sizeof(float));
+      return;
+    }
     brgemm_product(m_rows, columns, 2 * k_words, 2 * a.row_stride, columns, ldc, add, a.at(m0), b, c);
   } else {
     for (int64_t m = 0; m < m_rows; m += Vec::MR) {

@@ -2,8 +2,8 @@
 //
 // Forward: the vocabulary is cut into stretches, the same whatever the number of threads, and the stretches' row
 // statistics are merged in order; so losses are bit-equal for any number of threads.
-// Backward: every thread owns a range of tiles, so dweight needs no reduction; dinput is the sum of one fp32 buffer
-// per thread, so it differs between thread counts by the rounding of that sum (relative 1e-6).
+// Backward: every thread owns a range of tiles, so dweight needs no reduction and is bit-equal too; dinput is the sum of
+// one fp32 buffer per thread, so it differs between thread counts by the rounding of that sum (relative 1e-6).
 #include "operators.h"
 
 #include "dispatch.h"
@@ -20,9 +20,10 @@ namespace {
 // Stretches of the vocabulary that the forward pass hands to threads; also 12 bytes of statistics a row each.
 constexpr int64_t max_stretches = 64;
 
-// Scratch a training pass may use apart from what grows with N x D; what its buffers leave of it holds exponentials,
-// and each tile whose exponentials fit saves one of four products.
-constexpr int64_t scratch_budget = int64_t{248} << 20;
+// Bytes of exponentials a training pass keeps: each tile that fits saves one of four products. At most 256 MiB are to
+// be used at N = 1024, and 3 to 4 MiB a thread go to tiles. Not what the threads leave of a budget: which tiles are
+// kept must not depend on their number.
+constexpr int64_t kept_budget = int64_t{224} << 20;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -147,9 +148,8 @@ struct Head {
   // Room for exponentials, where the backward pass can use them; call before `forward`, after the needs are set.
   std::pair<at::Tensor, at::Tensor> keep_exponentials() {
     problem.kept.bytes = problem.dtype == DType::bf16 ? 2 : 4;
-    const int64_t scratch = threads * kernels->scratch_bytes(problem, true);
     const int64_t per_tile = problem.num_rows * (problem.tile * problem.kept.bytes + 4);
-    const int64_t fit = per_tile == 0 ? 0 : std::max<int64_t>(0, scratch_budget - scratch) / per_tile;
+    const int64_t fit = per_tile == 0 ? 0 : kept_budget / per_tile;
     // The derivative of the soft-cap needs the logits themselves.
     problem.kept.num_kept = problem.loss.softcap > 0 ? 0 : std::min(fit, problem.num_tiles);
     at::Tensor values = bytes(problem.kept.num_kept * problem.num_rows * problem.tile * problem.kept.bytes);

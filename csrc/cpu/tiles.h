@@ -25,7 +25,8 @@ constexpr int64_t logit_rows = C::uses_brgemm ? 64 : 2 * Vec::MR;
 template <class C>
 static int64_t tile_width(int64_t dim) {
   const int64_t panel = panel_columns<C>;
-  const int64_t fits = tile_bytes / (4 * ((dim + C::group - 1) / C::group)) / panel * panel;
+  const int64_t words = dim > 0 ? (dim + C::group - 1) / C::group : 1;
+  const int64_t fits = tile_bytes / (4 * words) / panel * panel;
   return fits < panel ? panel : fits < max_tile ? fits : max_tile / panel * panel;
 }
 

@@ -1,0 +1,116 @@
+"""Timing, memory and accuracy of one case, the same way for every implementation.
+
+Correctness first: an implementation whose loss is wrong is not timed; the check is its warm-up. Then repetitions in
+turn (A B C A B C ...), medians with the spread between the quartiles. Memory is the peak above inputs and results, in a
+fresh process per implementation.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+# A bf16 loss near 14 is off by up to 2^-5, its bf16 logits by as much; a mistake is off by more.
+LOSS_GATE = 0.15
+
+
+def machine() -> str:
+    """CPU, cores and versions in one line."""
+    model = platform.processor() or "unknown CPU"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+        model = f"{fields.get('model name', model)} (family {fields.get('cpu family')}, model {fields.get('model')})"
+        flags = fields.get("flags", "").split()
+        model += "".join(f" {f}" for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags)
+    return f"{model}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def interleave(calls: dict, repetitions: int, budget_s: float) -> dict:
+    """Wall and CPU seconds of every (warm) call, `repetitions` times in turn, fewer if `budget_s` runs out after the second round."""
+    times = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for repetition in range(repetitions):
+        if repetition >= 2 and time.perf_counter() - begin > budget_s:
+            break
+        for name, call in calls.items():
+            started = time.perf_counter(), time.process_time()
+            call()
+            times[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    return times
+
+
+def summary(times: list) -> dict:
+    """Median and quartiles of the wall clock, the median of the CPU seconds, and the number of repetitions.
+
+    CPU seconds are those of all threads: on a machine shared with other work they vary less than the wall clock.
+    """
+    ordered = sorted(wall for wall, _ in times)
+    quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
+    return {
+        "median_s": round(statistics.median(ordered), 4), "min_s": round(ordered[0], 4),
+        "cpu_s": round(statistics.median(cpu for _, cpu in times), 4), "q1_s": round(quartiles[0], 4), "q3_s": round(quartiles[2], 4),
+        "repetitions": len(ordered),
+    }  # fmt: skip
+
+
+def peak_above(call, result_bytes) -> int:
+    """Bytes by which the resident peak of `call` exceeds what was resident before and what it returns (Linux)."""
+    status = Path("/proc/self/status")
+
+    def field(name):
+        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+        return 1024 * int(line.split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = field("VmRSS")
+    result = call()
+    return field("VmHWM") - before - result_bytes(result)
+
+
+def in_fresh_process(arguments: list[str]) -> str:
+    """The last line that `python <arguments>` prints."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
+    return done.stdout.strip().splitlines()[-1]
+
+
+def update_csv(name: str, rows: list[dict], keys: tuple[str, ...]) -> None:
+    """Write rows to results/<name>.csv, in place of those with the same keys."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    old = read_csv(name)
+    fresh = {tuple(str(row[k]) for k in keys) for row in rows}
+    kept = [row for row in old if tuple(row[k] for k in keys) not in fresh]
+    columns = list(dict.fromkeys(column for row in (*rows, *kept) for column in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+
+
+def read_csv(name: str) -> list[dict]:
+    """The rows of results/<name>.csv, none if there is no such file."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(rows: list[dict], columns: list[str]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
