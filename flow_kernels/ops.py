@@ -137,7 +137,20 @@ def _cross_entropy_fwd_backward(ctx, dloss, *_):
 cross_entropy_fwd.register_autograd(_cross_entropy_fwd_backward, setup_context=_setup_cross_entropy_fwd)
 
 
+def _scale(grad, dtotal):
+    """`grad * dtotal` of a gradient made in the forward pass, without a copy where the factor can be seen to be 1.
+
+    The copy of a large head's gradient is a tenth of a training step on a CPU, and its size again in memory. Only a plain
+    CPU tensor is looked at: an accelerator would synchronise, and a traced tensor has no value.
+    """
+    if type(dtotal) is Tensor and dtotal.device.type == "cpu" and not dtotal.requires_grad and dtotal.item() == 1:
+        return grad
+    return grad * dtotal
+
+
 def _setup_cross_entropy_fwd_bwd(ctx, inputs, output):
+    # Or autograd would make zeros the size of every gradient among the outputs, to pass them to the backward below.
+    ctx.set_materialize_grads(False)
     _, loss, dlogits = output
     ctx.mark_non_differentiable(loss, dlogits)
     ctx.save_for_backward(loss, dlogits)
@@ -146,7 +159,7 @@ def _setup_cross_entropy_fwd_bwd(ctx, inputs, output):
 def _cross_entropy_fwd_bwd_backward(ctx, dtotal, *_):
     _forbid_create_graph()
     loss, dlogits = ctx.saved_tensors
-    return dlogits * dtotal, None, dtotal * loss, *[None] * 6
+    return _scale(dlogits, dtotal), None, dtotal * loss, *[None] * 6
 
 
 cross_entropy_fwd_bwd.register_autograd(_cross_entropy_fwd_bwd_backward, setup_context=_setup_cross_entropy_fwd_bwd)
@@ -174,6 +187,7 @@ linear_cross_entropy_fwd.register_autograd(_linear_fwd_backward, setup_context=_
 
 
 def _setup_linear_fwd_bwd(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     _, loss, *grads = output
     ctx.mark_non_differentiable(loss, *grads)
     ctx.save_for_backward(loss, *grads)
@@ -183,7 +197,9 @@ def _linear_fwd_bwd_backward(ctx, dtotal, *_):
     _forbid_create_graph()
     loss, *grads = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    dinput, dlinear_weight, dlinear_bias = (g * dtotal if need else None for g, need in zip(grads, needs, strict=True))
+    dinput, dlinear_weight, dlinear_bias = (
+        _scale(g, dtotal) if need else None for g, need in zip(grads, needs, strict=True)
+    )
     return dinput, dlinear_weight, None, dtotal * loss, dlinear_bias, *[None] * 10
 
 
