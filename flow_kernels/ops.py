@@ -158,6 +158,8 @@ def _setup_cross_entropy_fwd_bwd(ctx, inputs, output):
 
 def _cross_entropy_fwd_bwd_backward(ctx, dtotal, *_):
     _forbid_create_graph()
+    if dtotal is None:
+        return (None,) * 9
     loss, dlogits = ctx.saved_tensors
     return _scale(dlogits, dtotal), None, dtotal * loss, *[None] * 6
 
@@ -195,6 +197,8 @@ def _setup_linear_fwd_bwd(ctx, inputs, output):
 
 def _linear_fwd_bwd_backward(ctx, dtotal, *_):
     _forbid_create_graph()
+    if dtotal is None:
+        return (None,) * 15
     loss, *grads = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     dinput, dlinear_weight, dlinear_bias = (
