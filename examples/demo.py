@@ -19,7 +19,7 @@ from flow_finetune.progress import print_table
 from flow_finetune.report import summary_table
 
 # The learning rate is the model's: one at which plain fine-tuning of it forgets visibly in so few steps.
-LEARNING_RATE = {"smollm2-135m": 5e-4, "gemma-3-270m": 1e-4}
+LEARNING_RATE = {"smollm2-135m": 5e-4, "gemma-3-270m": 3e-5}
 
 
 def gguf_file(model: str, directory: Path) -> Path:
