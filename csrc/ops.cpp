@@ -25,7 +25,8 @@ TORCH_LIBRARY(flow_kernels_cpu, m) {
         " -> (Tensor, Tensor, Tensor)");
   m.def("linear_cross_entropy_bwd(Tensor dloss, " HEAD ", Tensor lse, Tensor? linear_bias, " OPTIONS ", " NEEDS
         ", str kernels) -> (Tensor, Tensor, Tensor)");
-  m.def("linear_cross_entropy_fwd_bwd(" HEAD ", Tensor row_weight, Tensor? linear_bias, " OPTIONS ", " NEEDS
+  m.def("linear_cross_entropy_fwd_bwd(" HEAD ", Tensor row_weight, Tensor? linear_bias, " OPTIONS
+        ", int chunk_size, " NEEDS
         ", str kernels) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

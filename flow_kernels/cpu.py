@@ -1,7 +1,9 @@
 """The compiled CPU backend: the operators of `flow_kernels.reference` by the C++ kernels of csrc/cpu.
 
 fp32, bf16 and fp16 are compiled; fp64, which only tests of exactness use, runs the reference's eager code.
-`chunk_size` does nothing here: the kernels walk tiles of the vocabulary and never hold a row of logits.
+The kernels walk tiles of the vocabulary and hold no row of logits. What `chunk_size` bounds here is the memory of the
+one-pass operator: the exponentials that it keeps for its gradients are as many as those of `chunk_size` rows (by default
+what fits in 224 MiB); the others are made again by a fourth matrix product.
 """
 
 from __future__ import annotations
@@ -120,5 +122,5 @@ def linear_cross_entropy_fwd_bwd(
     needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
     if input.dtype == torch.float64:
         return reference.linear_cross_entropy_fwd_bwd(*head, *options, chunk_size, *needs)
-    loss, *grads = torch.ops.flow_kernels_cpu.linear_cross_entropy_fwd_bwd(*head, *options, *needs, kernels)
+    loss, *grads = torch.ops.flow_kernels_cpu.linear_cross_entropy_fwd_bwd(*head, *options, chunk_size, *needs, kernels)
     return (row_weight * loss).sum(), loss, *grads

@@ -22,7 +22,7 @@ constexpr int64_t max_stretches = 64;
 
 // Bytes of exponentials a training pass keeps: each tile that fits saves one of four products. At most 256 MiB are to
 // be used at N = 1024, and 3 to 4 MiB a thread go to tiles. Not what the threads leave of a budget: which tiles are
-// kept must not depend on their number.
+// kept must not depend on their number. A caller who has more memory says so with chunk_size, in rows of logits.
 constexpr int64_t kept_budget = int64_t{224} << 20;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -146,10 +146,12 @@ struct Head {
   }
 
   // Room for exponentials, where the backward pass can use them; call before `forward`, after the needs are set.
-  std::pair<at::Tensor, at::Tensor> keep_exponentials() {
+  std::pair<at::Tensor, at::Tensor> keep_exponentials(int64_t chunk_size) {
     problem.kept.bytes = problem.dtype == DType::bf16 ? 2 : 4;
     const int64_t per_tile = problem.num_rows * (problem.tile * problem.kept.bytes + 4);
-    const int64_t fit = per_tile == 0 ? 0 : kept_budget / per_tile;
+    const int64_t fit = per_tile == 0    ? 0
+                        : chunk_size > 0 ? std::min(chunk_size, problem.num_rows) * problem.num_tiles / problem.num_rows
+                                         : kept_budget / per_tile;
     // The derivative of the soft-cap needs the logits themselves.
     problem.kept.num_kept = problem.loss.softcap > 0 ? 0 : std::min(fit, problem.num_tiles);
     at::Tensor values = bytes(problem.kept.num_kept * problem.num_rows * problem.tile * problem.kept.bytes);
@@ -242,13 +244,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd_cpu(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_bwd_cpu(
     const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target, const at::Tensor& row_weight,
     const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
-    double label_smoothing, double softcap, double z_loss, bool need_dinput, bool need_dlinear_weight,
+    double label_smoothing, double softcap, double z_loss, int64_t chunk_size, bool need_dinput, bool need_dlinear_weight,
     bool need_dlinear_bias, const std::string& kernels) {
   Head head(input, linear_weight, target, linear_bias, row_weight, class_weight, ignore_index, label_smoothing, softcap,
             z_loss, kernels);
   at::Tensor loss = at::zeros({input.size(0)}, at::kFloat);
   auto [dinput, dweight, dbias] = head.gradients(need_dinput, need_dlinear_weight, need_dlinear_bias);
-  const auto exponentials = head.keep_exponentials();
+  const auto exponentials = head.keep_exponentials(chunk_size);
   head.pack_a();
   if (need_dlinear_weight) head.pack_b();
   head.forward(loss, nullptr, nullptr);
