@@ -32,140 +32,26 @@ import triton.language as tl
 from torch import Tensor
 
 from flow_kernels.kernels import configs
+from flow_kernels.kernels.softmax_row import (
+    LOWEST,
+    accumulate,
+    columns,
+    expm1,
+    keep_raw,
+    load_logits,
+    merge_groups,
+    merge_target,
+    row_loss,
+    row_terms,
+    smoothing_sum,
+    store_gradient,
+    store_target,
+    store_zeros,
+    target_gradient,
+    through_head,
+    walk_row,
+)
 from flow_kernels.reference import check_target
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# Start of a running maximum: finite, so that (-inf) - LOWEST is not NaN, and LOWEST * LOG2E is still finite.
-LOWEST = tl.constexpr(-1.7e38)
-
-
-@triton.jit
-def _columns(ptr, BLOCK_V: tl.constexpr):
-    """Columns [BLOCK_V / G, G] in groups G of 16 bytes, so that a thread owns whole groups and reduces them alone."""
-    GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    return tl.arange(0, BLOCK_V // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-
-
-@triton.jit
-def _load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP: tl.constexpr):
-    z = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-    if HAS_SOFTCAP:
-        # tanh |u| = (1 - t) / (1 + t) with t = exp(-2 |u|): no overflow, and one exponential in base 2.
-        t = tl.exp2(tl.abs(z) * (-2.0 * LOG2E / softcap))
-        capped = softcap * (1.0 - t) / (1.0 + t)
-        z = tl.where(cols < V, tl.where(z < 0, -capped, capped), -float("inf"))
-    return z
-
-
-@triton.jit
-def _smoothing_sum(z, class_weight_ptr, cols, V):
-    """Sum over each group of weight_j z_j."""
-    if class_weight_ptr is not None:
-        z *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
-    return tl.sum(tl.where(cols < V, z, 0.0), 1)
-
-
-@triton.jit
-def _walk_row(row_ptr, target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V):
-    """One read of a row: `(z_max, others, weighted, max_before)`, the target left out of the first two.
-
-    Every thread keeps a (max, sum) pair for each of its groups: no communication inside the loop, one exponential a
-    logit and one a group.
-    """
-    GROUP: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
-    lanes = _columns(row_ptr, BLOCK_V)
-    group_max = tl.full([BLOCK_V // GROUP], LOWEST, tl.float32)
-    group_sum = tl.zeros([BLOCK_V // GROUP], tl.float32)
-    weighted = tl.zeros([BLOCK_V // GROUP], tl.float32)
-    max_before = tl.max(group_max, 0)
-    for start in range(0, V, BLOCK_V):
-        cols = start + lanes
-        z = _load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-        if HAS_SMOOTHING:
-            weighted += _smoothing_sum(z, class_weight_ptr, cols, V)
-        if (target >= start) & (target < start + BLOCK_V):
-            before = tl.max(tl.where(cols < target, z, -float("inf")), 1)
-            max_before = tl.max(tl.maximum(group_max, before), 0)
-            z = tl.where(cols == target, -float("inf"), z)
-        new_max = tl.maximum(group_max, tl.max(z, 1))
-        group_sum = group_sum * tl.exp2((group_max - new_max) * LOG2E)
-        group_sum += tl.sum(tl.exp2(z * LOG2E - (new_max * LOG2E)[:, None]), 1)
-        group_max = new_max
-    z_max = tl.max(group_max, 0)
-    others = tl.sum(group_sum * tl.exp2((group_max - z_max) * LOG2E), 0)
-    return z_max, others, tl.sum(weighted, 0), max_before
-
-
-@triton.jit
-def _merge_target(z_max, others, z_target):
-    """Bring the target into (z_max, others): `(nll, lse, p_target - 1)`."""
-    row_max = tl.maximum(z_max, z_target)
-    others *= tl.exp2((z_max - row_max) * LOG2E)
-    share = tl.exp2((z_target - row_max) * LOG2E)
-    # log1p by its series where the target is the maximum and the rest is small; relative error below 2e-8.
-    series = others * (1.0 - others * (0.5 - others * (1.0 / 3.0 - others * 0.25)))
-    log_sum = tl.where((share == 1.0) & (others < 0.015625), series, tl.log2(others + share) * LN2)
-    return (row_max - z_target) + log_sum, row_max + log_sum, -others / (others + share)
-
-
-@triton.jit
-def _row_terms(target, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING: tl.constexpr):
-    """`(hit, spread, smooth)` of dz_j = spread p_j - hit [j = y] - smooth weight_j."""
-    hit = 1.0 - label_smoothing
-    smooth = label_smoothing / V
-    total_weight = V * 1.0
-    if class_weight_ptr is not None:
-        hit *= tl.load(class_weight_ptr + target)
-        total_weight = tl.load(class_weight_ptr + V)
-    spread = hit + 2.0 * z_loss * lse
-    if HAS_SMOOTHING:
-        spread += smooth * total_weight
-    return hit, spread, smooth
-
-
-@triton.jit
-def _row_loss(nll, lse, weighted, target, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING: tl.constexpr):
-    hit, spread, smooth = _row_terms(target, lse, class_weight_ptr, V, label_smoothing, 0.0, HAS_SMOOTHING)
-    loss = hit * nll + z_loss * lse * lse
-    if HAS_SMOOTHING:
-        loss += (spread - hit) * lse - smooth * weighted
-    return loss
-
-
-@triton.jit
-def _gradient(z, at, cols, class_weight_ptr, V, scale, smooth, softcap, HAS_SMOOTHING, HAS_SOFTCAP):
-    """`scale` times the gradient through smoothing and soft-cap, `at` being the part without them."""
-    if HAS_SMOOTHING:
-        if class_weight_ptr is not None:
-            at -= smooth * tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
-        else:
-            at -= smooth
-    if HAS_SOFTCAP:
-        at *= 1.0 - (z / softcap) * (z / softcap)
-    return at * scale
-
-
-@triton.jit
-def _store_target(
-    dlogits_row_ptr, z, p_minus_1, target, terms, class_weight_ptr, V, scale, softcap, HAS_SMOOTHING, HAS_SOFTCAP
-):
-    """The target's own gradient, over what the row's store left there."""
-    hit, spread, smooth = terms
-    at = (spread - hit) * (p_minus_1 + 1.0) + hit * p_minus_1
-    dz = _gradient(z, at, target, class_weight_ptr, V, scale, smooth, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
-    tl.debug_barrier()
-    tl.store(dlogits_row_ptr + target, dz.to(dlogits_row_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _store_zeros(dlogits_row_ptr, V, BLOCK_V):
-    lanes = _columns(dlogits_row_ptr, BLOCK_V)
-    for start in range(0, V, BLOCK_V):
-        cols = start + lanes
-        tl.store(dlogits_row_ptr + cols, (cols * 0.0).to(dlogits_row_ptr.dtype.element_ty), mask=cols < V)
 
 
 @triton.jit
@@ -177,145 +63,148 @@ def cross_entropy_fwd_kernel(
     ignore_index, label_smoothing, softcap, z_loss = options
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
-    loss, lse, correct = 0.0, 0.0, False
-    if target != ignore_index:
-        if (target >= 0) & (target < V):
-            row_ptr = logits_ptr + row * logits_row_stride
-            z_max, others, weighted, max_before = _walk_row(
-                row_ptr, target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
-            )
-            z_target = _load_logits(row_ptr, bias_ptr, target, V, softcap, HAS_SOFTCAP)
-            nll, lse, _ = _merge_target(z_max, others, z_target)
-            loss = _row_loss(nll, lse, weighted, target, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
-            # argmax takes the first of equal logits.
-            correct = (z_target >= z_max) & (z_target > max_before)
-        else:
-            loss, lse = float("nan"), float("nan")
-    tl.store(loss_ptr + row, loss)
-    tl.store(lse_ptr + row, lse)
-    tl.store(correct_ptr + row, correct)
+    if (target != ignore_index) & (target >= 0) & (target < V):
+        y = target.to(tl.int32)
+        row_ptr = logits_ptr + row * logits_row_stride
+        z_max, others, weighted, max_before = walk_row(
+            row_ptr, y, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
+        )
+        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        nll, lse, _ = merge_target(z_max, others, z_target)
+        terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
+        tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
+        tl.store(lse_ptr + row, lse)
+        # argmax takes the first of equal logits.
+        tl.store(correct_ptr + row, (z_target >= z_max) & (z_target > max_before))
+    else:
+        absent = tl.where(target == ignore_index, 0.0, float("nan"))
+        tl.store(loss_ptr + row, absent)
+        tl.store(lse_ptr + row, absent)
+        tl.store(correct_ptr + row, False)
 
 
 @triton.jit
 def cross_entropy_fwd_bwd_kernel(
     logits_ptr, target_ptr, row_weight_ptr, bias_ptr, class_weight_ptr, loss_ptr, dlogits_ptr,
-    logits_row_stride, dlogits_row_stride, V, options,
-    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    row_strides, V, options,
+    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Loss and gradient of one row a program, V <= BLOCK_V: read once, kept in registers, written once."""
+    """Loss and gradient of one row a program, V <= BLOCK_V * NUM_BLOCKS: the row is read once and kept in registers."""
     ignore_index, label_smoothing, softcap, z_loss = options
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * logits_row_stride
-    dlogits_row_ptr = dlogits_ptr + row * dlogits_row_stride
+    row_ptr = logits_ptr + row * row_strides[0]
     target = tl.load(target_ptr + row)
     scale = tl.load(row_weight_ptr + row)
     is_kept = (target != ignore_index) & (scale != 0)
     if is_kept & (target >= 0) & (target < V):
-        cols = _columns(row_ptr, BLOCK_V)
-        z = _load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-        z_target = _load_logits(row_ptr, bias_ptr, target, V, softcap, HAS_SOFTCAP)
-        z_others = tl.where(cols == target, -float("inf"), z)
-        z_max = tl.maximum(tl.max(tl.max(z_others, 1), 0), LOWEST)
-        others = tl.sum(tl.sum(tl.exp2(z_others * LOG2E - z_max * LOG2E), 1), 0)
-        weighted = 0.0
-        if HAS_SMOOTHING:
-            weighted = tl.sum(_smoothing_sum(z, class_weight_ptr, cols, V), 0)
-        nll, lse, p_minus_1 = _merge_target(z_max, others, z_target)
-        loss = _row_loss(nll, lse, weighted, target, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
-        tl.store(loss_ptr + row, loss)
-        terms = _row_terms(target, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
-        at = terms[1] * tl.exp2(z * LOG2E - lse * LOG2E)
-        dz = _gradient(z, at, cols, class_weight_ptr, V, scale, terms[2], softcap, HAS_SMOOTHING, HAS_SOFTCAP)
-        tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
-        _store_target(
-            dlogits_row_ptr, z_target, p_minus_1, target, terms, class_weight_ptr, V, scale, softcap,
-            HAS_SMOOTHING, HAS_SOFTCAP,
-        )  # fmt: skip
+        y = target.to(tl.int32)
+        lanes = columns(row_ptr, BLOCK_V)
+        group_max = tl.max(tl.full(lanes.shape, LOWEST, tl.float32), 1)
+        group_sum = tl.zeros_like(group_max)
+        weighted = tl.zeros_like(group_max)
+        blocks = ()
+        for block in tl.static_range(NUM_BLOCKS):
+            cols = block * BLOCK_V + lanes
+            x = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf"))
+            # Triton reads no starred expression.
+            blocks = blocks + (x,)  # noqa: RUF005
+            z = through_head(x, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+            if HAS_SMOOTHING:
+                weighted += smoothing_sum(z, class_weight_ptr, cols, V)
+            group_max, group_sum = accumulate(tl.where(cols == y, -float("inf"), z), group_max, group_sum)
+        # Read before the reduction, whose barriers keep every thread from overwriting it in place.
+        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        z_max, others = merge_groups(group_max, group_sum)
+        nll, lse, p_minus_1 = merge_target(z_max, others, z_target)
+        terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
+        tl.store(loss_ptr + row, row_loss(nll, lse, tl.sum(weighted, 0), terms, z_loss, HAS_SMOOTHING))
+        dz_target = target_gradient(
+            z_target, p_minus_1, y, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+        )
+        dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
+        for block in tl.static_range(NUM_BLOCKS):
+            cols = block * BLOCK_V + lanes
+            z = through_head(keep_raw(blocks[block], others), bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+            store_gradient(
+                dlogits_row_ptr, z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            )
+        store_target(dlogits_row_ptr, y, dz_target)
     else:
         tl.store(loss_ptr + row, tl.where(is_kept, float("nan"), 0.0))
-        _store_zeros(dlogits_row_ptr, V, BLOCK_V)
+        store_zeros(dlogits_ptr + row * row_strides[1], V, BLOCK_V)
 
 
 @triton.jit
 def cross_entropy_walk_kernel(
     logits_ptr, target_ptr, row_weight_ptr, bias_ptr, class_weight_ptr, loss_ptr, dlogits_ptr,
-    logits_row_stride, dlogits_row_stride, V, options,
-    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    row_strides, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """`cross_entropy_fwd_bwd_kernel` for a row of any length: read once for the loss, once more for the gradient."""
     ignore_index, label_smoothing, softcap, z_loss = options
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * logits_row_stride
-    dlogits_row_ptr = dlogits_ptr + row * dlogits_row_stride
+    row_ptr = logits_ptr + row * row_strides[0]
+    dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
     target = tl.load(target_ptr + row)
     scale = tl.load(row_weight_ptr + row)
     is_kept = (target != ignore_index) & (scale != 0)
     if is_kept & (target >= 0) & (target < V):
-        z_max, others, weighted, _ = _walk_row(
-            row_ptr, target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
+        y = target.to(tl.int32)
+        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        z_max, others, weighted, _ = walk_row(
+            row_ptr, y, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
         )
-        z_target = _load_logits(row_ptr, bias_ptr, target, V, softcap, HAS_SOFTCAP)
-        nll, lse, p_minus_1 = _merge_target(z_max, others, z_target)
-        loss = _row_loss(nll, lse, weighted, target, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
-        tl.store(loss_ptr + row, loss)
-        terms = _row_terms(target, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
-        lanes = _columns(row_ptr, BLOCK_V)
-        # In place, another thread must not overwrite a logit before every thread has read the target's.
-        tl.debug_barrier()
+        nll, lse, p_minus_1 = merge_target(z_max, others, z_target)
+        terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
+        tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
+        dz_target = target_gradient(
+            z_target, p_minus_1, y, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+        )
+        lanes = columns(row_ptr, BLOCK_V)
         for start in range(0, V, BLOCK_V):
             cols = start + lanes
-            z = _load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-            at = terms[1] * tl.exp2(z * LOG2E - lse * LOG2E)
-            dz = _gradient(z, at, cols, class_weight_ptr, V, scale, terms[2], softcap, HAS_SMOOTHING, HAS_SOFTCAP)
-            tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
-        _store_target(
-            dlogits_row_ptr, z_target, p_minus_1, target, terms, class_weight_ptr, V, scale, softcap,
-            HAS_SMOOTHING, HAS_SOFTCAP,
-        )  # fmt: skip
+            z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+            store_gradient(
+                dlogits_row_ptr, z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            )
+        store_target(dlogits_row_ptr, y, dz_target)
     else:
         tl.store(loss_ptr + row, tl.where(is_kept, float("nan"), 0.0))
-        _store_zeros(dlogits_row_ptr, V, BLOCK_V)
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 for x <= 0 with its relative precision near 0."""
-    series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0))))
-    return tl.where(x > -0.03125, series, tl.exp2(x * LOG2E) - 1.0)
+        store_zeros(dlogits_row_ptr, V, BLOCK_V)
 
 
 @triton.jit
 def cross_entropy_bwd_kernel(
     dloss_ptr, logits_ptr, target_ptr, lse_ptr, bias_ptr, class_weight_ptr, dlogits_ptr,
-    logits_row_stride, dlogits_row_stride, V, options,
-    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    row_strides, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_V columns of one row a program, from the lse of the forward kernel; may run in place."""
     ignore_index, label_smoothing, softcap, z_loss = options
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK_V
-    cols = start + _columns(logits_ptr, BLOCK_V)
-    row_ptr = logits_ptr + row * logits_row_stride
-    dlogits_row_ptr = dlogits_ptr + row * dlogits_row_stride
+    cols = start + columns(logits_ptr, BLOCK_V)
+    row_ptr = logits_ptr + row * row_strides[0]
+    dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
     target = tl.load(target_ptr + row)
     scale = tl.load(dloss_ptr + row)
     if (target != ignore_index) & (scale != 0) & (target >= 0) & (target < V):
+        y = target.to(tl.int32)
         lse = tl.load(lse_ptr + row)
-        terms = _row_terms(target, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
-        z_target = _load_logits(row_ptr, bias_ptr, target, V, softcap, HAS_SOFTCAP)
+        terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
+        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
         # In place, no thread may overwrite the target's logit before all have read it.
         tl.debug_barrier()
-        z = _load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-        at = terms[1] * tl.exp2(z * LOG2E - lse * LOG2E)
-        dz = _gradient(z, at, cols, class_weight_ptr, V, scale, terms[2], softcap, HAS_SMOOTHING, HAS_SOFTCAP)
-        tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
-        if (target >= start) & (target < start + BLOCK_V):
-            _store_target(
-                dlogits_row_ptr, z_target, _expm1(z_target - lse), target, terms, class_weight_ptr, V, scale, softcap,
+        store_gradient(
+            dlogits_row_ptr, z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+        )
+        if (y >= start) & (y < start + BLOCK_V):
+            dz_target = target_gradient(
+                z_target, expm1(z_target - lse), y, terms, scale, class_weight_ptr, V, softcap,
                 HAS_SMOOTHING, HAS_SOFTCAP,
             )  # fmt: skip
+            store_target(dlogits_row_ptr, y, dz_target)
     else:
-        tl.store(dlogits_row_ptr + cols, (cols * 0.0).to(dlogits_ptr.dtype.element_ty), mask=cols < V)
+        tl.store(dlogits_row_ptr + cols, tl.zeros_like(cols).to(dlogits_ptr.dtype.element_ty), mask=cols < V)
 
 
 def check_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -342,7 +231,7 @@ def _launch(kernel, config, grid, tensors, sizes, options):
     with torch.cuda.device_of(tensors[0]):
         kernel[grid](
             *tensors, *sizes, options, HAS_SMOOTHING=options[1] > 0, HAS_SOFTCAP=options[2] > 0,
-            BLOCK_V=config.BLOCK_V, num_warps=config.num_warps(configs.warp_size(device)),
+            **config.constants, num_warps=config.num_warps(configs.warp_size(device)), enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -360,11 +249,12 @@ def launch_fwd_bwd(logits, target, row_weight, bias, class_weight, loss, dlogits
     """Write the row losses and `dlogits`, which may be `logits` itself."""
     num_rows, num_classes = logits.shape
     if num_rows:
-        kernel, config = cross_entropy_fwd_bwd_kernel, configs.lookup(configs.ONE_PASS, logits.dtype, num_classes)
+        has_options = bias is not None or class_weight is not None or options[1] > 0 or options[2] > 0
+        kernel, config = cross_entropy_fwd_bwd_kernel, configs.one_pass(logits.dtype, num_classes, has_options)
         if config is None:
             kernel, config = cross_entropy_walk_kernel, configs.lookup(configs.WALK, logits.dtype, num_classes)
         tensors = (logits, target, row_weight, bias, class_weight, loss, dlogits)
-        sizes = (logits.stride(0), dlogits.stride(0), num_classes)
+        sizes = ((logits.stride(0), dlogits.stride(0)), num_classes)
         _launch(kernel, config, (num_rows,), tensors, sizes, options)
 
 
@@ -374,8 +264,8 @@ def launch_bwd(dloss, logits, target, lse, bias, class_weight, dlogits, options)
     if num_rows:
         config = configs.lookup(configs.ELEMENTWISE, logits.dtype, num_classes)
         tensors = (dloss, logits, target, lse, bias, class_weight, dlogits)
-        sizes = (logits.stride(0), dlogits.stride(0), num_classes)
-        grid = (num_rows, triton.cdiv(num_classes, config.BLOCK_V))
+        sizes = ((logits.stride(0), dlogits.stride(0)), num_classes)
+        grid = (num_rows, triton.cdiv(num_classes, config.block_v))
         _launch(cross_entropy_bwd_kernel, config, grid, tensors, sizes, options)
 
 
