@@ -80,7 +80,7 @@ def cross_entropy(
     weight = check_options(rows, input.shape[-1], weight, label_smoothing, softcap, z_loss)
     row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
     options = (weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss))
-    backend = backends.resolve(backend, input.device.type)
+    backend = backends.resolve(backend, input.device.type, input.dtype)
 
     if reduction == "none":
         _no_normalizer(normalizer)
@@ -139,7 +139,7 @@ def linear_cross_entropy(
     options = (
         weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), check_chunk_size(chunk_size),
     )  # fmt: skip
-    backend = backends.resolve(backend, input.device.type)
+    backend = backends.resolve(backend, input.device.type, input.dtype)
 
     if reduction == "none":
         _no_normalizer(normalizer)

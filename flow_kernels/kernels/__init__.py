@@ -10,7 +10,7 @@ so the floor of a row is its bytes over the memory bandwidth, unless exponential
 NVIDIA, by the vendor's tables) take longer. In nanoseconds a row of V = 151936 in bf16, and for V = 65536 in one pass:
 
     device   bandwidth   scoring    exponentials   training, two reads   one pass, V = 65536
-    A100     2.0 TB/s    152 ns      63 ns         456 ns                131 ns
+    A100     2.0 TB/s    152 ns      62 ns         456 ns                131 ns
     H100     3.35 TB/s    91 ns      41 ns         272 ns                 78 ns
     H200     4.8 TB/s     63 ns      41 ns         190 ns                 55 ns
     B200     8.0 TB/s     38 ns      35 ns         114 ns                 33 ns
@@ -20,8 +20,8 @@ What a good streaming kernel reaches is 85 to 90 % of the bandwidth, which is to
 instructions hide behind it: everywhere but on B200, whose memory outruns its exponential units, so that scoring there is
 bound by both. Training in two reads may gain from the second read hitting L2: the rows in flight are 0.3 MB times the
 number of multiprocessors times resident blocks, which is near or above the size of L2, so no gain is counted. Under the
-linear head the row kernel is a small part: 2 D flops a logit and product, at D = 4096 and 800 TFLOP/s 31 ns a million
-flops, against 6 bytes; three products cost about 4.7 us a row of V = 151936 on H100, the row kernel 0.3 us.
+linear head the row kernel is a small part: three products of 2 D flops a logit take 4.7 us a row of V = 151936 with
+D = 4096 at 800 TFLOP/s, the row kernel 0.3 us on H100.
 
 Nothing here has been timed on a GPU; these are floors on paper.
 """

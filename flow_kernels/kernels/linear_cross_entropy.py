@@ -35,16 +35,19 @@ def default_chunk_size(num_classes: int, itemsize: int) -> int:
     return max(MIN_CHUNK_ROWS, rows // MIN_CHUNK_ROWS * MIN_CHUNK_ROWS)
 
 
-def _can_accumulate_fp32(tensor: Tensor) -> bool:
-    """Whether `torch.addmm` takes 16-bit factors and adds to fp32: since torch 2.8, on CUDA."""
-    return tensor.is_cuda and tensor.dtype != torch.float32 and "dtype" in torch.ops.aten.addmm.overloads()
+def takes_out_dtype(tensor: Tensor) -> bool:
+    """Whether `torch.addmm` adds a product of 16-bit factors to fp32 without rounding it: torch >= 2.8 on CUDA."""
+    return tensor.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`total += a @ b` with `total` in fp32, the product not rounded to 16 bits on the way where torch can."""
-    if _can_accumulate_fp32(a):
-        return torch.addmm(total, a, b, out_dtype=torch.float32)
-    return total.add_(torch.mm(a, b))
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b` with `total` in fp32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif takes_out_dtype(a):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(a, b)
 
 
 class _Chunks:
@@ -84,7 +87,7 @@ class _HeadGradients:
             torch.mm(dlogits, self.linear_weight, out=self.dinput[rows])
         if self.need_dlinear_weight:
             kept_input = torch.where(self.keep[rows, None], self.input[rows], 0)
-            self.dlinear_weight = add_product(self.dlinear_weight, dlogits.T, kept_input)
+            add_product(self.dlinear_weight, dlogits.T, kept_input)
         if self.need_dlinear_bias:
             self.dlinear_bias += dlogits.sum(0, dtype=torch.float32)
 
