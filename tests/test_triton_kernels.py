@@ -1,6 +1,7 @@
 """The Triton kernels and launchers against the reference in fp64; without a GPU they run in Triton's interpreter."""
 
 import ast
+import importlib.util
 import inspect
 import sys
 from pathlib import Path
@@ -458,6 +459,24 @@ def test_scoring_traces_with_fake_tensors():
     target = torch.randint(0, 50, (2, 3), generator=generator).to(DEVICE)
     compiled = torch.compile(score, fullgraph=True, backend="aot_eager")(*tensors, target)
     torch.testing.assert_close(compiled, score(*tensors, target))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="bytes are counted in the interpreter")
+@pytest.mark.parametrize(("num_classes", "training"), [(4096, 4.0), (65536, 4.0), (65552, 6.0)])
+def test_bytes_per_logit(num_classes, training):
+    path = Path(__file__).parent.parent / "benchmarks" / "traffic.py"
+    spec = importlib.util.spec_from_file_location("traffic", path)
+    traffic = importlib.util.module_from_spec(spec)
+    sys.modules["traffic"] = traffic
+    spec.loader.exec_module(traffic)
+    logits, target, _, _ = batch(2, num_classes, torch.bfloat16)
+    row_weight = torch.ones(2)
+    with traffic.count_traffic() as scored:
+        kernels.cross_entropy_fwd(logits, target, None, *PLAIN)
+    with traffic.count_traffic() as trained:
+        kernels.cross_entropy_fwd_bwd(logits, target, row_weight, None, *PLAIN)
+    assert (scored.read + scored.written) / logits.numel() == pytest.approx(2.0, rel=0.01)
+    assert (trained.read + trained.written) / logits.numel() == pytest.approx(training, rel=0.01)
 
 
 def _executable_lines(path: Path) -> set[int]:
