@@ -298,7 +298,7 @@ def liger_cases(target_name: str) -> list[Case]:
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
         threads = 256 if target_name == "sm_100" and dtype == torch.bfloat16 else 1024
-        for num_classes in (*configs.ONE_PASS[2], LONG_ROW):
+        for num_classes in (4096, 32768, 65536, LONG_ROW):
             block = min(32768, triton.next_power_of_2(num_classes))
             for options, gradients in (("gradient", True), ("loss only", False)):
                 sizes = {"BLOCK_SIZE": block, "HAS_GRADIENTS": gradients}

@@ -14,8 +14,8 @@ What each launch reads and writes per logit of b bytes:
 
 The target's own exponential is kept out of the sum: `others = sum_{j != y} exp(z_j - max)` gives p_y - 1 as
 -others / sum, and log_sum as log1p(others) where y is the maximum, both exact to fp32 however confident the row is.
-FLOW weights confident rows most, and bf16 gradients lose them first. The target's gradient is one scalar store after
-the row's; a barrier orders the two.
+FLOW weights confident rows most, and bf16 gradients lose them first. Only the block that covers the target compares its
+columns with it.
 
 A row whose target is `ignore_index`, or whose weight is 0, writes zeros and reads no logits. A target outside [0, V)
 raises on the CPU; on a GPU, where looking would synchronise, its row gets loss and lse NaN, gradient 0, and nothing is
@@ -41,11 +41,11 @@ from flow_kernels.kernels.softmax_row import (
     load_logits,
     merge_groups,
     merge_target,
+    others_gradient,
+    place_target,
     row_loss,
     row_terms,
     smoothing_sum,
-    store_gradient,
-    store_target,
     store_zeros,
     target_gradient,
     through_head,
@@ -66,10 +66,10 @@ def cross_entropy_fwd_kernel(
     if (target != ignore_index) & (target >= 0) & (target < V):
         y = target.to(tl.int32)
         row_ptr = logits_ptr + row * logits_row_stride
-        z_max, others, weighted, max_before = walk_row(
-            row_ptr, y, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
-        )
         z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        z_max, others, weighted, max_before = walk_row(
+            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
+        )
         nll, lse, _ = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
@@ -102,6 +102,7 @@ def cross_entropy_fwd_bwd_kernel(
         group_max = tl.max(tl.full(lanes.shape, LOWEST, tl.float32), 1)
         group_sum = tl.zeros_like(group_max)
         weighted = tl.zeros_like(group_max)
+        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
         blocks = ()
         for block in tl.static_range(NUM_BLOCKS):
             cols = block * BLOCK_V + lanes
@@ -112,9 +113,7 @@ def cross_entropy_fwd_bwd_kernel(
             if HAS_SMOOTHING:
                 weighted += smoothing_sum(z, class_weight_ptr, cols, V)
             group_max, group_sum = accumulate(tl.where(cols == y, -float("inf"), z), group_max, group_sum)
-        # Read before the reduction, whose barriers keep every thread from overwriting it in place.
-        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
-        z_max, others = merge_groups(group_max, group_sum)
+        z_max, others = merge_groups(group_max, group_sum, z_target)
         nll, lse, p_minus_1 = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, tl.sum(weighted, 0), terms, z_loss, HAS_SMOOTHING))
@@ -125,10 +124,9 @@ def cross_entropy_fwd_bwd_kernel(
         for block in tl.static_range(NUM_BLOCKS):
             cols = block * BLOCK_V + lanes
             z = through_head(keep_raw(blocks[block], others), bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-            store_gradient(
-                dlogits_row_ptr, z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
-            )
-        store_target(dlogits_row_ptr, y, dz_target)
+            dz = others_gradient(z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+            dz = tl.where(cols == y, dz_target, dz).to(dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_row_ptr + cols, dz, mask=cols < V)
     else:
         tl.store(loss_ptr + row, tl.where(is_kept, float("nan"), 0.0))
         store_zeros(dlogits_ptr + row * row_strides[1], V, BLOCK_V)
@@ -151,7 +149,7 @@ def cross_entropy_walk_kernel(
         y = target.to(tl.int32)
         z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
         z_max, others, weighted, _ = walk_row(
-            row_ptr, y, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
+            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
         )
         nll, lse, p_minus_1 = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
@@ -163,10 +161,9 @@ def cross_entropy_walk_kernel(
         for start in range(0, V, BLOCK_V):
             cols = start + lanes
             z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-            store_gradient(
-                dlogits_row_ptr, z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
-            )
-        store_target(dlogits_row_ptr, y, dz_target)
+            dz = others_gradient(z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+            dz = place_target(dz, cols, y, dz_target, start, BLOCK_V)
+            tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
     else:
         tl.store(loss_ptr + row, tl.where(is_kept, float("nan"), 0.0))
         store_zeros(dlogits_row_ptr, V, BLOCK_V)
@@ -190,19 +187,15 @@ def cross_entropy_bwd_kernel(
         y = target.to(tl.int32)
         lse = tl.load(lse_ptr + row)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
-        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
         z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-        # In place, no thread may overwrite the target's logit before all have read it.
-        tl.debug_barrier()
-        store_gradient(
-            dlogits_row_ptr, z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
-        )
+        dz = others_gradient(z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
         if (y >= start) & (y < start + BLOCK_V):
+            # Every column as if it were the target, rather than a second read of a logit that is being overwritten.
             dz_target = target_gradient(
-                z_target, expm1(z_target - lse), y, terms, scale, class_weight_ptr, V, softcap,
-                HAS_SMOOTHING, HAS_SOFTCAP,
-            )  # fmt: skip
-            store_target(dlogits_row_ptr, y, dz_target)
+                z, expm1(z - lse), cols, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            )
+            dz = tl.where(cols == y, dz_target, dz)
+        tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
     else:
         tl.store(dlogits_row_ptr + cols, tl.zeros_like(cols).to(dlogits_ptr.dtype.element_ty), mask=cols < V)
 

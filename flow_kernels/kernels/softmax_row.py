@@ -76,15 +76,20 @@ def accumulate(z, group_max, group_sum):
 
 
 @triton.jit
-def merge_groups(group_max, group_sum):
-    """The groups' (max, sum) as one, in a fixed order: the row's only reduction between threads."""
+def merge_groups(group_max, group_sum, z_target):
+    """The groups' (max, sum) as one, in a fixed order: the row's only reduction between threads.
+
+    `z_target` changes nothing, but every thread has then waited for its load of it before any can leave the reduction
+    and overwrite it in place.
+    """
+    group_max = tl.maximum(group_max, tl.minimum(z_target, LOWEST))
     z_max = tl.max(group_max, 0)
     return z_max, tl.sum(group_sum * tl.exp2((group_max - z_max) * LOG2E), 0)
 
 
 @triton.jit
 def walk_row(
-    row_ptr, target, bias_ptr, class_weight_ptr, V, softcap,
+    row_ptr, target, z_target, bias_ptr, class_weight_ptr, V, softcap,
     HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One read of a row: `(z_max, others, weighted, max_before)`.
@@ -109,7 +114,7 @@ def walk_row(
             max_before = tl.max(tl.maximum(group_max, before), 0)
             z = tl.where(cols == target, -float("inf"), z)
         group_max, group_sum = accumulate(z, group_max, group_sum)
-    z_max, others = merge_groups(group_max, group_sum)
+    z_max, others = merge_groups(group_max, group_sum, z_target)
     return z_max, others, tl.sum(weighted, 0), max_before
 
 
@@ -166,32 +171,34 @@ def through_options(
 
 
 @triton.jit
-def store_gradient(
-    dlogits_row_ptr, z, cols, lse, terms, scale, class_weight_ptr, V, softcap,
-    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """The gradient of every column but the target's, whose place gets a value that `store_target` replaces."""
+def others_gradient(
+    z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """The gradient of every column but the target's, whose place gets a value that `place_target` replaces."""
     dz = (scale * terms[1]) * tl.exp2(z * LOG2E - lse * LOG2E)
-    dz = through_options(dz, z, cols, class_weight_ptr, V, scale * terms[2], softcap, HAS_SMOOTHING, HAS_SOFTCAP)
-    tl.store(dlogits_row_ptr + cols, dz.to(dlogits_row_ptr.dtype.element_ty), mask=cols < V)
+    return through_options(dz, z, cols, class_weight_ptr, V, scale * terms[2], softcap, HAS_SMOOTHING, HAS_SOFTCAP)
 
 
 @triton.jit
 def target_gradient(
-    z, p_minus_1, target, terms, scale, class_weight_ptr, V, softcap,
-    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
+    z, p_minus_1, y, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
     """The target's own gradient: spread p - hit as (spread - hit) p + hit (p - 1)."""
     hit, spread, smooth = terms
     dz = scale * ((spread - hit) * (p_minus_1 + 1.0) + hit * p_minus_1)
-    return through_options(dz, z, target, class_weight_ptr, V, scale * smooth, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+    return through_options(dz, z, y, class_weight_ptr, V, scale * smooth, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
 
 
 @triton.jit
-def store_target(dlogits_row_ptr, target, dz):
-    """Replace the target's gradient after the block that covers it has been stored by all threads."""
-    tl.debug_barrier()
-    tl.store(dlogits_row_ptr + target, dz.to(dlogits_row_ptr.dtype.element_ty))
+def place_target(values, cols, y, value, start, BLOCK_V: tl.constexpr):
+    """`values` with `value` in the target's column, if the block from `start` covers it.
+
+    One block of a row takes this branch, so no other block pays for comparing its columns with the target. A scalar
+    store after the row's would be as cheap, but AMD's barrier does not order the global stores of two waves.
+    """
+    if (y >= start) & (y < start + BLOCK_V):
+        values = tl.where(cols == y, value, values)
+    return values
 
 
 @triton.jit
