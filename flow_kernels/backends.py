@@ -44,6 +44,8 @@ def _why_no_triton(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     triton = importlib.import_module("triton")
+    if not hasattr(triton, "knobs"):
+        return f"triton {triton.__version__} is installed, the kernels need 3.4"
     # The choice between compiler and interpreter is made when triton is imported.
     interprets = triton.knobs.runtime.interpret and type(triton.language.sum).__name__ == "InterpretedFunction"
     if device_type == "cpu":

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flow_kernels
 import flow_kernels.kernels.flow_weights
-from flow_kernels import backends, kernels, reference
+from flow_kernels import backends, kernels, ops, reference
 from flow_kernels.kernels import configs, cross_entropy, linear_cross_entropy, softmax_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -428,6 +428,31 @@ def test_launchers_do_not_synchronise(monkeypatch):
     assert planted.found == ["nonzero", "_local_scalar_dense"]
 
 
+def test_opcheck():
+    logits, target, row_weight, class_weight = batch(3, 40, torch.float32)
+    logits.requires_grad_()
+    input, linear_weight, head_target, head_row_weight, linear_bias, _ = (
+        t[:3] for t in head(torch.float32, num_classes=3)
+    )
+    head_target = head_target.clamp(0, 2)
+    parameters = [t.detach().clone().requires_grad_() for t in (input, linear_weight, linear_bias)]
+    lse = torch.ones(3, device=DEVICE)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    input, linear_weight, linear_bias = parameters
+    head_arguments = (linear_bias, None, *PLAIN, 2)
+    for operator, arguments in (
+        (ops.cross_entropy_fwd, (logits, target, class_weight, *PLAIN)),
+        (ops.cross_entropy_bwd, (row_weight, logits.detach(), target, lse, class_weight, *PLAIN)),
+        (ops.cross_entropy_fwd_bwd, (logits, target, row_weight, class_weight, *PLAIN)),
+        (ops.linear_cross_entropy_fwd, (input, linear_weight, head_target, *head_arguments)),
+        (
+            ops.linear_cross_entropy_fwd_bwd,
+            (input, linear_weight, head_target, head_row_weight, *head_arguments, True, True, True),
+        ),
+    ):
+        torch.library.opcheck(operator, (*arguments, "triton"), test_utils=tests)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_public_functions_trace_with_fake_tensors(reduction):
     """`torch.compile(fullgraph=True)` through the operators' fake kernels, forward and backward."""
@@ -574,6 +599,14 @@ class TestBackend:
         monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
         with pytest.raises(flow_kernels.BackendUnavailable, match=r"TRITON_INTERPRET=1.*would use 'reference'"):
             backends.resolve("triton", "cpu")
+
+    def test_old_triton(self, monkeypatch):
+        import triton
+
+        monkeypatch.delattr(triton, "knobs")
+        assert (
+            backends.status("triton", "cpu").reason == f"triton {triton.__version__} is installed, the kernels need 3.4"
+        )
 
     def test_without_triton(self, monkeypatch):
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
