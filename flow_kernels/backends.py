@@ -6,6 +6,8 @@ serve the call raises `BackendUnavailable` with the reason. No environment varia
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,7 +18,13 @@ from flow_kernels import cpu, reference
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # By device type, best first. `reference` runs on every device that torch runs on.
+# `auto` leaves a GPU to the reference until the Triton kernels have run on one: so far they have run under the
+# interpreter and been compiled ahead of time.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton's own floor for bf16; older GPUs would fail inside its compiler.
+MIN_CUDA_CAPABILITY = (8, 0)
 
 
 class BackendUnavailable(RuntimeError):
@@ -31,8 +39,31 @@ class Status:
     reason: str
 
 
-def status(backend: str, device_type: str) -> Status:
-    """Say whether `backend` can serve tensors on `device_type`, and why (not)."""
+def _why_no_triton(device_type: str) -> str:
+    """Why the Triton kernels cannot serve `device_type`; empty when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    triton = importlib.import_module("triton")
+    if not hasattr(triton, "knobs"):
+        return f"triton {triton.__version__} is installed, the kernels need 3.4"
+    # The choice between compiler and interpreter is made when triton is imported.
+    interprets = triton.knobs.runtime.interpret and type(triton.language.sum).__name__ == "InterpretedFunction"
+    if device_type == "cpu":
+        if interprets:
+            return ""
+        return "Triton compiles for GPUs; on the CPU it only interprets, with TRITON_INTERPRET=1 set before its import"
+    if device_type != "cuda":
+        return f"flow_kernels has no Triton kernels for {device_type}"
+    if not torch.cuda.is_available():
+        return "no usable GPU driver: torch.cuda.is_available() is False"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < MIN_CUDA_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return ""
+
+
+def status(backend: str, device_type: str, dtype: torch.dtype | None = None) -> Status:
+    """Say whether `backend` can serve tensors on `device_type` (of `dtype`, if given), and why (not)."""
     if backend == "reference":
         return Status(True, "eager torch, every device and dtype")
     if backend == "cpu":
@@ -40,32 +71,40 @@ def status(backend: str, device_type: str) -> Status:
             return Status(False, "its kernels read CPU memory only")
         reason = cpu.why_not()
         return Status(reason is None, reason or cpu.describe())
+    if backend == "triton":
+        reason = _why_no_triton(device_type)
+        if not reason and dtype is not None and dtype not in TRITON_DTYPES:
+            reason = f"the Triton kernels take fp32, bf16 and fp16, not {dtype}"
+        return Status(not reason, reason or "Triton kernels, fp32, bf16 and fp16")
     if backend in BACKENDS:
         return Status(False, f"flow_kernels has no {backend} kernels in this version")
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
 
 
-# Constant under torch.compile: what is compiled and which CPU this is do not change while a program runs.
+# Constant under torch.compile: what is compiled and which machine this is do not change while a program runs.
 @torch.compiler.assume_constant_result
-def resolve(backend: str, device_type: str) -> str:
-    """The name of the backend that serves a call on `device_type`.
+def resolve(backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """The name of the backend that serves a call on `device_type` with input of `dtype`.
 
     Raises:
         ValueError: `backend` is not a known name.
-        BackendUnavailable: the named backend cannot serve the device.
+        BackendUnavailable: the named backend cannot serve the device or dtype.
     """
     if backend == "auto":
         candidates = PREFERENCE.get(device_type, ("reference",))
-        return next(name for name in candidates if status(name, device_type).available)
-    found = status(backend, device_type)
+        return next(name for name in candidates if status(name, device_type, dtype).available)
+    found = status(backend, device_type, dtype)
     if not found.available:
         raise BackendUnavailable(
             f"backend={backend!r} cannot serve tensors on {device_type}: {found.reason}; "
-            f"backend='auto' would use {resolve('auto', device_type)!r}"
+            f"backend='auto' would use {resolve('auto', device_type, dtype)!r}"
         )
     return backend
 
 
 def implementation(backend: str) -> ModuleType:
     """The module that holds the operators of a resolved backend, under the names of `flow_kernels.reference`."""
+    if backend == "triton":
+        # Imported at the first call: without triton, or without a use for it, nothing else depends on it.
+        return importlib.import_module("flow_kernels.kernels")
     return {"reference": reference, "cpu": cpu}[backend]

@@ -81,7 +81,7 @@ def cross_entropy(
     row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
     kept = drop_zero_weight(rows, row_weight)
     options = (weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss))
-    backend = backends.resolve(backend, input.device.type)
+    backend = backends.resolve(backend, input.device.type, input.dtype)
 
     if reduction == "none":
         _no_normalizer(normalizer)
@@ -141,7 +141,7 @@ def linear_cross_entropy(
     options = (
         weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), check_chunk_size(chunk_size),
     )  # fmt: skip
-    backend = backends.resolve(backend, input.device.type)
+    backend = backends.resolve(backend, input.device.type, input.dtype)
 
     if reduction == "none":
         _no_normalizer(normalizer)

@@ -43,7 +43,7 @@ def score_tokens(
     check_options(rows, input.shape[-1], None, 0.0, softcap, 0.0)
     loss, _, correct = ops.cross_entropy_fwd(
         rows.input, rows.target, None, ignore_index, 0.0, float(softcap or 0.0), 0.0,
-        backends.resolve(backend, input.device.type),
+        backends.resolve(backend, input.device.type, input.dtype),
     )  # fmt: skip
     return TokenScores(loss.reshape(rows.shape), correct.reshape(rows.shape))
 
@@ -69,7 +69,7 @@ def linear_score_tokens(
     check_options(rows, linear_weight.shape[0], None, 0.0, softcap, 0.0)
     loss, _, correct = ops.linear_cross_entropy_fwd(
         rows.input, linear_weight, rows.target, linear_bias, None, ignore_index, 0.0, float(softcap or 0.0), 0.0,
-        check_chunk_size(chunk_size), backends.resolve(backend, input.device.type),
+        check_chunk_size(chunk_size), backends.resolve(backend, input.device.type, input.dtype),
     )  # fmt: skip
     return TokenScores(loss.reshape(rows.shape), correct.reshape(rows.shape))
 

@@ -1,0 +1,92 @@
+"""The one table of launch configurations, by kernel, element size and vocabulary class; nothing is tuned at a call.
+
+`threads` threads work on `block_v` columns at a time, every thread on whole 16-byte groups, so `block_v` is a multiple
+of `threads * 16 / element size`. `benchmarks/gpu_static.py` compiles every entry for every target and shows registers
+and spills; `benchmarks/results/gpu_static.md` is its last output.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Columns are int32 in the kernels; the last block must not run over.
+MAX_CLASSES = 2**31 - 2**17
+
+
+@dataclass(frozen=True)
+class Config:
+    """`block_v` columns at a time by `threads` threads; `num_blocks` of them make a row that is kept in registers."""
+
+    block_v: int
+    threads: int
+    num_blocks: int = 0
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time sizes."""
+        return {"BLOCK_V": self.block_v} | ({"NUM_BLOCKS": self.num_blocks} if self.num_blocks else {})
+
+    def num_warps(self, warp_size: int) -> int:
+        """Triton counts warps, whose size differs between vendors."""
+        return self.threads // warp_size
+
+
+# Rows that stay in registers: {element size: {largest V: configuration}}. A row of 128 KiB is half of a
+# multiprocessor's register file, the most that one block can keep while it works on it. One group a thread and block:
+# the compiler then widens one block at a time to fp32. 512 threads with up to 128 registers spend fewer of them on
+# addresses and scalars than 1024 with 64.
+ONE_PASS = {
+    2: {
+        1024: Config(1024, 128, 1),
+        2048: Config(1024, 128, 2),
+        4096: Config(2048, 256, 2),
+        8192: Config(2048, 256, 4),
+        16384: Config(4096, 512, 4),
+        32768: Config(4096, 512, 8),
+        65536: Config(4096, 512, 16),
+    },
+    4: {
+        1024: Config(1024, 128, 1),
+        2048: Config(1024, 128, 2),
+        4096: Config(2048, 256, 2),
+        8192: Config(2048, 256, 4),
+        16384: Config(4096, 512, 4),
+        32768: Config(2048, 512, 16),
+    },
+}
+
+# Soft-cap, smoothing, class weights and a bias take registers of their own; longer rows would spill.
+ONE_PASS_ROW_BYTES_WITH_OPTIONS = 32 * 2**10
+
+# Rows walked block by block. Four 16-byte loads in flight a thread, 64 KiB a multiprocessor at four blocks of 256
+# threads: bandwidth times latency of an H100 is 20 KiB. Short rows take a smaller block so that fewer lanes idle.
+WALK = {
+    2: {2048: Config(2048, 128), MAX_CLASSES: Config(8192, 256)},
+    4: {1024: Config(1024, 128), MAX_CLASSES: Config(4096, 256)},
+}
+
+# One block of one row each: no reduction, only enough work to pay for reading the row's scalars.
+ELEMENTWISE = WALK
+
+
+def lookup(table: dict, dtype: torch.dtype, num_classes: int) -> Config | None:
+    """The entry of `table` for the smallest class that holds `num_classes`; None where there is none."""
+    return next((config for largest, config in table[dtype.itemsize].items() if num_classes <= largest), None)
+
+
+def one_pass(dtype: torch.dtype, num_classes: int, has_options: bool) -> Config | None:
+    """The configuration that keeps a row in registers, None where it does not fit."""
+    if has_options and num_classes * dtype.itemsize > ONE_PASS_ROW_BYTES_WITH_OPTIONS:
+        return None
+    return lookup(ONE_PASS, dtype, num_classes)
+
+
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Threads a warp on `device`; 32 under the interpreter."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32

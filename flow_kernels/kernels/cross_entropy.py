@@ -1,0 +1,301 @@
+"""Weighted cross-entropy of given logits: Triton kernels and their launchers.
+
+N rows, V vocabulary entries. The formulas are those of `flow_kernels.reference`; for a row with logits z, target y and
+row weight g, without options,
+
+    loss = (max - z_y) + log_sum        lse = max + log_sum        dz_j = g (p_j - [j = y])
+
+What each launch reads and writes per logit of b bytes:
+
+    cross_entropy_fwd_kernel        reads b once                      running (max, sum) per thread, merged once a row
+    cross_entropy_fwd_bwd_kernel    reads b once, writes b once       the row stays in registers (up to 128 KiB a row)
+    cross_entropy_walk_kernel       reads b twice, writes b once      the same for longer rows
+    cross_entropy_bwd_kernel        reads b once, writes b once       from the saved lse
+
+The target's own exponential is kept out of the sum: `others = sum_{j != y} exp(z_j - max)` gives p_y - 1 as
+-others / sum, and log_sum as log1p(others) where y is the maximum, both exact to fp32 however confident the row is.
+FLOW weights confident rows most, and bf16 gradients lose them first. Only the block that covers the target compares its
+columns with it.
+
+A row whose target is `ignore_index`, or whose weight is 0, writes zeros and reads no logits. A target outside [0, V)
+raises on the CPU; on a GPU, where looking would synchronise, its row gets loss and lse NaN, gradient 0, and nothing is
+read outside the row.
+
+Performance model: see `flow_kernels.kernels`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flow_kernels.kernels import configs
+from flow_kernels.kernels.softmax_row import (
+    LOWEST,
+    accumulate,
+    columns,
+    expm1,
+    keep_raw,
+    load_logits,
+    merge_groups,
+    merge_target,
+    others_gradient,
+    place_target,
+    row_loss,
+    row_terms,
+    smoothing_sum,
+    store_zeros,
+    target_gradient,
+    through_head,
+    walk_row,
+)
+from flow_kernels.reference import check_target
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    logits_ptr, target_ptr, bias_ptr, class_weight_ptr, loss_ptr, lse_ptr, correct_ptr,
+    logits_row_stride, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Loss, lse and correctness of one row a program."""
+    ignore_index, label_smoothing, softcap, z_loss = options
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    if (target != ignore_index) & (target >= 0) & (target < V):
+        y = target.to(tl.int32)
+        row_ptr = logits_ptr + row * logits_row_stride
+        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        z_max, others, weighted, max_before = walk_row(
+            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
+        )
+        nll, lse, _ = merge_target(z_max, others, z_target)
+        terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
+        tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
+        tl.store(lse_ptr + row, lse)
+        # argmax takes the first of equal logits.
+        tl.store(correct_ptr + row, (z_target >= z_max) & (z_target > max_before))
+    else:
+        absent = tl.where(target == ignore_index, 0.0, float("nan"))
+        tl.store(loss_ptr + row, absent)
+        tl.store(lse_ptr + row, absent)
+        tl.store(correct_ptr + row, False)
+
+
+@triton.jit
+def cross_entropy_fwd_bwd_kernel(
+    logits_ptr, target_ptr, row_weight_ptr, bias_ptr, class_weight_ptr, loss_ptr, dlogits_ptr,
+    row_strides, V, options,
+    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Loss and gradient of one row a program, V <= BLOCK_V * NUM_BLOCKS: the row is read once and kept in registers."""
+    ignore_index, label_smoothing, softcap, z_loss = options
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_strides[0]
+    target = tl.load(target_ptr + row)
+    scale = tl.load(row_weight_ptr + row)
+    is_kept = (target != ignore_index) & (scale != 0)
+    if is_kept & (target >= 0) & (target < V):
+        y = target.to(tl.int32)
+        lanes = columns(row_ptr, BLOCK_V)
+        group_max = tl.max(tl.full(lanes.shape, LOWEST, tl.float32), 1)
+        group_sum = tl.zeros_like(group_max)
+        weighted = tl.zeros_like(group_max)
+        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        blocks = ()
+        for block in tl.static_range(NUM_BLOCKS):
+            cols = block * BLOCK_V + lanes
+            x = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf"))
+            # Triton reads no starred expression.
+            blocks = blocks + (x,)  # noqa: RUF005
+            z = through_head(x, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+            if HAS_SMOOTHING:
+                weighted += smoothing_sum(z, class_weight_ptr, cols, V)
+            group_max, group_sum = accumulate(tl.where(cols == y, -float("inf"), z), group_max, group_sum)
+        z_max, others = merge_groups(group_max, group_sum, z_target)
+        nll, lse, p_minus_1 = merge_target(z_max, others, z_target)
+        terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
+        tl.store(loss_ptr + row, row_loss(nll, lse, tl.sum(weighted, 0), terms, z_loss, HAS_SMOOTHING))
+        dz_target = target_gradient(
+            z_target, p_minus_1, y, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+        )
+        dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
+        for block in tl.static_range(NUM_BLOCKS):
+            cols = block * BLOCK_V + lanes
+            z = through_head(keep_raw(blocks[block], others), bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+            dz = others_gradient(z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+            dz = tl.where(cols == y, dz_target, dz).to(dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_row_ptr + cols, dz, mask=cols < V)
+    else:
+        tl.store(loss_ptr + row, tl.where(is_kept, float("nan"), 0.0))
+        store_zeros(dlogits_ptr + row * row_strides[1], V, BLOCK_V)
+
+
+@triton.jit
+def cross_entropy_walk_kernel(
+    logits_ptr, target_ptr, row_weight_ptr, bias_ptr, class_weight_ptr, loss_ptr, dlogits_ptr,
+    row_strides, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """`cross_entropy_fwd_bwd_kernel` for a row of any length: read once for the loss, once more for the gradient."""
+    ignore_index, label_smoothing, softcap, z_loss = options
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_strides[0]
+    dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
+    target = tl.load(target_ptr + row)
+    scale = tl.load(row_weight_ptr + row)
+    is_kept = (target != ignore_index) & (scale != 0)
+    if is_kept & (target >= 0) & (target < V):
+        y = target.to(tl.int32)
+        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        z_max, others, weighted, _ = walk_row(
+            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
+        )
+        nll, lse, p_minus_1 = merge_target(z_max, others, z_target)
+        terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
+        tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
+        dz_target = target_gradient(
+            z_target, p_minus_1, y, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+        )
+        lanes = columns(row_ptr, BLOCK_V)
+        for start in range(0, V, BLOCK_V):
+            cols = start + lanes
+            z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+            dz = others_gradient(z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+            dz = place_target(dz, cols, y, dz_target, start, BLOCK_V)
+            tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
+    else:
+        tl.store(loss_ptr + row, tl.where(is_kept, float("nan"), 0.0))
+        store_zeros(dlogits_row_ptr, V, BLOCK_V)
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    dloss_ptr, logits_ptr, target_ptr, lse_ptr, bias_ptr, class_weight_ptr, dlogits_ptr,
+    row_strides, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BLOCK_V columns of one row a program, from the lse of the forward kernel; may run in place."""
+    ignore_index, label_smoothing, softcap, z_loss = options
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK_V
+    cols = start + columns(logits_ptr, BLOCK_V)
+    row_ptr = logits_ptr + row * row_strides[0]
+    dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
+    target = tl.load(target_ptr + row)
+    scale = tl.load(dloss_ptr + row)
+    if (target != ignore_index) & (scale != 0) & (target >= 0) & (target < V):
+        y = target.to(tl.int32)
+        lse = tl.load(lse_ptr + row)
+        terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
+        z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+        dz = others_gradient(z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+        if (y >= start) & (y < start + BLOCK_V):
+            # Every column as if it were the target, rather than a second read of a logit that is being overwritten.
+            dz_target = target_gradient(
+                z, expm1(z - lse), cols, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            )
+            dz = tl.where(cols == y, dz_target, dz)
+        tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
+    else:
+        tl.store(dlogits_row_ptr + cols, tl.zeros_like(cols).to(dlogits_ptr.dtype.element_ty), mask=cols < V)
+
+
+def check_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """`logits` with unit column stride, checked: a target out of range raises where looking costs no synchronisation."""
+    num_classes = logits.shape[1]
+    if num_classes > configs.MAX_CLASSES:
+        raise ValueError(
+            f"the Triton kernels take rows of at most {configs.MAX_CLASSES} logits, got {num_classes}; "
+            "backend='reference' serves any length"
+        )
+    if logits.device.type == "cpu":
+        check_target(target, num_classes, ignore_index)
+    return logits if logits.stride(1) == 1 or num_classes == 1 else logits.contiguous()
+
+
+def with_sum(class_weight: Tensor | None) -> Tensor | None:
+    """The class weights followed by their sum, as the kernels take them."""
+    return None if class_weight is None else torch.cat([class_weight.float(), class_weight.float().sum()[None]])
+
+
+def _launch(kernel, config, grid, tensors, sizes, options):
+    """Run `kernel` on the device of its first tensor; `options` is (ignore_index, label_smoothing, softcap, z_loss)."""
+    device = tensors[0].device
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](
+            *tensors, *sizes, options, HAS_SMOOTHING=options[1] > 0, HAS_SOFTCAP=options[2] > 0,
+            **config.constants, num_warps=config.num_warps(configs.warp_size(device)), enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def launch_fwd(logits, target, bias, class_weight, loss, lse, correct, options) -> None:
+    """Write loss, lse (fp32) and correct (bool) of every row of `logits [N, V]`."""
+    num_rows, num_classes = logits.shape
+    if num_rows:
+        config = configs.lookup(configs.WALK, logits.dtype, num_classes)
+        tensors = (logits, target, bias, class_weight, loss, lse, correct.view(torch.uint8))
+        sizes = (logits.stride(0), num_classes)
+        _launch(cross_entropy_fwd_kernel, config, (num_rows,), tensors, sizes, options)
+
+
+def launch_fwd_bwd(logits, target, row_weight, bias, class_weight, loss, dlogits, options) -> None:
+    """Write the row losses and `dlogits`, which may be `logits` itself."""
+    num_rows, num_classes = logits.shape
+    if num_rows:
+        has_options = bias is not None or class_weight is not None or options[1] > 0 or options[2] > 0
+        kernel, config = cross_entropy_fwd_bwd_kernel, configs.one_pass(logits.dtype, num_classes, has_options)
+        if config is None:
+            kernel, config = cross_entropy_walk_kernel, configs.lookup(configs.WALK, logits.dtype, num_classes)
+        tensors = (logits, target, row_weight, bias, class_weight, loss, dlogits)
+        sizes = ((logits.stride(0), dlogits.stride(0)), num_classes)
+        _launch(kernel, config, (num_rows,), tensors, sizes, options)
+
+
+def launch_bwd(dloss, logits, target, lse, bias, class_weight, dlogits, options) -> None:
+    """Write `dlogits`, which may be `logits` itself."""
+    num_rows, num_classes = logits.shape
+    if num_rows:
+        config = configs.lookup(configs.ELEMENTWISE, logits.dtype, num_classes)
+        tensors = (dloss, logits, target, lse, bias, class_weight, dlogits)
+        sizes = ((logits.stride(0), dlogits.stride(0)), num_classes)
+        grid = (num_rows, triton.cdiv(num_classes, config.block_v))
+        _launch(cross_entropy_bwd_kernel, config, grid, tensors, sizes, options)
+
+
+def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    """`reference.cross_entropy_fwd`: each logit is read once."""
+    logits = check_rows(logits, target, ignore_index)
+    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    lse, correct = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
+    options = (ignore_index, label_smoothing, softcap, z_loss)
+    launch_fwd(logits, target.contiguous(), None, with_sum(class_weight), loss, lse, correct, options)
+    return loss, lse, correct
+
+
+def cross_entropy_bwd(dloss, logits, target, lse, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    """`reference.cross_entropy_bwd`: each logit is read once and its gradient written once."""
+    logits = check_rows(logits, target, ignore_index)
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    options = (ignore_index, label_smoothing, softcap, z_loss)
+    launch_bwd(
+        dloss.contiguous(),
+        logits,
+        target.contiguous(),
+        lse.contiguous(),
+        None,
+        with_sum(class_weight),
+        dlogits,
+        options,
+    )
+    return dlogits
+
+
+def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    """`reference.cross_entropy_fwd_bwd`, loss and gradient in one launch."""
+    logits = check_rows(logits, target, ignore_index)
+    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    row_weight = row_weight.float().contiguous()
+    options = (ignore_index, label_smoothing, softcap, z_loss)
+    launch_fwd_bwd(logits, target.contiguous(), row_weight, None, with_sum(class_weight), loss, dlogits, options)
+    return (row_weight * loss).sum(), loss, dlogits
