@@ -314,6 +314,7 @@ def _markdown(rows: list[dict]) -> str:
         "",
         f"`python benchmarks/gpu_static.py`, triton {triton.__version__}, torch {torch.__version__}; nothing ran on a GPU.",
         "Columns are explained at the head of the program. Kernels of `liger_*` are liger-kernel's.",
+        f"{len(rows)} rows; what is not listed has not been compiled in the run that wrote this.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
