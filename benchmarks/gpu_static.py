@@ -1,7 +1,7 @@
 """What the Triton kernels become on GPUs that are not here: every kernel and configuration, compiled and read back.
 
     python benchmarks/gpu_static.py                 all targets, into benchmarks/results/gpu_static.{csv,md}
-    python benchmarks/gpu_static.py --target sm_90  one target's rows of them
+    python benchmarks/gpu_static.py --target sm_90  one target's rows of them; each row is written as it is done
 
 Nothing runs. From the machine code of each kernel (cuobjdump from the triton package; the compiler's own assembly for
 AMD) it reads:
@@ -314,6 +314,7 @@ def _markdown(rows: list[dict]) -> str:
         "",
         f"`python benchmarks/gpu_static.py`, triton {triton.__version__}, torch {torch.__version__}; nothing ran on a GPU.",
         "Columns are explained at the head of the program. Kernels of `liger_*` are liger-kernel's.",
+        f"{len(rows)} rows; what is not listed has not been compiled in the run that wrote this.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
@@ -325,25 +326,31 @@ def _markdown(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target")
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this; nothing is written")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     arguments = parser.parse_args()
     path = RESULTS / "gpu_static.csv"
     for target_name in arguments.target or TARGETS:
-        rows = []
-        for case in [*our_cases(), *liger_cases(target_name)]:
+        cases = [*our_cases(), *liger_cases(target_name)]
+        # The format most used comes first, for whoever stops early.
+        for case in sorted(cases, key=lambda case: (case.dtype != torch.bfloat16, case.options == "all")):
             if arguments.kernel in case.name:
-                rows.append(case.measure(target_name))
-                print(*rows[-1].values(), sep="\t", flush=True)
-        if not arguments.kernel:
-            _write(path, target_name, rows)
+                row = case.measure(target_name)
+                print(*row.values(), sep="\t", flush=True)
+                _write(path, row)
     return 0
 
 
-def _write(path: Path, target_name: str, rows: list[dict]) -> None:
-    """Replace the rows of one target in the CSV, and write the Markdown anew."""
+def _write(path: Path, new: dict) -> None:
+    """Put one row into the CSV, over the one it replaces, and write the Markdown anew."""
+    rows = []
     if path.exists():
         with open(path, newline="") as file:
-            rows = [*(row for row in csv.DictReader(file) if row["target"] != target_name), *rows]
+            rows = list(csv.DictReader(file))
+
+    def key(row):
+        return tuple(str(row[c]) for c in ("target", "kernel", "dtype", "options", "V"))
+
+    rows = sorted([row for row in rows if key(row) != key(new)] + [new], key=lambda row: (key(row)[:4], int(row["V"])))
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -1,27 +1,28 @@
 """Triton kernels and their launchers, under the names and signatures of `flow_kernels.reference`, for fp32, bf16, fp16.
 
-Performance model. One row of V logits of b bytes; about 8 instructions and one exponential a logit forward, 18 to 20
-and two with the gradient (`benchmarks/results/gpu_static.md`). The kernels move
+Performance model. One row of V logits of b bytes; about 8 instructions and one exponential a logit forward, about 23
+and two with the gradient (`python benchmarks/gpu_static.py`). The kernels move
 
     scoring    b V read                       2 V bytes in bf16
     training   b V read, b V written          4 V bytes while a row fits in registers (128 KiB), else 6 V
 
-so the floor of a row is its bytes over the memory bandwidth, unless exponentials (16 a cycle and multiprocessor on
-NVIDIA, by the vendor's tables) take longer. In nanoseconds a row of V = 151936 in bf16, and for V = 65536 in one pass:
+so the floor of a row is its bytes over the memory bandwidth, unless its exponentials (16 a cycle and multiprocessor) or
+its instructions (128 lanes a cycle and multiprocessor, 64 on MI300X) take longer. In nanoseconds a row in bf16:
 
-    device   bandwidth   scoring    exponentials   training, two reads   one pass, V = 65536
-    A100     2.0 TB/s    152 ns      62 ns         456 ns                131 ns
-    H100     3.35 TB/s    91 ns      41 ns         272 ns                 78 ns
-    H200     4.8 TB/s     63 ns      41 ns         190 ns                 55 ns
-    B200     8.0 TB/s     38 ns      35 ns         114 ns                 33 ns
-    MI300X   5.3 TB/s     57 ns      15 ns         172 ns                 49 ns
+             scoring, V = 151936       training, V = 65536       training, V = 151936
+    device   bytes    exponentials     bytes    instructions     bytes
+    A100     152       62              131       77              456            2.0 TB/s, 108 x 1.41 GHz
+    H100      91       41               78       51              272            3.35 TB/s, 132 x 1.755 GHz
+    H200      63       41               55       51              190            4.8 TB/s, 132 x 1.755 GHz
+    B200      38       35               33       43              114            8.0 TB/s, 148 x 1.85 GHz
+    MI300X    57       15               49       37              172            5.3 TB/s, 304 x 2.1 GHz
 
-What a good streaming kernel reaches is 85 to 90 % of the bandwidth, which is to be expected where exponentials and
-instructions hide behind it: everywhere but on B200, whose memory outruns its exponential units, so that scoring there is
-bound by both. Training in two reads may gain from the second read hitting L2: the rows in flight are 0.3 MB times the
-number of multiprocessors times resident blocks, which is near or above the size of L2, so no gain is counted. Under the
-linear head the row kernel is a small part: three products of 2 D flops a logit take 4.7 us a row of V = 151936 with
-D = 4096 at 800 TFLOP/s, the row kernel 0.3 us on H100.
+A good streaming kernel reaches 85 to 90 % of the bandwidth where the rest hides behind it. To be expected: that on A100,
+H100 and MI300X; less on H200, where instructions nearly fill a one-pass row's time; on B200 instructions, not bytes,
+bound the one-pass kernel (about 75 % of the bandwidth at best), and exponentials nearly fill the time of scoring. A
+second read may hit L2, but the rows in flight are near its size, so no gain is counted. Under the linear head the row
+kernel is a small part: on H100 three products of 2 D flops a logit take 4.7 us a row of V = 151936 with D = 4096 at
+800 TFLOP/s, the row kernel 0.3 us.
 
 Nothing here has been timed on a GPU; these are floors on paper.
 """

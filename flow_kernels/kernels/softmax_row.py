@@ -72,7 +72,8 @@ def accumulate(z, group_max, group_sum):
     """Bring a block into every group's running (max, sum of exp): one exponential a logit and one a group."""
     new_max = tl.maximum(group_max, tl.max(z, 1))
     group_sum = group_sum * tl.exp2((group_max - new_max) * LOG2E)
-    return new_max, group_sum + tl.sum(tl.exp2(z * LOG2E - (new_max * LOG2E)[:, None]), 1)
+    # new_max * LOG2E is rounded before z meets it: the error of one rounding of lse, the same for the whole group.
+    return new_max, group_sum + tl.sum(tl.exp2(tl.fma(z, LOG2E, (new_max * -LOG2E)[:, None])), 1)
 
 
 @triton.jit
@@ -175,7 +176,11 @@ def others_gradient(
     z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
     """The gradient of every column but the target's, whose place gets a value that `place_target` replaces."""
-    dz = (scale * terms[1]) * tl.exp2(z * LOG2E - lse * LOG2E)
+    # exp(z - lse) in one fused operation and one exponential a logit; what rounding took from lse * LOG2E goes into the
+    # row's factor, so the only error is that of lse itself.
+    shift = lse * -LOG2E
+    factor = scale * terms[1] * tl.exp2(tl.fma(lse, -LOG2E, -shift))
+    dz = factor * tl.exp2(tl.fma(z, LOG2E, shift))
     return through_options(dz, z, cols, class_weight_ptr, V, scale * terms[2], softcap, HAS_SMOOTHING, HAS_SOFTCAP)
 
 
