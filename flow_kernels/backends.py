@@ -64,4 +64,7 @@ def resolve(backend: str, device_type: str) -> str:
 
 def implementation(backend: str) -> ModuleType:
     """The module that holds the operators of a resolved backend, under the names of `flow_kernels.reference`."""
+    # An operator may be called with a name that nobody resolved; the compiled file is loaded by asking for the status.
+    if backend == "cpu" and not (found := status("cpu", "cpu")).available:
+        raise BackendUnavailable(found.reason)
     return {"reference": reference, "cpu": cpu}[backend]
