@@ -145,7 +145,7 @@ def accuracy(head: Head, names: list[str]) -> None:
             row |= {"machine": harness.machine(), "command": COMMAND}
             rows.append(row)
             print({k: v for k, v in row.items() if k not in ("machine", "command")}, flush=True)
-    harness.update_csv("accuracy", rows, ("rows", "head", "implementation"))
+        harness.update_csv("accuracy", rows, ("rows", "head", "implementation"))
 
 
 def main() -> None:

@@ -122,7 +122,11 @@ def plots() -> list[str]:
 def write_report() -> None:
     """Write results/head.md."""
     machines = sorted({row["machine"] for row in (*harness.read_csv("head"), *harness.read_csv("sweep"))})
-    parts = ["# The head alone", *machines, "Medians of repetitions in turn; the machine was shared with other work."]
+    parts = [
+        "# The head alone",
+        *machines,
+        "Medians of repetitions in turn. The machine was shared with other work: compare CPU seconds, not the wall clock.",
+    ]
     parts += ["## Time and memory", *speed_tables(), "## Error against fp64", *accuracy_table()]
     parts += ["## Growth", *sweep_table(), *(f"![{name}]({name})" for name in plots())]
     (harness.RESULTS / "head.md").write_text("\n\n".join(parts) + "\n")

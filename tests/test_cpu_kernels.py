@@ -38,9 +38,15 @@ def wide(*tensors):
     return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def error(actual, expected):
+    # With one class the gradient is what is left of terms near 1, so its own size is no measure.
     assert actual.shape == expected.shape
-    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-2))
+    return float((actual.double() - expected).norm() / expected.norm().clamp_min(0.1))
 
 
 @pytest.mark.parametrize(("dtype", "name"), kernels())
