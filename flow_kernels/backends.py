@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from flow_kernels import cpu, reference
+from flow_kernels import cpu, cuda, reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -40,6 +40,11 @@ def status(backend: str, device_type: str) -> Status:
             return Status(False, "its kernels read CPU memory only")
         reason = cpu.why_not()
         return Status(reason is None, reason or cpu.describe())
+    if backend == "cuda":
+        if device_type != "cuda":
+            return Status(False, "its kernels read CUDA memory only")
+        reason = cuda.why_not()
+        return Status(reason is None, reason or "cross_entropy with known row weights, and forward only")
     if backend in BACKENDS:
         return Status(False, f"flow_kernels has no {backend} kernels in this version")
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
@@ -68,4 +73,4 @@ def resolve(backend: str, device_type: str) -> str:
 
 def implementation(backend: str) -> ModuleType:
     """The module that holds the operators of a resolved backend, under the names of `flow_kernels.reference`."""
-    return {"reference": reference, "cpu": cpu}[backend]
+    return {"reference": reference, "cpu": cpu, "cuda": cuda}[backend]

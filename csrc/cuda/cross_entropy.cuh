@@ -115,8 +115,8 @@ template <class T, bool kHeld, bool kSoftcap, bool kSmoothing>
 __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_bwd_kernel(const CrossEntropyArgs args) {
   const int rank = blockIdx.x % args.cluster_size;
   const int64_t row = blockIdx.x / args.cluster_size;
-  const int64_t wide_target = load_global(args.target + row);
-  const float row_weight = load_global(args.row_weight + row);
+  const int64_t wide_target = load_uniform(args.target + row);
+  const float row_weight = load_uniform(args.row_weight + row);
   const Slice<T> slice = slice_of(static_cast<const T*>(args.logits) + row * args.logits_row_stride, args.num_classes,
                                   rank, args.cluster_size);
   T* const out = static_cast<T*>(args.dlogits) + row * args.num_classes;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_bwd_kernel(c
 template <class T, bool kSoftcap, bool kSmoothing>
 __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_kernel(const CrossEntropyArgs args) {
   const int64_t row = blockIdx.x;
-  const int64_t wide_target = load_global(args.target + row);
+  const int64_t wide_target = load_uniform(args.target + row);
   const RowKind kind = kind_of(wide_target, 1.0f, args);
   if (kind != RowKind::kLive) {
     if (threadIdx.x == 0) {

@@ -88,6 +88,11 @@ __device__ __forceinline__ T load_global(const T* from) {
 __device__ __forceinline__ int64_t load_global(const int64_t* from) {
   return __ldg(reinterpret_cast<const long long*>(from));
 }
+// The same address in all lanes of a warp: one access for the warp.
+template <class T>
+__device__ __forceinline__ T load_uniform(const T* from) {
+  return load_global(from);
+}
 __device__ __forceinline__ void store_unit(void* to, const Unit& unit) {
   *static_cast<uint4*>(to) = make_uint4(unit.word[0], unit.word[1], unit.word[2], unit.word[3]);
 }

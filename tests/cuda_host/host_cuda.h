@@ -318,6 +318,15 @@ T load_global(const T* from) {
   host_cuda::machine().counters.bytes_loaded += sizeof(T);
   return *from;
 }
+// Counted once a warp.
+template <class T>
+T load_uniform(const T* from) {
+  require_aligned(from, sizeof(T));
+  if (host_cuda::current().thread.x % host_cuda::kWarpSize == 0) {
+    host_cuda::machine().counters.bytes_loaded += sizeof(T);
+  }
+  return *from;
+}
 inline void store_unit(void* to, const Unit& unit) {
   require_aligned(to, sizeof(Unit));
   host_cuda::machine().counters.bytes_stored += sizeof(Unit);
