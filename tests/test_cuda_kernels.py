@@ -37,7 +37,7 @@ pytestmark = [
 DTYPES = tuple(ELEMENT_TYPES)
 SIZES = (1, 2, 7, 31, 32, 33, 1000, 4097, 50257, 65536, 262144, 1000003)
 # Half a unit in the last place of what is written; fp32 logits get the arithmetic's error alone.
-UNIT_ROUNDOFF = {torch.float32: 0.0, torch.bfloat16: 2**-9, torch.float16: 2**-11}
+UNIT_ROUNDOFF = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # Half the smallest step of fp16; the others' subnormals are out of reach here.
 SMALLEST = {torch.float32: 1e-38, torch.bfloat16: 1e-38, torch.float16: 2**-25}
 
@@ -130,7 +130,7 @@ def test_unaligned_rows_and_every_way_to_hold_them(host, num_classes, dtype, off
 @pytest.mark.parametrize("num_classes", [1, 2, 33, 4097, 50257, 262144])
 def test_forward_only(host, num_classes, dtype, name):
     logits, target, _ = batch(num_classes, dtype, offset=1)
-    target[2] = -100
+    target[logits.isnan().all(1)] = -100
     options = options_of(name, num_classes)
     found = host.fwd(logits, target, options, host.shape(num_classes, dtype.itemsize, False, 1), seed=1)
     wanted = reference.cross_entropy_fwd(*wide(logits, target), *wide(*options))
@@ -163,8 +163,9 @@ def test_thread_orders(host, name, held, cluster_size):
 def test_planted_mistakes_are_found(libraries, mistake):
     """A missing barrier or wait changes the result under at least one of the orders that the right code passes."""
     host = Host(libraries[mistake])
-    logits, target, row_weight = batch(4097, torch.bfloat16)
-    plan = host.shape(4097, 2, True, 4)
+    # Large enough for all stages of the copy to have something.
+    logits, target, row_weight = batch(50257, torch.bfloat16)
+    plan = host.shape(50257, 2, True, 4)
 
     def is_wrong(seed):
         try:

@@ -148,7 +148,10 @@ OPTION_NAMES = ("plain", "smoothing", "softcap", "z_loss", "class_weight", "all"
 
 
 def batch(num_classes: int, dtype: torch.dtype, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that hurt: an ordinary one, a confident one of negative weight, NaN under weight 0 and under ignore_index."""
+    """Rows that hurt: an ordinary one, a confident one of negative weight, NaN under weight 0 and under ignore_index.
+
+    A large V comes without the two ordinary rows.
+    """
     generator = torch.Generator().manual_seed(num_classes)
     storage = torch.randn(5, num_classes + 2 * offset, generator=generator).mul_(3).to(dtype)
     logits = storage[:, offset : offset + num_classes]
@@ -158,7 +161,9 @@ def batch(num_classes: int, dtype: torch.dtype, offset: int = 0) -> tuple[Tensor
     logits[2:4] = float("nan")
     target[3] = -100
     target[4] = num_classes - 1
-    return logits, target, torch.tensor([1.0, -0.5, 0.0, 1.0, 0.25])
+    row_weight = torch.tensor([1.0, -0.5, 0.0, 1.0, 0.25])
+    rows = slice(1, 4) if num_classes > 200000 else slice(None)
+    return logits[rows], target[rows], row_weight[rows]
 
 
 def sanitized_cases(host: Host) -> int:

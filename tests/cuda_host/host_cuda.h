@@ -3,7 +3,7 @@
 //
 // What it makes visible that a GPU hides: shared memory starts as NaN bits and becomes NaN when its block has ended; an
 // asynchronous copy lands when its group is waited for and not before; threads run in an order drawn from a seed, anew
-// at every barrier; shared memory is a heap block of exactly the size asked for, so AddressSanitizer sees its ends.
+// in every round, and blocks fall behind each other; shared memory is a heap block of exactly the size asked for, so AddressSanitizer sees its ends.
 #pragma once
 
 #include <math.h>
@@ -120,7 +120,8 @@ inline void fiber_main() {
   swapcontext(&fiber.context, &machine().scheduler);
 }
 
-// Run one cluster to its end: rounds over all threads that can go on, shuffled if there is a seed.
+// Run one cluster to its end: rounds over all threads that can go on, shuffled if there is a seed. With a cluster of
+// one block a stall only reshuffles.
 inline void run_cluster(int cluster_size, int num_threads, unsigned first_block, size_t shared_bytes, bool is_shuffled,
                         std::mt19937_64& random) {
   Machine& m = machine();
@@ -156,17 +157,31 @@ inline void run_cluster(int cluster_size, int num_threads, unsigned first_block,
       alive.push_back(&fiber);
     }
   }
+  // A block that does not get to run for some rounds: on a GPU nothing keeps blocks, or warps, in step.
+  const Block* stalled = nullptr;
+  uint64_t stalled_rounds = 0;
   while (!alive.empty()) {
-    if (is_shuffled) std::shuffle(alive.begin(), alive.end(), random);
+    if (is_shuffled) {
+      std::shuffle(alive.begin(), alive.end(), random);
+      if (stalled_rounds == 0) {
+        stalled = &m.blocks[random() % cluster_size];
+        stalled_rounds = random() % 64;
+      } else {
+        --stalled_rounds;
+      }
+    }
     bool has_moved = false;
     for (Fiber* fiber : alive) {
+      if (fiber->block == stalled && stalled_rounds > 0) continue;
       if (fiber->waits_at != nullptr && fiber->waits_at->passed == fiber->ticket) continue;
       fiber->waits_at = nullptr;
       has_moved = true;
       m.current = fiber;
       swapcontext(&m.scheduler, &fiber->context);
     }
-    if (!has_moved) {
+    if (!has_moved && stalled_rounds > 0) {
+      stalled_rounds = 0;
+    } else if (!has_moved) {
       fprintf(stderr, "host_cuda: every thread waits at a barrier that not all of them reach\n");
       abort();
     }
