@@ -9,7 +9,7 @@
 // so neither log S = log1p(s) nor dz_y cancels where the target has p near 1, the rows that FLOW weights most.
 //
 // Bytes of global memory for a row of b-byte logits: V b read + V b written where the row is held (cluster of up to 16
-// blocks of 227 KiB: V <= 1.8 M in bf16 on sm_90 and sm_100; one block: V <= 83,000 on sm_80), 2 V b + V b where it is
+// blocks of 227 KiB: V <= 1.8 M in bf16 on sm_90 and sm_100; one block: V <= 82,900 on sm_80), 2 V b + V b where it is
 // not; 12 read and 4 written besides; class weights under label smoothing add 4 V read twice, from L2.
 // The floor at V = 262144 in bf16, 4 V = 1 MiB a row, at the data sheets' bandwidth:
 //
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_bwd_kernel(c
   if (args.cluster_size > 1) cluster_wait();
 }
 
-// Loss, lse and correct [N], each logit read once; one block a row, nothing held. Rows with `ignore_index` have 0, 0 and
-// false; a target outside [0, V) gives NaN, NaN and false.
+// Loss, lse and correct [N], each logit read once; one block a row, nothing held. Rows with `ignore_index` have 0, 0
+// and false; a target outside [0, V) gives NaN, NaN and false.
 template <class T, bool kSoftcap, bool kSmoothing>
 __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_kernel(const CrossEntropyArgs args) {
   const int64_t row = blockIdx.x;

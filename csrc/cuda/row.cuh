@@ -229,8 +229,8 @@ __device__ __forceinline__ RowStats read_slice(const Slice<T>& slice, Unit* held
   return stats;
 }
 
-// Statistics of the row, in lane 0 of warp 0 of every block of the cluster, the same bits in all blocks: warps are merged
-// in a fixed tree, then blocks are.
+// Statistics of the row, in lane 0 of warp 0 of every block of the cluster, the same bits in all blocks: warps are
+// merged in a fixed tree, then blocks are.
 template <bool kSmoothing, bool kCorrect>
 __device__ __forceinline__ void merge_row(RowStats& stats, float* scratch, int cluster_size) {
   constexpr int kFields = sizeof(RowStats) / sizeof(float);

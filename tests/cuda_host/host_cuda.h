@@ -3,7 +3,8 @@
 //
 // What it makes visible that a GPU hides: shared memory starts as NaN bits and becomes NaN when its block has ended; an
 // asynchronous copy lands when its group is waited for and not before; threads run in an order drawn from a seed, anew
-// in every round, and blocks fall behind each other; shared memory is a heap block of exactly the size asked for, so AddressSanitizer sees its ends.
+// in every round, and blocks fall behind each other; shared memory is a heap block of exactly the size asked for, so
+// AddressSanitizer sees its ends.
 #pragma once
 
 #include <math.h>
@@ -195,8 +196,8 @@ struct Call {
   const Args* args;
 };
 
-// What `kernel<<<num_blocks, num_threads, shared_bytes>>>(args)` does, in clusters of `cluster_size` blocks. Seed 0 runs
-// threads by index.
+// What `kernel<<<num_blocks, num_threads, shared_bytes>>>(args)` does, in clusters of `cluster_size` blocks. Seed 0
+// runs threads by index.
 template <class Args>
 Counters launch(void (*kernel)(Args), const Args& args, int64_t num_blocks, int cluster_size, int num_threads,
                 size_t shared_bytes, uint64_t seed) {
@@ -379,7 +380,9 @@ void copy_wait() {
 }
 
 inline void cluster_arrive() { host_cuda::current().cluster_ticket = host_cuda::machine().cluster_gate.arrive(); }
-inline void cluster_wait() { host_cuda::wait_at(host_cuda::machine().cluster_gate, host_cuda::current().cluster_ticket); }
+inline void cluster_wait() {
+  host_cuda::wait_at(host_cuda::machine().cluster_gate, host_cuda::current().cluster_ticket);
+}
 inline float load_remote(const float* shared, int rank) {
   const auto offset = reinterpret_cast<const unsigned char*>(shared) - dynamic_shared();
   float value;
