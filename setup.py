@@ -52,7 +52,7 @@ def why_not_cuda() -> str | None:
     except ImportError as error:
         return f"torch could not be imported at build time ({error}); install with --no-build-isolation"
     if MODE == "auto" and torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA; FLOW_KERNELS_BUILD=cuda compiles the kernels all the same"
+        return f"torch {torch.__version__} has no CUDA, so FLOW_KERNELS_BUILD=auto left them out"
     return None
 
 

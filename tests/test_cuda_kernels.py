@@ -27,7 +27,7 @@ from cuda_host.harness import (
     options_of,
 )  # fmt: skip
 
-from flow_kernels import reference
+from flow_kernels import backends, cuda, reference
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
@@ -273,3 +273,18 @@ def test_under_address_sanitizer(libraries):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert int(done.stdout.split()[-1]) == 3 * 7 * 2 * 2 * 3 * 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_reason_is_named():
+    assert "CUDA memory" in backends.status("cuda", "cpu").reason
+    with pytest.raises(backends.BackendUnavailable, match=r"backend='cuda' cannot serve .*; backend='auto' would use"):
+        backends.resolve("cuda", "cuda")
+
+
+def test_what_the_backend_lacks_is_named():
+    logits, target = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(NotImplementedError, match=r"takes float32, bfloat16 and float16 logits, got torch\.float64"):
+        cuda.cross_entropy_fwd(logits, target, *Options())
+    with pytest.raises(NotImplementedError, match=r"the cuda backend has no linear head; backend='auto'"):
+        cuda.linear_cross_entropy_fwd(logits, logits, target)
