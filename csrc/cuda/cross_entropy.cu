@@ -30,6 +30,16 @@ void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "flow_kernels cuda: ", what, ": ", cudaGetErrorString(error));
 }
 
+// The guard changes the device of torch's CUDA runtime and gives it back in the end; this library has a runtime of its
+// own, linked statically, so that it depends on no version of libcudart.
+class Guard {
+ public:
+  explicit Guard(int device) : guard_(device) { check(cudaSetDevice(device), "cudaSetDevice"); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
@@ -174,7 +184,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd_bwd_cuda(const Tensor& logits_, con
                                                       const Tensor& row_weight,
                                                       const std::optional<Tensor>& class_weight, int64_t ignore_index,
                                                       double label_smoothing, double softcap, double z_loss) {
-  const torch::stable::accelerator::DeviceGuard guard(logits_.get_device_index());
+  const Guard guard(logits_.get_device_index());
   const Tensor logits = readable(logits_);
   const int64_t num_rows = logits.size(0), num_classes = logits.size(1);
   Tensor dlogits = torch::stable::new_empty(logits, {num_rows, num_classes});
@@ -196,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const Tensor& logits_,
                                                           const std::optional<Tensor>& class_weight,
                                                           int64_t ignore_index, double label_smoothing, double softcap,
                                                           double z_loss) {
-  const torch::stable::accelerator::DeviceGuard guard(logits_.get_device_index());
+  const Guard guard(logits_.get_device_index());
   const Tensor logits = readable(logits_);
   const int64_t num_rows = logits.size(0);
   Tensor loss = torch::stable::new_empty(logits, {num_rows}, ScalarType::Float);
