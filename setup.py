@@ -1,13 +1,16 @@
 """Builds flow-kernels; everything static is in pyproject.toml.
 
-FLOW_KERNELS_BUILD says what to compile: `auto` (the default: the CPU kernels if torch and a compiler are there), `cpu`
-(the same, but failing to is an error), `off`. Without compiled kernels the install is pure Python and works; the
-reason is left in flow_kernels/build_report.txt, which `python -m flow_kernels` prints.
+FLOW_KERNELS_BUILD says what to compile: `auto` (the default: the CPU kernels if torch and a compiler are there, the
+CUDA kernels if besides nvcc is there and torch has CUDA), `cpu` (the CPU kernels, and failing to is an error), `cuda`
+(auto, but nvcc is enough for the CUDA kernels and failing to compile them is an error), `off`. TORCH_CUDA_ARCH_LIST
+names the GPUs. Without compiled kernels the install is pure Python and works; the reasons are left in
+flow_kernels/build_report.txt and cuda_build_report.txt, which `python -m flow_kernels` prints.
 """
 
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,12 +19,14 @@ from setuptools.command.build_ext import build_ext
 MODE = os.environ.get("FLOW_KERNELS_BUILD", "auto")
 SOURCES = ["csrc/ops.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
 REPORT = "build_report.txt"
+CUDA_REPORT = "cuda_build_report.txt"
+CUDA_ARCHS = "8.0;9.0;10.0;12.0"
 
 
 def why_not() -> str | None:
     """The reason why nothing can be compiled here, or None."""
-    if MODE not in ("auto", "cpu", "off"):
-        raise SystemExit(f"FLOW_KERNELS_BUILD must be auto, cpu or off, got {MODE!r}")
+    if MODE not in ("auto", "cpu", "cuda", "off"):
+        raise SystemExit(f"FLOW_KERNELS_BUILD must be auto, cpu, cuda or off, got {MODE!r}")
     if MODE == "off":
         return "built with FLOW_KERNELS_BUILD=off"
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -36,10 +41,41 @@ def why_not() -> str | None:
     return None
 
 
+def why_not_cuda() -> str | None:
+    """The reason why no CUDA kernels are compiled here, or None."""
+    if MODE in ("cpu", "off"):
+        return f"built with FLOW_KERNELS_BUILD={MODE}"
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on the PATH"
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch could not be imported at build time ({error}); install with --no-build-isolation"
+    if MODE == "auto" and torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA, so FLOW_KERNELS_BUILD=auto left them out"
+    return None
+
+
+def nvcc_command(output: Path) -> list[str]:
+    """nvcc itself, because torch's CUDAExtension refuses a torch without CUDA and these sources need none."""
+    import torch
+
+    root = Path(torch.__file__).parent
+    command = ["nvcc", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-I{root / 'include'}"]
+    # Nothing younger than torch 2.10 is used, so one file serves every torch from there on.
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(" ", ";").split(";"):
+        number, _, ptx = arch.replace(".", "").partition("+")
+        command += ["-gencode", f"arch=compute_{number},code=sm_{number}"] if number else []
+        command += ["-gencode", f"arch=compute_{number},code=compute_{number}"] if ptx else []
+    return [*command, "csrc/cuda/cross_entropy.cu", "-o", str(output), f"-L{root / 'lib'}", "-ltorch_cpu"]
+
+
 class BuildKernels(build_ext):
     """Compiles with torch's build command, or says why not and leaves a pure-Python package."""
 
     def run(self) -> None:
+        self.run_cuda()
         report = Path(self.get_ext_fullpath("flow_kernels._cpu")).parent / REPORT
         report.parent.mkdir(parents=True, exist_ok=True)
         reason = why_not()
@@ -57,6 +93,23 @@ class BuildKernels(build_ext):
         for stale in report.parent.glob("_cpu*.so"):
             stale.unlink()
         print(f"flow-kernels: pure-Python install: {reason}")
+        report.write_text(reason + "\n")
+
+    def run_cuda(self) -> None:
+        folder = Path(self.get_ext_fullpath("flow_kernels._cpu")).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        report = folder / CUDA_REPORT
+        reason = why_not_cuda()
+        if reason is None:
+            done = subprocess.run(nvcc_command(folder / "_cuda.so"), capture_output=True, text=True)
+            if done.returncode == 0:
+                report.unlink(missing_ok=True)
+                print("flow-kernels: CUDA kernels compiled")
+                return
+            print(done.stdout + done.stderr)
+            reason = "nvcc failed: " + next((x for x in done.stderr.splitlines() if "error" in x), "see the build log")
+        if MODE == "cuda":
+            raise SystemExit(f"flow-kernels: {reason}")
         report.write_text(reason + "\n")
 
     def compile(self) -> None:
@@ -86,7 +139,8 @@ class BuildKernels(build_ext):
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.get_ext_fullpath("flow_kernels._cpu")).parent
-        return [str(p) for p in (*folder.glob("_cpu*.so"), *folder.glob("_cpu*.pyd"), folder / REPORT) if p.exists()]
+        built = (*folder.glob("_cpu*.so"), *folder.glob("_cpu*.pyd"), folder / "_cuda.so")
+        return [str(p) for p in (*built, folder / REPORT, folder / CUDA_REPORT) if p.exists()]
 
 
 setup(ext_modules=[Extension("flow_kernels._cpu", SOURCES)], cmdclass={"build_ext": BuildKernels})

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from flow_kernels import cpu, reference
+from flow_kernels import cpu, cuda, reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -76,8 +76,13 @@ def status(backend: str, device_type: str, dtype: torch.dtype | None = None) -> 
         if not reason and dtype is not None and dtype not in TRITON_DTYPES:
             reason = f"the Triton kernels take fp32, bf16 and fp16, not {dtype}"
         return Status(not reason, reason or "Triton kernels, fp32, bf16 and fp16")
-    if backend in BACKENDS:
-        return Status(False, f"flow_kernels has no {backend} kernels in this version")
+    if backend == "cuda":
+        if device_type != "cuda":
+            return Status(False, "its kernels read CUDA memory only")
+        reason = cuda.why_not()
+        if reason is None and dtype is not None and dtype not in cuda.DTYPES:
+            reason = f"the CUDA kernels take fp32, bf16 and fp16, not {dtype}"
+        return Status(reason is None, reason or "cross_entropy with known row weights, and forward only")
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
 
 
@@ -110,4 +115,4 @@ def implementation(backend: str) -> ModuleType:
     # An operator may be called with a name that nobody resolved; the compiled file is loaded by asking for the status.
     if backend == "cpu" and not (found := status("cpu", "cpu")).available:
         raise BackendUnavailable(found.reason)
-    return {"reference": reference, "cpu": cpu}[backend]
+    return {"reference": reference, "cpu": cpu, "cuda": cuda}[backend]

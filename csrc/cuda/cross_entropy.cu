@@ -1,0 +1,239 @@
+// Launchers and registration of the CUDA cross_entropy; flow_kernels/cuda.py calls them behind the schemas of ops.py.
+// Stable ABI only: the library serves every torch from 2.10 on, and links against a torch without CUDA.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "cross_entropy.cuh"
+
+// Defined in libtorch_cuda. Weak, so that the library also loads into a torch without it, where nothing can call it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                  void** ret_stream);
+
+namespace flow_kernels {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "flow_kernels cuda: ", what, ": ", cudaGetErrorString(error));
+}
+
+// The guard changes the device of torch's CUDA runtime and gives it back in the end; this library has a runtime of its
+// own, linked statically, so that it depends on no version of libcudart.
+class Guard {
+ public:
+  explicit Guard(int device) : guard_(device) { check(cudaSetDevice(device), "cudaSetDevice"); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+struct Config {
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t launch;
+
+  Config(const Plan& plan, int64_t num_rows, cudaStream_t stream) : launch() {
+    launch.gridDim = dim3(static_cast<unsigned>(num_rows * plan.cluster_size));
+    launch.blockDim = dim3(plan.num_threads);
+    launch.dynamicSmemBytes = plan.shared_bytes;
+    launch.stream = stream;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = plan.cluster_size;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    launch.attrs = &cluster;
+    launch.numAttrs = plan.cluster_size > 1 ? 1 : 0;
+  }
+  Config(const Config&) = delete;
+};
+
+void allow(CrossEntropyKernel kernel, const Plan& plan) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+        "shared memory of a block");
+  if (plan.cluster_size > 8) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "clusters of 16 blocks");
+  }
+}
+
+// A cluster needs its blocks' shared memory in one GPU processing cluster, some of which have fewer SMs than others, so
+// the device is asked; a row it cannot hold is read twice.
+Plan plan_for(int64_t num_classes, int element_bytes, int device, CrossEntropyKernel held_kernel) {
+  Device limits{attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+                attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 ? 16 : 1};
+  for (;;) {
+    const Plan plan = plan_row(num_classes, element_bytes, limits);
+    if (plan.cluster_size == 1) return plan;
+    int num_clusters = 0;
+    const Config config(plan, 1, nullptr);
+    if (cudaFuncSetAttribute(held_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) ==
+            cudaSuccess &&
+        (plan.cluster_size <= 8 || cudaFuncSetAttribute(held_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                                        1) == cudaSuccess) &&
+        cudaOccupancyMaxActiveClusters(&num_clusters, held_kernel, &config.launch) == cudaSuccess &&
+        num_clusters > 0) {
+      return plan;
+    }
+    cudaGetLastError();  // The refusal is an answer, not an error of a later call.
+    limits.max_cluster_size = plan.cluster_size / 2;
+  }
+}
+
+struct Kernels {
+  CrossEntropyKernel held, streamed, forward;
+  int element_bytes;
+};
+
+template <class T>
+Kernels kernels_of(bool has_softcap, bool has_smoothing) {
+  return {fwd_bwd_kernel<T, true>(has_softcap, has_smoothing), fwd_bwd_kernel<T, false>(has_softcap, has_smoothing),
+          fwd_kernel<T>(has_softcap, has_smoothing), sizeof(T)};
+}
+
+Kernels kernels_for(ScalarType dtype, bool has_softcap, bool has_smoothing) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return kernels_of<float>(has_softcap, has_smoothing);
+    case ScalarType::BFloat16:
+      return kernels_of<__nv_bfloat16>(has_softcap, has_smoothing);
+    case ScalarType::Half:
+      return kernels_of<__half>(has_softcap, has_smoothing);
+    default:
+      STD_TORCH_CHECK(false, "flow_kernels cuda: logits must be float32, bfloat16 or float16");
+  }
+}
+
+const void* vector_ptr(const Tensor& tensor, const Tensor& logits, int64_t size, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(), name,
+                  " is not on the device of logits");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.dim() == 1 && tensor.size(0) == size &&
+                      tensor.is_contiguous(),
+                  name, " must be contiguous, of ", size, " elements and ",
+                  dtype == ScalarType::Long ? "int64" : "float32");
+  return tensor.const_data_ptr();
+}
+
+struct Options {
+  int64_t ignore_index;
+  double label_smoothing, softcap, z_loss;
+};
+
+CrossEntropyArgs args_of(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
+                         const Options& options) {
+  const int64_t num_rows = logits.size(0), num_classes = logits.size(1);
+  // Column arithmetic is int32 and looks one unit past the row.
+  STD_TORCH_CHECK(num_classes < std::numeric_limits<int>::max() - 64, "logits have too many columns: ", num_classes);
+  STD_TORCH_CHECK(num_rows <= std::numeric_limits<int>::max() / 16, "logits have too many rows: ", num_rows);
+  CrossEntropyArgs args{};
+  args.logits = logits.const_data_ptr();
+  args.target = static_cast<const int64_t*>(vector_ptr(target, logits, num_rows, ScalarType::Long, "target"));
+  if (class_weight.has_value()) {
+    args.class_weight =
+        static_cast<const float*>(vector_ptr(*class_weight, logits, num_classes, ScalarType::Float, "class_weight"));
+  }
+  args.logits_row_stride = logits.stride(0);
+  args.ignore_index = options.ignore_index;
+  args.num_classes = static_cast<int>(num_classes);
+  args.cluster_size = 1;
+  args.label_smoothing = static_cast<float>(options.label_smoothing);
+  args.softcap = static_cast<float>(options.softcap);
+  args.z_loss = static_cast<float>(options.z_loss);
+  return args;
+}
+
+// A view with unit column stride is read where it lies.
+Tensor readable(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits must have shape [N, V]");
+  return logits.size(1) > 1 && logits.stride(1) != 1 ? torch::stable::contiguous(logits) : logits;
+}
+
+cudaStream_t current_stream(int device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "flow_kernels cuda: this torch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void launch(CrossEntropyKernel kernel, const Plan& plan, CrossEntropyArgs args, int64_t num_rows, int device) {
+  args.cluster_size = plan.cluster_size;
+  allow(kernel, plan);
+  const Config config(plan, num_rows, current_stream(device));
+  check(cudaLaunchKernelEx(&config.launch, kernel, args), "launch of cross_entropy");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> cross_entropy_fwd_bwd_cuda(const Tensor& logits_, const Tensor& target,
+                                                      const Tensor& row_weight,
+                                                      const std::optional<Tensor>& class_weight, int64_t ignore_index,
+                                                      double label_smoothing, double softcap, double z_loss) {
+  const Guard guard(logits_.get_device_index());
+  const Tensor logits = readable(logits_);
+  const int64_t num_rows = logits.size(0), num_classes = logits.size(1);
+  Tensor dlogits = torch::stable::new_empty(logits, {num_rows, num_classes});
+  Tensor loss = torch::stable::new_empty(logits, {num_rows}, ScalarType::Float);
+  if (num_rows == 0) return {loss, dlogits};
+  CrossEntropyArgs args = args_of(logits, target, class_weight, {ignore_index, label_smoothing, softcap, z_loss});
+  args.row_weight =
+      static_cast<const float*>(vector_ptr(row_weight, logits, num_rows, ScalarType::Float, "row_weight"));
+  args.dlogits = dlogits.mutable_data_ptr();
+  args.loss = static_cast<float*>(loss.mutable_data_ptr());
+  const Kernels kernels = kernels_for(logits.scalar_type(), softcap > 0, label_smoothing > 0);
+  const int device = logits.get_device_index();
+  const Plan plan = plan_for(num_classes, kernels.element_bytes, device, kernels.held);
+  launch(plan.held ? kernels.held : kernels.streamed, plan, args, num_rows, device);
+  return {loss, dlogits};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const Tensor& logits_, const Tensor& target,
+                                                          const std::optional<Tensor>& class_weight,
+                                                          int64_t ignore_index, double label_smoothing, double softcap,
+                                                          double z_loss) {
+  const Guard guard(logits_.get_device_index());
+  const Tensor logits = readable(logits_);
+  const int64_t num_rows = logits.size(0);
+  Tensor loss = torch::stable::new_empty(logits, {num_rows}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(logits, {num_rows}, ScalarType::Float);
+  Tensor correct = torch::stable::new_empty(logits, {num_rows}, ScalarType::Bool);
+  if (num_rows == 0) return {loss, lse, correct};
+  CrossEntropyArgs args = args_of(logits, target, class_weight, {ignore_index, label_smoothing, softcap, z_loss});
+  args.loss = static_cast<float*>(loss.mutable_data_ptr());
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.correct = static_cast<bool*>(correct.mutable_data_ptr());
+  const Kernels kernels = kernels_for(logits.scalar_type(), softcap > 0, label_smoothing > 0);
+  // No shared memory for rows and no clusters: the plan is the one of rows that are not held.
+  const Plan plan = plan_row(logits.size(1), kernels.element_bytes, Device{0, 0, 1});
+  launch(kernels.forward, plan, args, num_rows, logits.get_device_index());
+  return {loss, lse, correct};
+}
+
+}  // namespace flow_kernels
+
+#define OPTIONS "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap, float z_loss"
+
+STABLE_TORCH_LIBRARY(flow_kernels_cuda, m) {
+  m.def("cross_entropy_fwd(Tensor logits, Tensor target, " OPTIONS ") -> (Tensor, Tensor, Tensor)");
+  m.def("cross_entropy_fwd_bwd(Tensor logits, Tensor target, Tensor row_weight, " OPTIONS ") -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flow_kernels_cuda, CUDA, m) {
+  m.impl("cross_entropy_fwd", TORCH_BOX(&flow_kernels::cross_entropy_fwd_cuda));
+  m.impl("cross_entropy_fwd_bwd", TORCH_BOX(&flow_kernels::cross_entropy_fwd_bwd_cuda));
+}

@@ -1,0 +1,102 @@
+"""The compiled CUDA backend: `cross_entropy` of given logits by the kernels of csrc/cuda, each logit read and written once.
+
+It holds the forward pass and the forward pass with gradient, for fp32, bf16 and fp16. The backward pass from a saved
+lse (`reduction="none"`), the linear head and fp64 are not among its kernels. No GPU has run it yet, so `auto` does not
+choose it.
+
+Unlike the other backends it does not look at the targets on the host, which would synchronise: a target outside
+[0, V) that is not `ignore_index` gives NaN for the loss and the gradient of its row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+REPORT = HERE / "cuda_build_report.txt"
+LIBRARY = HERE / "_cuda.so"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# cp.async, which every kernel uses, came with compute capability 8.0.
+MIN_CAPABILITY = (8, 0)
+
+_is_loaded = False
+
+
+def load() -> str | None:
+    """Load the compiled kernels once; the reason why not, or None. They load into a torch without CUDA, too.
+
+    Raises:
+        ImportError: there is a compiled file and it does not load.
+    """
+    global _is_loaded
+    if _is_loaded:
+        return None
+    if not LIBRARY.exists():
+        reason = REPORT.read_text().strip() if REPORT.exists() else "not compiled"
+        return f"{reason}; FLOW_KERNELS_BUILD=cuda pip install --no-build-isolation -e . compiles them where nvcc is"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"the compiled CUDA kernels do not load ({error}); they need torch 2.10 or newer: "
+            f"build them again or delete {LIBRARY.name}"
+        ) from error
+    _is_loaded = True
+    return None
+
+
+def why_not() -> str | None:
+    """The reason why the CUDA kernels cannot serve this machine, or None; loads them."""
+    reason = load()
+    if reason is not None:
+        return reason
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no usable NVIDIA driver or GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} has compute capability {capability}, the kernels need {MIN_CAPABILITY}"
+    return None
+
+
+def _check(logits) -> None:
+    if logits.dtype not in DTYPES:
+        raise NotImplementedError(f"the cuda backend takes float32, bfloat16 and float16 logits, got {logits.dtype}")
+
+
+def _absent(operator: str):
+    def absent(*_):
+        raise NotImplementedError(f"the cuda backend has no {operator}; backend='auto' serves it by another one")
+
+    return absent
+
+
+def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    """See `flow_kernels.reference`, also for the functions below."""
+    _check(logits)
+    return torch.ops.flow_kernels_cuda.cross_entropy_fwd(
+        logits, target.contiguous(), class_weight, ignore_index, label_smoothing, softcap, z_loss
+    )
+
+
+def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+    _check(logits)
+    loss, dlogits = torch.ops.flow_kernels_cuda.cross_entropy_fwd_bwd(
+        logits,
+        target.contiguous(),
+        row_weight.contiguous(),
+        class_weight,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        z_loss,
+    )
+    return (row_weight * loss).sum(), loss, dlogits
+
+
+cross_entropy_bwd = _absent("backward pass from a saved lse")
+linear_cross_entropy_fwd = linear_cross_entropy_bwd = linear_cross_entropy_fwd_bwd = _absent("linear head")
