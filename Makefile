@@ -51,7 +51,7 @@ test-asan: setup
 
 test-triton: setup
 	OPERATOR_BACKENDS=triton $(BIN)/python -m pytest tests/test_losses.py tests/test_properties.py tests/test_scoring.py \
-	    tests/test_ops.py tests/test_bad_input.py tests/test_planted_mistakes.py tests/test_triton_kernels.py
+	    tests/test_ops.py tests/test_bad_input.py tests/test_planted_mistakes.py tests/test_triton_kernels.py tests/test_triton_launchers.py
 
 bench: setup
 	$(BIN)/python benchmarks/head.py quick

@@ -23,6 +23,31 @@ from flow_finetune.config import (
     read_yaml,
 )
 from flow_finetune.errors import InputError
+from flow_finetune.options import (
+    OPTIMISATION_PANEL,
+    WEIGHTING_PANEL,
+    Backend,
+    BatchSize,
+    BatchTokens,
+    Data,
+    Device,
+    Dtype,
+    Epochs,
+    IdField,
+    Learning,
+    Limit,
+    MaxLength,
+    Model,
+    Overwrite,
+    Precision,
+    PromptField,
+    ResponseField,
+    Revision,
+    Seed,
+    Split,
+    Template,
+    TrustRemoteCode,
+)
 from flow_finetune.progress import console, print_table, say
 from flow_kernels import BackendUnavailable
 
@@ -34,53 +59,6 @@ app = typer.Typer(
     help="Fine-tune a language model so that it keeps what it could do: weight every sample by how well the "
     "pre-trained model knows it (FLOW, arXiv 2502.02797).",
 )
-
-_model, _data, _optimisation, _weighting = "Model", "Data", "Optimisation", "Weighting"
-
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="Hub id, local directory or .gguf file.", rich_help_panel=_model)
-]
-Revision = Annotated[str | None, typer.Option(help="Hub revision.", rich_help_panel=_model)]
-Dtype = Annotated[str, typer.Option(help="Parameters: float32, bfloat16 or float16.", rich_help_panel=_model)]
-Precision = Annotated[
-    str, typer.Option(help="bf16: matrix products under bf16 autocast; full: in --dtype.", rich_help_panel=_model)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_model)]
-Backend = Annotated[
-    str, typer.Option(help="flow_kernels backend: auto, reference, cpu, triton, cuda.", rich_help_panel=_model)
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=_model)
-]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data", "-d", help=".jsonl, .csv, .parquet (or .gz of the first two), or hub id.", rich_help_panel=_data
-    ),
-]
-Split = Annotated[str, typer.Option(help="Split of a hub data set.", rich_help_panel=_data)]
-PromptField = Annotated[str, typer.Option(help="Field that holds the prompt.", rich_help_panel=_data)]
-ResponseField = Annotated[str, typer.Option(help="Field that holds the response.", rich_help_panel=_data)]
-IdField = Annotated[
-    str | None, typer.Option(help="Field with unique ids; row numbers otherwise.", rich_help_panel=_data)
-]
-Template = Annotated[
-    str, typer.Option(help="alpaca, chat (the tokenizer's own) or a text with {prompt}.", rich_help_panel=_data)
-]
-MaxLength = Annotated[
-    int, typer.Option(min=2, help="Tokens of a sample; the rest is cut and counted.", rich_help_panel=_data)
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.", rich_help_panel=_data)]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Padded tokens of one forward pass.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left there.")]
-Learning = Annotated[
-    float, typer.Option("--learning-rate", "--lr", help="Peak learning rate.", rich_help_panel=_optimisation)
-]
-Epochs = Annotated[int, typer.Option(min=1, help="Passes over the data.", rich_help_panel=_optimisation)]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Samples of an optimiser step, over all processes.", rich_help_panel=_optimisation)
-]
-Seed = Annotated[int, typer.Option(help="Order of the samples, and dropout.", rich_help_panel=_optimisation)]
 
 
 @contextmanager
@@ -147,49 +125,51 @@ def train(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to save the model to.")],
     scores: Annotated[
-        Path | None, typer.Option(help="Score file of the same model and data.", rich_help_panel=_weighting)
+        Path | None, typer.Option(help="Score file of the same model and data.", rich_help_panel=WEIGHTING_PANEL)
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="sequence or token (FLOW), or none (standard).", rich_help_panel=_weighting)
+        str, typer.Option(help="sequence or token (FLOW), or none (standard).", rich_help_panel=WEIGHTING_PANEL)
     ] = "sequence",
     temperature: Annotated[
-        float | None, typer.Option(help="In nats; the quantile of the losses otherwise.", rich_help_panel=_weighting)
+        float | None,
+        typer.Option(help="In nats; the quantile of the losses otherwise.", rich_help_panel=WEIGHTING_PANEL),
     ] = None,
     quantile: Annotated[
-        float, typer.Option(min=0, max=1, help="Of the losses; 0.5 is the median.", rich_help_panel=_weighting)
+        float, typer.Option(min=0, max=1, help="Of the losses; 0.5 is the median.", rich_help_panel=WEIGHTING_PANEL)
     ] = 0.5,
-    clip_low: Annotated[float | None, typer.Option(help="Lowest weight.", rich_help_panel=_weighting)] = None,
-    clip_high: Annotated[float | None, typer.Option(help="Highest weight.", rich_help_panel=_weighting)] = None,
+    clip_low: Annotated[float | None, typer.Option(help="Lowest weight.", rich_help_panel=WEIGHTING_PANEL)] = None,
+    clip_high: Annotated[float | None, typer.Option(help="Highest weight.", rich_help_panel=WEIGHTING_PANEL)] = None,
     normalize: Annotated[
-        str, typer.Option(help="none, mean (weights average 1) or simplex.", rich_help_panel=_weighting)
+        str, typer.Option(help="none, mean (weights average 1) or simplex.", rich_help_panel=WEIGHTING_PANEL)
     ] = "none",
     epochs: Epochs = 2,
     batch_size: BatchSize = 16,
     micro_batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Padded tokens of one forward pass.", rich_help_panel=_optimisation)
+        int, typer.Option(min=1, help="Padded tokens of one forward pass.", rich_help_panel=OPTIMISATION_PANEL)
     ] = 4096,
     learning_rate: Learning = 1e-5,
     warmup: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of all steps.", rich_help_panel=_optimisation)
+        float, typer.Option(min=0, max=1, help="Share of all steps.", rich_help_panel=OPTIMISATION_PANEL)
     ] = 0.03,
     weight_decay: Annotated[
-        float, typer.Option(min=0, help="AdamW's, of matrices.", rich_help_panel=_optimisation)
+        float, typer.Option(min=0, help="AdamW's, of matrices.", rich_help_panel=OPTIMISATION_PANEL)
     ] = 0.0,
     max_grad_norm: Annotated[
-        float, typer.Option(min=0, help="Clipping; 0 for none.", rich_help_panel=_optimisation)
+        float, typer.Option(min=0, help="Clipping; 0 for none.", rich_help_panel=OPTIMISATION_PANEL)
     ] = 1.0,
     seed: Seed = 0,
     checkpoint_every: Annotated[
-        int, typer.Option(min=0, help="Steps; 0 for no checkpoints.", rich_help_panel=_optimisation)
+        int, typer.Option(min=0, help="Steps; 0 for no checkpoints.", rich_help_panel=OPTIMISATION_PANEL)
     ] = 0,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps.", rich_help_panel=_optimisation)] = 1,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps.", rich_help_panel=OPTIMISATION_PANEL)] = 1,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_optimisation)
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=OPTIMISATION_PANEL),
     ] = False,
     track_distance: Annotated[
         bool,
         typer.Option(
-            help="Log the distance from the pre-trained weights (keeps a copy).", rich_help_panel=_optimisation
+            help="Log the distance from the pre-trained weights (keeps a copy).", rich_help_panel=OPTIMISATION_PANEL
         ),
     ] = True,
     prompt_field: PromptField = "prompt",
@@ -361,6 +341,7 @@ def run(
         flow-finetune run -m ./gemma -d train.jsonl --method standard --method flow --perplexity wiki.txt -o runs/a
     """
     with _messages():
+        from flow_finetune.methods import named_method
         from flow_finetune.pipeline import run as run_pipeline
         from flow_finetune.pipeline import run_directories
         from flow_finetune.report import summary_table
@@ -374,7 +355,7 @@ def run(
             if value is not None:
                 _set(mapping, name, value)
         if method:
-            mapping["methods"] = [dataclasses.asdict(_named_method(name)) for name in method]
+            mapping["methods"] = [dataclasses.asdict(named_method(name)) for name in method]
         given = {k: v for k, v in fields.items() if v is not None}
         tasks = [
             {"kind": kind, "source": str(path), "role": role, **(given if kind == "qa" else {})}
@@ -404,13 +385,6 @@ def _set(mapping: dict, dotted: str, value: object) -> None:
         if not isinstance(mapping, dict):
             raise InputError(f"{dotted}: {parent} is not a mapping")
     mapping[name] = value
-
-
-def _named_method(name: str) -> MethodConfig:
-    weights = {"standard": "none", "flow": "sequence", "flow-token": "token"}
-    if name not in weights:
-        raise InputError(f"--method must be one of {', '.join(weights)}, got {name!r}; a YAML file describes others")
-    return MethodConfig(name=name, weights=weights[name])
 
 
 def main() -> None:

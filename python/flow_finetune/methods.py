@@ -31,6 +31,15 @@ class Weights:
         return self.per_sample[indices].clone()
 
 
+# What a name alone stands for; a configuration file describes any other.
+_BY_NAME = {"standard": "none", "flow": "sequence", "flow-token": "token"}
+
+
+def named_method(name: str) -> MethodConfig:
+    """The method of that name with its defaults."""
+    return MethodConfig(name=name, weights=_BY_NAME[choose("--method", name, tuple(_BY_NAME))])
+
+
 def needs_scores(method: MethodConfig) -> bool:
     """Whether a method weights by pre-trained losses."""
     return choose(f"method {method.name}: weights", method.weights, ("none", "sequence", "token")) != "none"

@@ -1,0 +1,54 @@
+"""Options that several commands share: their names, help and panels."""
+
+from typing import Annotated
+
+import typer
+
+MODEL_PANEL, DATA_PANEL, OPTIMISATION_PANEL, WEIGHTING_PANEL = "Model", "Data", "Optimisation", "Weighting"
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Hub id, local directory or .gguf file.", rich_help_panel=MODEL_PANEL)
+]
+Revision = Annotated[str | None, typer.Option(help="Hub revision.", rich_help_panel=MODEL_PANEL)]
+Dtype = Annotated[str, typer.Option(help="Parameters: float32, bfloat16 or float16.", rich_help_panel=MODEL_PANEL)]
+Precision = Annotated[
+    str, typer.Option(help="bf16: matrix products under bf16 autocast; full: in --dtype.", rich_help_panel=MODEL_PANEL)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL_PANEL)]
+Backend = Annotated[
+    str, typer.Option(help="flow_kernels backend: auto, reference, cpu, triton, cuda.", rich_help_panel=MODEL_PANEL)
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=MODEL_PANEL),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", "-d", help=".jsonl, .csv, .parquet (or .gz of the first two), or hub id.", rich_help_panel=DATA_PANEL
+    ),
+]
+Split = Annotated[str, typer.Option(help="Split of a hub data set.", rich_help_panel=DATA_PANEL)]
+PromptField = Annotated[str, typer.Option(help="Field that holds the prompt.", rich_help_panel=DATA_PANEL)]
+ResponseField = Annotated[str, typer.Option(help="Field that holds the response.", rich_help_panel=DATA_PANEL)]
+IdField = Annotated[
+    str | None, typer.Option(help="Field with unique ids; row numbers otherwise.", rich_help_panel=DATA_PANEL)
+]
+Template = Annotated[
+    str, typer.Option(help="alpaca, chat (the tokenizer's own) or a text with {prompt}.", rich_help_panel=DATA_PANEL)
+]
+MaxLength = Annotated[
+    int, typer.Option(min=2, help="Tokens of a sample; the rest is cut and counted.", rich_help_panel=DATA_PANEL)
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.", rich_help_panel=DATA_PANEL)]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Padded tokens of one forward pass.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left there.")]
+Learning = Annotated[
+    float, typer.Option("--learning-rate", "--lr", help="Peak learning rate.", rich_help_panel=OPTIMISATION_PANEL)
+]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the data.", rich_help_panel=OPTIMISATION_PANEL)]
+BatchSize = Annotated[
+    int,
+    typer.Option(min=1, help="Samples of an optimiser step, over all processes.", rich_help_panel=OPTIMISATION_PANEL),
+]
+Seed = Annotated[int, typer.Option(help="Order of the samples, and dropout.", rich_help_panel=OPTIMISATION_PANEL)]
