@@ -125,7 +125,8 @@ def write_report() -> None:
     parts = [
         "# The head alone",
         *machines,
-        "Medians of repetitions in turn. The machine was shared with other work: compare CPU seconds, not the wall clock.",
+        "Medians of repetitions in turn. Some rows were measured while the machine was shared: where the two disagree, CPU "
+        "seconds tell more than the wall clock.",
     ]
     parts += ["## Time and memory", *speed_tables(), "## Error against fp64", *accuracy_table()]
     parts += ["## Growth", *sweep_table(), *(f"![{name}]({name})" for name in plots())]
