@@ -1,0 +1,88 @@
+"""`flow-finetune evaluate`: what a model can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flow_finetune.commands.messages import messages
+from flow_finetune.commands.options import (
+    Backend,
+    BatchTokens,
+    Device,
+    Dtype,
+    Limit,
+    MaxLength,
+    Model,
+    Overwrite,
+    Precision,
+    PromptField,
+    ResponseField,
+    Revision,
+    Template,
+    TrustRemoteCode,
+)
+from flow_finetune.config import ModelConfig, TaskConfig
+from flow_finetune.errors import InputError
+from flow_finetune.progress import say
+
+
+def evaluate(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write evaluation.json and items.parquet to.")
+    ],
+    perplexity: Annotated[list[Path] | None, typer.Option(help="Text file; may be given again.")] = None,
+    qa: Annotated[list[Path] | None, typer.Option(help="Question/answer file: target loss and exact match.")] = None,
+    multiple_choice: Annotated[list[Path] | None, typer.Option(help="File with context, choices, answer.")] = None,
+    limit: Limit = None,
+    num_generate: Annotated[int | None, typer.Option(min=0, help="How many questions are answered in full.")] = None,
+    answer_pattern: Annotated[
+        str, typer.Option(help="Regular expression; the first group of its last match is the answer.")
+    ] = TaskConfig.answer_pattern,
+    prompt_field: PromptField = "prompt",
+    response_field: ResponseField = "response",
+    template: Template = "alpaca",
+    max_length: MaxLength = 1024,
+    batch_tokens: BatchTokens = 4096,
+    revision: Revision = None,
+    dtype: Dtype = "float32",
+    precision: Precision = "bf16",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """What a model can do: perplexity, target loss and exact match, multiple-choice accuracy, with standard errors.
+
+    **Example**
+
+        flow-finetune evaluate -m flow --perplexity wikitext.txt --multiple-choice arc_easy.jsonl.gz -o flow-eval
+    """
+    with messages():
+        from flow_finetune import models
+        from flow_finetune.evaluate import evaluate as run_evaluation
+
+        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
+        common = {"limit": limit, "prompt_field": prompt_field, "response_field": response_field,
+                  "template": template, "max_length": max_length, "num_generate": num_generate, "answer_pattern": answer_pattern}  # fmt: skip
+        tasks = [
+            TaskConfig(kind, str(path), role=role, **common)
+            for kind, role, paths in (
+                ("perplexity", "retained", perplexity), ("qa", "target", qa),
+                ("multiple_choice", "retained", multiple_choice),
+            )
+            for path in paths or []
+        ]  # fmt: skip
+        if not tasks:
+            raise InputError("nothing to evaluate; give --perplexity, --qa or --multiple-choice")
+        lm, tokenizer = models.load_model(model_config)
+        result = run_evaluation(
+            lm, tokenizer, tasks, output,
+            batch_tokens=batch_tokens, precision=precision, source=model, overwrite=overwrite,
+        )  # fmt: skip
+        for task in result["tasks"]:
+            for metric, found in task["metrics"].items():
+                say(f"{task['name']} {metric}: {found['value']:.4f} ± {found['standard_error']:.4f}")

@@ -1,0 +1,23 @@
+"""What the user can mend becomes a message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.markup import escape
+
+from flow_finetune.errors import InputError
+from flow_finetune.progress import console
+from flow_kernels import BackendUnavailable
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """What the user can mend becomes a message and exit code 2."""
+    try:
+        yield
+    except (InputError, BackendUnavailable) as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
