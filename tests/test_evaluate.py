@@ -16,6 +16,7 @@ from flow_finetune import evaluate as evaluation
 from flow_finetune.config import ModelConfig, TaskConfig
 from flow_finetune.data import ALPACA_TEMPLATE, Sample
 from flow_finetune.errors import InputError
+from flow_finetune.evaluation_files import read_items
 from flow_finetune.models import CausalLM, load_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -104,7 +105,7 @@ def test_perplexity(tiny, files, tmp_path):
     error = math.sqrt(len(losses) * residual.var(ddof=1)) / sum(counts)
     assert metrics["nats_per_token"]["standard_error"] == pytest.approx(error, rel=1e-4)
     assert metrics["perplexity"]["standard_error"] == pytest.approx(math.exp(mean) * error, rel=1e-4)
-    items = evaluation.read_items(tmp_path / "out")["text", "nats_per_token"]
+    items = read_items(tmp_path / "out")["text", "nats_per_token"]
     np.testing.assert_allclose(items.value, losses, rtol=1e-5)
     np.testing.assert_array_equal(items.weight, counts)
 
@@ -124,7 +125,7 @@ def test_limit_and_gzip(tiny, files, tmp_path):
     first, second, third = result["tasks"]
     assert first["num_items"] == 3
     assert third["metrics"]["accuracy"]["num_items"] == 2
-    items = evaluation.read_items(tmp_path / "out")
+    items = read_items(tmp_path / "out")
     np.testing.assert_allclose(
         items["text", "nats_per_token"].value, items["same", "nats_per_token"].value[:3], rtol=1e-5
     )
@@ -168,7 +169,7 @@ def test_exact_match_counts_right_answers(tiny, files, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "_answer", lambda lm, tokenizer, task, samples, *rest: texts[: len(samples)])
     result = run(tiny, [qa_task(files["qa"])], tmp_path / "out")
     exact = metrics_of(result, "sums")["exact_match"]
-    assert evaluation.read_items(tmp_path / "out")["sums", "exact_match"].value.tolist() == [1, 1, 1, 0, 0, 0, 1]
+    assert read_items(tmp_path / "out")["sums", "exact_match"].value.tolist() == [1, 1, 1, 0, 0, 0, 1]
     assert exact["value"] == pytest.approx(4 / 7)
     assert exact["standard_error"] == pytest.approx(math.sqrt(4 / 7 * 3 / 7 / 6))
 
@@ -206,7 +207,7 @@ def test_multiple_choice(tiny, files, tmp_path):
     assert 0 < sum(plain) < len(MC)
     assert 0 < sum(by_bytes) < len(MC)
     assert plain != by_bytes
-    items = evaluation.read_items(tmp_path / "out")
+    items = read_items(tmp_path / "out")
     assert items["choices", "accuracy"].value.tolist() == plain
     assert items["choices", "accuracy_bytes"].value.tolist() == by_bytes
     assert metrics_of(result, "choices")["accuracy"]["value"] == pytest.approx(np.mean(plain))

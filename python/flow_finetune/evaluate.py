@@ -6,15 +6,12 @@ models are compared item by item.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 import flow_kernels
@@ -22,14 +19,13 @@ from flow_finetune.choices import choice_batches, score_choices
 from flow_finetune.config import TaskConfig, choose
 from flow_finetune.data import Sample
 from flow_finetune.errors import InputError
+from flow_finetune.evaluation_files import exponential, metric_record, require_unused, write_evaluation
 from flow_finetune.generate import compile_answer_pattern, extract_answer, generate_greedily, same_answer
 from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenizer_fingerprint
 from flow_finetune.progress import track
-from flow_finetune.statistics import Items, ratio_and_standard_error
-from flow_finetune.storage import atomic_path, write_json
+from flow_finetune.statistics import Items
 from flow_finetune.tasks import Task, prepare
 
-EVALUATION_FILE, ITEMS_FILE, GENERATIONS_FILE = "evaluation.json", "items.parquet", "generations.jsonl"
 _NUM_NAMED = 5
 
 
@@ -71,9 +67,9 @@ def evaluate(
     for task in prepared:
         start = time.perf_counter()
         items = _RUN[task.config.kind](lm, tokenizer, task, batch_tokens, precision, generations)
-        metrics = {name: _metric(i) for name, i in items.items()}
+        metrics = {name: metric_record(i) for name, i in items.items()}
         if task.config.kind == "perplexity":
-            metrics["perplexity"] = _exponential(metrics["nats_per_token"])
+            metrics["perplexity"] = exponential(metrics["nats_per_token"])
         records.append(
             {
                 "name": task.name, "kind": task.config.kind, "role": task.config.role, "source": task.config.source,
@@ -83,35 +79,8 @@ def evaluate(
             }
         )  # fmt: skip
         columns += [(task.name, metric, i) for metric, i in items.items()]
-    evaluation = {
-        "model": source,
-        "fingerprints": {"model": model_fingerprint(lm.model), "tokenizer": tokenizer_fingerprint(tokenizer)},
-        "tasks": records,
-    }
-    _write(output, evaluation, columns, generations)
-    return evaluation
-
-
-def require_unused(output: Path, overwrite: bool = False) -> None:
-    """Raise `InputError` if `output` holds an evaluation that may not be replaced."""
-    if (output / EVALUATION_FILE).exists() and not overwrite:
-        raise InputError(f"{output} already holds an evaluation; choose another directory or pass --overwrite")
-
-
-def read_items(directory: Path) -> dict[tuple[str, str], Items]:
-    """The items of every (task, metric) of an evaluated directory."""
-    path = Path(directory) / ITEMS_FILE
-    if not path.is_file():
-        raise InputError(f"{directory} has no {ITEMS_FILE}; evaluate it first")
-    table = pq.read_table(path)
-    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
-    keys = {}
-    for row, key in enumerate(zip(columns["task"], columns["metric"], strict=True)):
-        keys.setdefault(key, []).append(row)
-    return {
-        key: Items(columns["item"][rows].tolist(), columns["value"][rows], columns["weight"][rows])
-        for key, rows in keys.items()
-    }
+    fingerprints = {"model": model_fingerprint(lm.model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    return write_evaluation(output, source, fingerprints, records, columns, generations)
 
 
 def _score(
@@ -208,41 +177,3 @@ def _run_multiple_choice(lm, tokenizer, task: Task, batch_tokens, precision, gen
 
 
 _RUN = {"perplexity": _run_perplexity, "qa": _run_qa, "multiple_choice": _run_multiple_choice}
-
-
-def _metric(items: Items) -> dict:
-    value, standard_error = ratio_and_standard_error(items.value, items.weight)
-    # JSON has no NaN; one item has no standard error.
-    return {
-        "value": value,
-        "standard_error": None if math.isnan(standard_error) else standard_error,
-        "num_items": len(items.ids),
-    }
-
-
-def _exponential(metric: dict) -> dict:
-    """A metric's exponential, its standard error to first order."""
-    value = math.exp(min(metric["value"], 700.0))
-    error = metric["standard_error"]
-    return {**metric, "value": value, "standard_error": None if error is None else value * error}
-
-
-def _write(output: Path, evaluation: dict, columns: list[tuple[str, str, Items]], generations: list[dict]) -> None:
-    """Everything, the file that says it is complete last."""
-    (output / EVALUATION_FILE).unlink(missing_ok=True)
-    (output / GENERATIONS_FILE).unlink(missing_ok=True)
-    if generations:
-        with atomic_path(output / GENERATIONS_FILE) as temporary:
-            temporary.write_text("".join(json.dumps(g, ensure_ascii=False) + "\n" for g in generations))
-    table = pa.table(
-        {
-            "task": pa.array([task for task, _, items in columns for _ in items.ids], pa.string()),
-            "metric": pa.array([metric for _, metric, items in columns for _ in items.ids], pa.string()),
-            "item": pa.array([id for _, _, items in columns for id in items.ids], pa.string()),
-            "value": np.concatenate([items.value for *_, items in columns]).astype(np.float64),
-            "weight": np.concatenate([items.weight for *_, items in columns]).astype(np.float64),
-        }
-    )
-    with atomic_path(output / ITEMS_FILE) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-    write_json(output / EVALUATION_FILE, evaluation)

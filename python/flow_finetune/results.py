@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flow_finetune.errors import InputError
-from flow_finetune.evaluate import EVALUATION_FILE, read_items
+from flow_finetune.evaluation_files import EVALUATION_FILE, read_items
 from flow_finetune.statistics import Difference, Items, paired_difference, paired_mean_difference
 
 SUMMARY_FILE, LOG_FILE = "train/summary.json", "train/log.jsonl"

@@ -1,0 +1,97 @@
+"""The files of an evaluated model: `evaluation.json`, every item's value and weight, and what was generated."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flow_finetune.errors import InputError
+from flow_finetune.statistics import Items, ratio_and_standard_error
+from flow_finetune.storage import atomic_path, write_json
+
+EVALUATION_FILE, ITEMS_FILE, GENERATIONS_FILE = "evaluation.json", "items.parquet", "generations.jsonl"
+
+
+def require_unused(output: Path, overwrite: bool = False) -> None:
+    """Raise `InputError` if `output` holds an evaluation that may not be replaced."""
+    if (output / EVALUATION_FILE).exists() and not overwrite:
+        raise InputError(f"{output} already holds an evaluation; choose another directory or pass --overwrite")
+
+
+def read_items(directory: Path) -> dict[tuple[str, str], Items]:
+    """The items of every (task, metric) of an evaluated directory."""
+    path = Path(directory) / ITEMS_FILE
+    if not path.is_file():
+        raise InputError(f"{directory} has no {ITEMS_FILE}; evaluate it first")
+    table = pq.read_table(path)
+    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    keys = {}
+    for row, key in enumerate(zip(columns["task"], columns["metric"], strict=True)):
+        keys.setdefault(key, []).append(row)
+    return {
+        key: Items(columns["item"][rows].tolist(), columns["value"][rows], columns["weight"][rows])
+        for key, rows in keys.items()
+    }
+
+
+def metric_record(items: Items) -> dict:
+    """A metric as `evaluation.json` holds it."""
+    value, standard_error = ratio_and_standard_error(items.value, items.weight)
+    # JSON has no NaN; one item has no standard error.
+    return {
+        "value": value,
+        "standard_error": None if math.isnan(standard_error) else standard_error,
+        "num_items": len(items.ids),
+    }
+
+
+def exponential(metric: dict) -> dict:
+    """A metric's exponential, its standard error to first order."""
+    value = math.exp(min(metric["value"], 700.0))
+    error = metric["standard_error"]
+    return {**metric, "value": value, "standard_error": None if error is None else value * error}
+
+
+def write_evaluation(
+    output: Path,
+    source: str,
+    fingerprints: dict[str, str],
+    records: list[dict],
+    columns: list[tuple[str, str, Items]],
+    generations: Sequence[dict] = (),
+) -> dict:
+    """Write everything, the file that says it is complete last, and return what that holds.
+
+    Args:
+        output: directory.
+        source: where the model came from.
+        fingerprints: of the model, and of what turns its input into tensors.
+        records: one a task, with its `metrics`.
+        columns: task, metric and items of every metric.
+        generations: what was generated, one a line of `generations.jsonl`.
+    """
+    evaluation = {"model": source, "fingerprints": fingerprints, "tasks": records}
+    (output / EVALUATION_FILE).unlink(missing_ok=True)
+    (output / GENERATIONS_FILE).unlink(missing_ok=True)
+    if generations:
+        with atomic_path(output / GENERATIONS_FILE) as temporary:
+            temporary.write_text("".join(json.dumps(g, ensure_ascii=False) + "\n" for g in generations))
+    table = pa.table(
+        {
+            "task": pa.array([task for task, _, items in columns for _ in items.ids], pa.string()),
+            "metric": pa.array([metric for _, metric, items in columns for _ in items.ids], pa.string()),
+            "item": pa.array([id for _, _, items in columns for id in items.ids], pa.string()),
+            "value": np.concatenate([items.value for *_, items in columns]).astype(np.float64),
+            "weight": np.concatenate([items.weight for *_, items in columns]).astype(np.float64),
+        }
+    )
+    with atomic_path(output / ITEMS_FILE) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    write_json(output / EVALUATION_FILE, evaluation)
+    return evaluation
