@@ -94,8 +94,7 @@ def test_only_what_is_trained_is_kept_twice(setup):
     assert extra(MethodConfig(online=True, train="lora")) == 0
 
 
-@pytest.mark.parametrize("precision", ["full", "bf16"])
-@pytest.mark.parametrize("kind", ["all", "lora"])
+@pytest.mark.parametrize(("kind", "precision"), [("all", "full"), ("lora", "bf16")])
 def test_training_online_with_the_scores_temperature_is_training_offline(
     tiny_model_dir, qa_file, tmp_path, kind, precision
 ):
@@ -144,14 +143,16 @@ def test_two_processes_weigh_and_train_as_one(setup, qa_file, tmp_path):
         "--device", "cpu", "--lr", "1e-3", "--epochs", "1", "--batch-size", "5",
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    logs, weights = [], []
-    for name, prefix in (("one", []), ("two", launcher)):
-        subprocess.run(
-            [sys.executable, *prefix, *command, "-o", str(tmp_path / name)],
-            check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        logs.append([json.loads(line) for line in (tmp_path / name / "train/log.jsonl").read_text().splitlines()])
-        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    subprocess.run(
+        [sys.executable, *launcher, *command, "-o", str(tmp_path / "two")],
+        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    setup.train(tmp_path / "one", MethodConfig(online=True, **ONLINE["lora"]), epochs=1, batch_size=5)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "train/log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for x, y in zip(*logs, strict=True):
         for key in ("loss", "weighted_loss", "mean_weight", "distance"):
             assert x[key] == pytest.approx(y[key], rel=1e-3, abs=1e-4), key
