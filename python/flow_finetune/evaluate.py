@@ -20,9 +20,10 @@ from flow_finetune.config import TaskConfig, choose
 from flow_finetune.data import Sample
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import exponential, metric_record, require_unused, write_evaluation
-from flow_finetune.generate import compile_answer_pattern, extract_answer, generate_greedily, same_answer
+from flow_finetune.generate import compile_answer_pattern, extract_answer, generate_texts, same_answer
 from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenizer_fingerprint
 from flow_finetune.progress import track
+from flow_finetune.shots import stop_texts
 from flow_finetune.statistics import Items
 from flow_finetune.tasks import Task, prepare
 
@@ -114,6 +115,18 @@ def _run_perplexity(lm, tokenizer, task: Task, batch_tokens, precision, generati
     return {"nats_per_token": Items([s.id for s in task.samples], scores.loss_sum, scores.num_targets)}
 
 
+def _run_completion(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
+    scores = _score(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
+    ids = [s.id for s in task.samples]
+    num_bytes = np.asarray([len(s.response.encode()) for s in task.samples], np.float64)
+    all_right = (scores.num_correct == scores.num_targets).astype(np.float64)
+    return {
+        "nats_per_token": Items(ids, scores.loss_sum, scores.num_targets),
+        "nats_per_byte": Items(ids, scores.loss_sum, num_bytes),
+        "accuracy": Items(ids, all_right, np.ones(len(ids))),
+    }
+
+
 def _run_qa(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
     config = task.config
     asked = task.samples[: config.num_generate]
@@ -147,19 +160,11 @@ def _run_qa(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> 
 
 
 def _answer(lm, tokenizer, task: Task, samples, batch_tokens, precision) -> list[str]:
-    tokens = generate_greedily(
-        lm, [s.input_ids[: s.start] for s in samples], stop_ids=_stop_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id,
+    return generate_texts(
+        lm, tokenizer, [s.input_ids[: s.start] for s in samples], until=stop_texts(task.config),
         max_new_tokens=task.config.max_new_tokens, batch_tokens=batch_tokens, precision=precision,
         description=f"answering {task.name}",
     )  # fmt: skip
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
-
-
-def _stop_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's EOS, and whatever else the model's own settings end a text with."""
-    configured = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
-    others = configured if isinstance(configured, list) else [configured]
-    return {tokenizer.eos_token_id, *(i for i in others if i is not None)}
 
 
 def _run_multiple_choice(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
@@ -176,4 +181,7 @@ def _run_multiple_choice(lm, tokenizer, task: Task, batch_tokens, precision, gen
     return {name: Items(ids, np.asarray(values, np.float64), np.ones(len(ids))) for name, values in correct.items()}
 
 
-_RUN = {"perplexity": _run_perplexity, "qa": _run_qa, "multiple_choice": _run_multiple_choice}
+_RUN = {
+    "perplexity": _run_perplexity, "qa": _run_qa, "multiple_choice": _run_multiple_choice,
+    "completion": _run_completion,
+}  # fmt: skip
