@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from flow_finetune.config import DataConfig, TaskConfig, choose
 from flow_finetune.data import Sample, load_samples, starts_with_bos
 from flow_finetune.errors import InputError
+from flow_finetune.harness import HarnessTasks, load_harness
 from flow_finetune.questions import Question, choice_samples, completions, read_questions
 from flow_finetune.shots import answers_after_shots, check_shots, questions_after_shots
 from flow_finetune.storage import fingerprint
 
-KINDS = ("perplexity", "qa", "multiple_choice", "completion")
+KINDS = ("perplexity", "qa", "multiple_choice", "completion", "lm_eval")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ class Task:
     samples: list[Sample]
     questions: list[Question] = field(default_factory=list)  # of a multiple-choice task
     num_dropped: int = 0  # samples of a question/answer file that have no target token
+    harness: HarnessTasks | None = None  # of an lm_eval task, which has no samples here
+
+    @property
+    def num_items(self) -> int:
+        return self.harness.num_items if self.harness else len(self.questions) or len(self.samples)
+
+    @property
+    def num_truncated(self) -> int:
+        return self.harness.num_truncated if self.harness else sum(s.truncated for s in self.samples)
 
     def groups(self) -> list[list[Sample]]:
         """The samples of each item."""
@@ -47,6 +57,8 @@ class Task:
 
     def fingerprint(self) -> str:
         """Fingerprint of every token that is scored: two models are compared only where it agrees."""
+        if self.harness:
+            return fingerprint([self.config.kind.encode(), *self.harness.requests])
         kept = (np.asarray([s.start], np.int32).tobytes() + s.input_ids.tobytes() for s in self.samples)
         answers = [f"{q.answer} {q.num_bytes}".encode() for q in self.questions]
         return fingerprint([self.config.kind.encode(), *answers, *kept])
@@ -73,11 +85,13 @@ def prepare(configs: Sequence[TaskConfig], tokenizer: PreTrainedTokenizerBase) -
 def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Task:
     choose(f"kind of {name}", config.kind, KINDS)
     choose(f"role of {name}", config.role, ("retained", "target"))
-    if not config.source:
+    if not config.source and config.kind != "lm_eval":
         raise InputError(f"evaluation {name!r} lacks its source, the file to evaluate on")
     check_shots(config, name)
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit of {name} must be at least 1, got {config.limit}")
+    if config.kind == "lm_eval":
+        return Task(name, config, [], harness=load_harness(config))
     if config.kind == "perplexity":
         return Task(name, config, _windows(config, tokenizer))
     if config.kind == "completion":
