@@ -7,7 +7,9 @@ per-item values become items here, so that two models are compared on them in pa
 from __future__ import annotations
 
 import difflib
+import functools
 import json
+import logging
 import numbers
 from collections import defaultdict
 from dataclasses import dataclass
@@ -42,18 +44,12 @@ def load_harness(config: TaskConfig) -> HarnessTasks:
     Raises:
         InputError: the harness is not installed, has no task of that name, or cannot read its data.
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise InputError(
-            f"lm_eval tasks need lm-evaluation-harness ({error}): pip install flow-kernels[eval]"
-        ) from error
     wanted = config.source or config.name
     if not wanted:
         raise InputError("an lm_eval task lacks its name")
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise InputError(f"include_path of {wanted!r} is not a directory: {config.include_path}")
-    manager = TaskManager(include_path=config.include_path)
+    manager = task_manager(config.include_path)
     if wanted not in manager.all_tasks:
         close = difflib.get_close_matches(wanted, manager.all_tasks, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "give include_path for YAML tasks of your own"
@@ -72,6 +68,24 @@ def load_harness(config: TaskConfig) -> HarnessTasks:
     instances = [instance for task in loaded["tasks"].values() for instance in task.instances]
     requests = [json.dumps([i.doc_id, i.args, i.doc], default=str, sort_keys=True).encode() for i in instances]
     return HarnessTasks(loaded, len({(i.task_name, i.doc_id) for i in instances}), requests)
+
+
+@functools.lru_cache(maxsize=4)
+def task_manager(include_path: str | None):
+    """The harness's index of all tasks; kept, because it reads thousands of files.
+
+    Raises:
+        InputError: the harness is not installed.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f"lm_eval tasks need lm-evaluation-harness ({error}): pip install flow-kernels[eval]"
+        ) from error
+    # It warns of every default that a task file relies on.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=include_path)
 
 
 def _build(loaded: dict, config: TaskConfig) -> None:

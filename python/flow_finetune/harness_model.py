@@ -54,6 +54,9 @@ class HarnessModel(TemplateLM):
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
+    def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
         samples = [self._sample(context, continuation) for _, context, continuation in requests]
         # Requests that follow each other with one context are the choices of one question.
