@@ -73,6 +73,9 @@ def tasks(tmp_path_factory):
         .replace("flow_sums\n", "sampled\n")
         .replace("sample: false", "sample: true")
     )
+    (directory / "unsafe.yaml").write_text(
+        (directory / "flow_sums.yaml").read_text().replace("flow_sums\n", "unsafe\n") + "unsafe_code: true\n"
+    )
     group = "group: flow_group\ntask: [flow_choices, flow_sums]\n"
     (directory / "flow_group.yaml").write_text(group)
     return str(directory)
@@ -192,7 +195,7 @@ def test_bad_tasks(tiny, tasks, tmp_path):
         (harness("flow_choices", str(tmp_path / "none")), "include_path of 'flow_choices' is not a directory"),
         (harness("flow_choices", tasks, shots_source="x"), "leave shots_source out"),
         (harness("broken", str(tmp_path / "broken")), "lm_eval task 'broken' could not be made ready"),
-        (harness("humaneval", None), "runs code that the model writes"),
+        (harness("unsafe", tasks), "runs code that the model writes"),
         (harness("sampled", tasks), "samples its answers"),
     ]
     for config, message in cases:
