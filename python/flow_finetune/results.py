@@ -21,6 +21,7 @@ _SHOWN = {
     "qa": (("nats_per_token", "loss (nats/token)", False), ("exact_match", "exact match (%)", True),
            ("token_accuracy", "token accuracy (%)", True)),
     "perplexity": (("perplexity", "perplexity", False),),
+    "classification": (("accuracy", "accuracy (%)", True), ("nats", "loss (nats)", False)),
     "multiple_choice": (("accuracy_bytes", "accuracy, byte-normalised (%)", True), ("accuracy", "accuracy (%)", True)),
 }  # fmt: skip
 
