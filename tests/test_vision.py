@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +12,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 from flow_finetune.cli import app
-from flow_finetune.config import MethodConfig
+from flow_finetune.config import MethodConfig, read_yaml
 from flow_finetune.errors import InputError
 from flow_finetune.results import load_runs
+from flow_finetune.vision import models as models_module
 from flow_finetune.vision import pipeline as pipeline_module
 from flow_finetune.vision import stages
 from flow_finetune.vision.config import ImageModelConfig, read_image_run
 from flow_finetune.vision.evaluate import Original
-from flow_finetune.vision.models import load_classifier
-from flow_finetune.vision.pipeline import prepare, run, train_and_evaluate
+from flow_finetune.vision.models import Description, ImageClassifier, load_classifier, save_classifier
+from flow_finetune.vision.pipeline import check_run, prepare, run, train_and_evaluate
 from flow_finetune.vision.train import average_state
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
@@ -319,3 +321,28 @@ def test_a_last_step_of_one_image_joins_the_step_before():
     assert [len(step) for step in steps] == [8, 9, 8, 9]
     assert sorted(steps[0] + steps[1]) == list(range(17)) == sorted(steps[2] + steps[3])
     assert steps[:2] != steps[2:]
+
+
+def test_the_example_is_a_run():
+    config = read_image_run(read_yaml(Path(__file__).parent.parent / "examples/vision.yaml"), "the example")
+    check_run(config)
+    assert [m.name for m in config.methods][-1] == "flow+wise-ft"
+    assert config.train.learning_rate == 1e-4
+
+
+def test_efficientnet_lite_is_saved_and_loaded_without_its_head_moving(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="pip install --no-deps efficientnet-lite-pytorch")
+    description = Description("efficientnet-lite", "efficientnet-lite0", 32, (127.0,) * 3, (128.0,) * 3, 1000)
+    network = models_module._empty(description)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = network.eval()((torch.from_numpy(pixels).permute(0, 3, 1, 2).float() - 127) / 128)
+        classifier = ImageClassifier(network, "_fc", description, "full")
+        torch.testing.assert_close(classifier(classifier.inputs(pixels, 32)), expected)
+        classifier.new_head(4, ("a", "b", "c", "d"), seed=0)
+        expected = classifier(classifier.inputs(pixels, 32))
+        save_classifier(classifier, tmp_path / "model")
+        loaded = load_classifier(ImageModelConfig(str(tmp_path / "model"), precision="full", device="cpu"))
+        assert torch.equal(loaded(loaded.inputs(pixels, 32)), expected)
+    assert loaded.description == classifier.description
+    assert len(loaded.batch_norms()) == 49
