@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny_images
 import torch
@@ -66,8 +67,6 @@ def finished(mapping, tmp_path_factory):
 
 
 def _scores(prepared) -> dict:
-    import pyarrow.parquet as pq
-
     return pq.read_table(prepared.scores).to_pydict()
 
 
@@ -346,3 +345,26 @@ def test_efficientnet_lite_is_saved_and_loaded_without_its_head_moving(tmp_path)
         assert torch.equal(loaded(loaded.inputs(pixels, 32)), expected)
     assert loaded.description == classifier.description
     assert len(loaded.batch_norms()) == 49
+
+
+def test_score_and_evaluate_alone_say_what_the_run_says(finished, mapping, tmp_path):
+    model, data, test = mapping["model"]["source"], mapping["data"]["source"], mapping["tasks"][0]["source"]
+    common = ["--task", "image", "--precision", "full", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["score", "-m", model, "-d", data, "-o", str(tmp_path / "s"), *common])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "s/pretrained/model/classifier.json").is_file()
+    scored = pq.read_table(tmp_path / "s/scores.parquet")
+    assert scored["id"].to_pylist() == _scores(finished)["id"]
+    command = ["evaluate", "-m", str(finished.output / "flow/model"), "--images", test, "--source-images",
+               mapping["tasks"][1]["source"], "-o", str(tmp_path / "e"), *common]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "--source-images needs --pretrained" in result.output
+    assert CliRunner().invoke(app, [*command, "--pretrained", model]).exit_code == 0
+    alone, whole = (json.loads((d / "evaluation.json").read_text()) for d in (tmp_path / "e", finished.output / "flow"))
+    assert [t["metrics"] for t in alone["tasks"]] == [t["metrics"] for t in whole["tasks"]]
+    for wrong, message in ((["--tokens"], "--tokens has no meaning with --task image"),
+                           (["--task", "text", "--size", "8"], "--size has no meaning with --task text")):  # fmt: skip
+        result = CliRunner().invoke(app, ["score", "-m", model, "-d", data, "-o", "x", *common, *wrong])
+        assert result.exit_code == 2
+        assert message in result.output

@@ -16,9 +16,9 @@ from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import metric_record, require_unused, write_evaluation
 from flow_finetune.statistics import Items
 from flow_finetune.storage import fingerprint
-from flow_finetune.vision.config import ImageTaskConfig
+from flow_finetune.vision.config import ImageModelConfig, ImageTaskConfig
 from flow_finetune.vision.data import ImageSet, align_labels, load_images
-from flow_finetune.vision.models import Description, ImageClassifier, classifier_fingerprint
+from flow_finetune.vision.models import Description, ImageClassifier, classifier_fingerprint, load_classifier
 from flow_finetune.vision.stages import extract_features, losses_of, source_model
 
 
@@ -124,3 +124,41 @@ def _measure(classifier: ImageClassifier, original: Original | None, task: Image
     weight = np.ones(len(labels))
     correct = (predicted.numpy() == labels).astype(np.float64)
     return {"accuracy": Items(task.images.ids, correct, weight), "nats": Items(task.images.ids, loss.numpy(), weight)}
+
+
+def evaluate_saved(
+    model: ImageModelConfig,
+    tasks: Sequence[ImageTaskConfig],
+    output: Path,
+    *,
+    pretrained: ImageModelConfig | None = None,
+    size: int | None = None,
+    batch_size: int = 64,
+    overwrite: bool = False,
+) -> dict:
+    """Measure a saved or pre-trained classifier alone: `evaluate --task image`.
+
+    Args:
+        model: what to measure; for retained tasks without `pretrained` it stands for itself.
+        pretrained: the model whose head and batch-norms are put back for retained tasks.
+        size: pixels a side of target tasks; the model's own when not given.
+
+    Raises:
+        InputError: as `evaluate_classifier`, or a body that is not that of `pretrained`.
+    """
+    output = Path(output)
+    require_unused(output, overwrite)
+    if not tasks:
+        raise InputError("there is nothing to evaluate: give at least one task")
+    classifier = load_classifier(model)
+    original = Original.of(classifier if pretrained is None else load_classifier(pretrained))
+    shapes = [
+        {name: t.shape for name, t in state.items()}
+        for state in (original.batch_norm_state, classifier.batch_norm_state())
+    ]
+    if shapes[0] != shapes[1] or original.head.in_features != classifier.head.in_features:
+        raise InputError(f"{model.source} is not a fine-tuned {pretrained.source}: their layers differ")
+    prepared = prepare_tasks(tasks, original.description, size or classifier.description.size)
+    return evaluate_classifier(
+        classifier, original, prepared, output, batch_size=batch_size, source=model.source, overwrite=overwrite
+    )

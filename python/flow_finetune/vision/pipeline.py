@@ -121,9 +121,22 @@ def _claim(config: ImageRunConfig, output: Path) -> None:
 
 
 def prepare(config: ImageRunConfig, output: Path) -> Prepared:
-    """Read the images, train the new head on the frozen body, score the training images, evaluate the result.
+    """`probe_and_score`, and the evaluation of its model.
 
     What `output` holds already is not made again; it must be of the same model, images and training options.
+    """
+    prepared = probe_and_score(config, output)
+    pretrained = prepared.output / "pretrained"
+    if not (pretrained / "evaluation.json").is_file():
+        _evaluate(prepared, prepared.load(prepared.probed), pretrained)
+    return prepared
+
+
+def probe_and_score(config: ImageRunConfig, output: Path) -> Prepared:
+    """Read all images, train the new head on the frozen body (stage 0) and score the training images.
+
+    Raises:
+        InputError: data, tasks or a model that cannot be used, or `output` holds another model's or data's probe.
     """
     output = Path(output)
     classifier = load_classifier(config.model)
@@ -141,10 +154,7 @@ def prepare(config: ImageRunConfig, output: Path) -> Prepared:
     say(f"{config.data.source}: {len(images.ids):,} images of {images.num_classes} classes, {images.num_bad} left out")
     prepared = Prepared(config, output, images, labels, size, tasks, original, {"images": images.fingerprint})
     _probe(prepared, classifier)
-    probed = prepared.load(prepared.probed)
-    prepared.fingerprints["model"] = classifier_fingerprint(probed)
-    if not (output / "pretrained" / "evaluation.json").is_file():
-        _evaluate(prepared, probed, output / "pretrained")
+    prepared.fingerprints["model"] = classifier_fingerprint(prepared.load(prepared.probed))
     return prepared
 
 
