@@ -110,6 +110,8 @@ def _contradictions(m: MethodConfig) -> list[tuple[bool, str]]:
         (m.online and not is_weighted, "online weights need weights: sequence"),
         (m.online and m.weights == "token",
          "online weights are one per sample; use weights: sequence, or online: false with token scores"),
+        (m.online_copy != "same" and m.train != "all",
+         "online_copy has no effect unless all weights are trained: what is frozen is not copied; use online_copy: same"),
         (m.online and m.normalize != "none",
          "weights are normalised over all samples, which online weighting has not seen; use normalize: none"),
         (m.online and m.keep_easiest is not None,
@@ -121,7 +123,7 @@ def _contradictions(m: MethodConfig) -> list[tuple[bool, str]]:
         ({"penalty_strength"}, m.penalty != "none", "penalty: l2 (or l1)"),
         ({"penalty_copy"}, has_copy, "penalty: l2 (or l1), or average_every"),
         ({"average_share"}, m.average_every is not None, "average_every"),
-        ({"online_copy"}, m.online and not is_lora, "online: true and another train than lora"),
+        ({"online_copy"}, m.online, "online: true"),
         ({"direction", "temperature", "quantile", "clip_low", "clip_high"}, is_weighted, "weights: sequence or token"),
         ({"normalize"}, is_weighted or m.keep_easiest is not None, "weights: sequence or token, or keep_easiest"),
     ):
@@ -188,7 +190,7 @@ def weigh(method: MethodConfig, losses: Tensor, temperature: float | None) -> tu
             temperature, signed = None, torch.zeros_like(losses)
         else:
             if temperature is None:
-                temperature = float(flow_kernels.temperature(losses, quantile=method.quantile))
+                temperature = temperature_of(method, losses)
             signed = losses if method.direction == "easy" else -losses
         weights = flow_kernels.flow_weights(
             signed, 1.0 if temperature is None else temperature, mask=kept, clip=clip, normalize=method.normalize
@@ -204,6 +206,14 @@ def weigh(method: MethodConfig, losses: Tensor, temperature: float | None) -> tu
             "normalize: mean"
         )
     return weights, temperature
+
+
+def temperature_of(method: MethodConfig, losses: Tensor) -> float:
+    """The quantile of these losses that `method` takes as its temperature, nats; `InputError` where there is none."""
+    try:
+        return float(flow_kernels.temperature(losses, quantile=method.quantile))
+    except ValueError as error:
+        raise InputError(f"method {method.name}: {error}") from error
 
 
 def _easiest(losses: Tensor, share: float | None) -> Tensor | None:
