@@ -10,25 +10,34 @@ DIR/checkpoints/step-N/  the newest checkpoint; removed when the run is finished
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from flow_finetune.config import non_defaults, without_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.storage import atomic_path, disk_space_errors, require_disk_space, write_json
 
 
 class TrainDirectory:
-    """Opens, continues and finishes the directory of one run; only the main process writes."""
+    """Opens, continues and finishes the directory of one run; only the main process writes.
+
+    Configurations in `identity` are stored and compared without the entries that have their defaults, so that an
+    option that is added later does not disown what was trained before it.
+    """
 
     def __init__(self, path: Path, identity: dict, accelerator) -> None:
         self.path = path
-        self._identity = json.loads(json.dumps(identity))
+        self._configs = {name: type(value) for name, value in identity.items() if dataclasses.is_dataclass(value)}
+        plain = {name: non_defaults(v) if name in self._configs else v for name, v in identity.items()}
+        self._identity = json.loads(json.dumps(plain))
         self._accelerator = accelerator
         self._train = path / "train"
         self._checkpoints = path / "checkpoints"
@@ -60,7 +69,7 @@ class TrainDirectory:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             if not identity.is_file():
                 raise InputError(f"{self.path} is used by something else; choose an empty or new directory")
-            differences = _differences(json.loads(identity.read_text()), self._identity)
+            differences = _differences(self._read_identity(), self._identity)
             if overwrite:
                 shutil.rmtree(self.path)
             elif differences:
@@ -77,21 +86,26 @@ class TrainDirectory:
         write_json(identity, self._identity)
         return None
 
-    def restore(self, lm, optimizer, schedule, meter) -> int:
-        """Load the newest checkpoint, cut the log back to it, and return its step; 0 without one."""
+    def _read_identity(self) -> dict:
+        found = json.loads((self._train / "identity.json").read_text())
+        return {k: without_defaults(self._configs[k], v) if k in self._configs else v for k, v in found.items()}
+
+    def restore(self, lm, parts: dict) -> int:
+        """Load the newest checkpoint into the model and the `parts`, by name whatever has a `load_state_dict`.
+
+        Cuts the log back to it and returns its step; 0 without one.
+        """
         found = sorted(self._checkpoints.glob("step-*")) if self._checkpoints.is_dir() else []
         step = 0
         if found:
-            load_model(lm.model, found[-1] / "model.safetensors")
+            _load_trained(lm.model, found[-1] / "model.safetensors")
             # weights_only: a checkpoint cannot run code.
             state = torch.load(found[-1] / "state.pt", weights_only=True, map_location="cpu")
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
             torch.set_rng_state(state["rng"])
             if torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
-            for name, value in state["meter"].items():
-                setattr(meter, name, value)
             step = state["step"]
         if self._accelerator.is_main_process:
             lines = [line for line in self._log_lines() if line["step"] <= step]
@@ -100,25 +114,19 @@ class TrainDirectory:
             self._tensorboard = SummaryWriter(str(self._train / "tensorboard"), purge_step=step + 1)
         return step
 
-    def save_checkpoint(self, step: int, lm, optimizer, schedule, meter) -> None:
-        """Write a checkpoint, then remove the older ones."""
+    def save_checkpoint(self, step: int, lm, parts: dict) -> None:
+        """Write a checkpoint of what is trained and of the `parts`, then remove the older ones."""
         if self._accelerator.is_main_process:
             older = list(self._checkpoints.glob("step-*")) if self._checkpoints.is_dir() else []
             state = {
                 "step": step,
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
+                **{name: part.state_dict() for name, part in parts.items()},
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                "meter": {
-                    "seconds": meter.elapsed(), "tokens": meter.tokens, "loss_sum": torch.as_tensor(meter.loss_sum),
-                    "weighted_sum": torch.as_tensor(meter.weighted_sum), "num_targets": meter.num_targets,
-                    "weights": meter.weights,
-                },
-            }  # fmt: skip
+            }
             with atomic_path(self._checkpoints / f"step-{step:08d}") as temporary:
                 temporary.mkdir()
-                save_model(lm.model, str(temporary / "model.safetensors"))
+                save_file(_trained(lm.model), temporary / "model.safetensors")
                 torch.save(state, temporary / "state.pt")
             for directory in older:
                 shutil.rmtree(directory)
@@ -156,6 +164,20 @@ class TrainDirectory:
     def read_summary(self) -> dict:
         """The summary of a finished run."""
         return json.loads((self._train / "summary.json").read_text())
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters that get gradients, one name for a shared one, and buffers that are saved."""
+    saved = model.state_dict()
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return parameters | {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+@torch.no_grad()
+def _load_trained(model: nn.Module, path: Path) -> None:
+    stored = load_file(path)
+    for name, tensor in _trained(model).items():
+        tensor.copy_(stored[name])
 
 
 def _differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: score, train, evaluate, report, run."""
+"""The command line: score, train, wise-ft, evaluate, report, run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from flow_finetune.commands.report import report
 from flow_finetune.commands.run import run
 from flow_finetune.commands.score import score
 from flow_finetune.commands.train import train
+from flow_finetune.commands.wise_ft import wise_ft
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +20,7 @@ app = typer.Typer(
     "pre-trained model knows it (FLOW, arXiv 2502.02797).",
 )
 # In the order in which --help lists them.
-for _command in (score, train, evaluate, report, run):
+for _command in (score, train, wise_ft, evaluate, report, run):
     app.command()(_command)
 
 

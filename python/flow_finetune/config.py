@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -43,15 +44,29 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """How samples are weighted."""
+    """What a fine-tuning method weights, trains, penalises and averages; `methods.check_method` says what contradicts."""
 
     name: str = "flow"
     weights: str = "sequence"  # "none" (standard fine-tuning), "sequence" or "token"
+    direction: str = "easy"  # "easy": exp(-f/tau), FLOW; "hard": exp(+f/tau), DRO
     temperature: float | None = None  # nats; the quantile of the losses when not given
     quantile: float = 0.5
     clip_low: float | None = None
     clip_high: float | None = None
     normalize: str = "none"  # "none", "mean" or "simplex"
+    keep_easiest: float | None = None  # share in (0, 1] of what is weighted; the others get weight 0
+    online: bool = False  # weights from a forward pass of the frozen model on the batch being trained
+    online_copy: str = "same"  # the frozen model's copy, without LoRA: "same" dtype as the model, or "bfloat16"
+    train: str = "all"  # "all", "head" (linear probe) or "lora"
+    lora_rank: int = 64
+    lora_alpha: int = 64  # LoRA on all linear layers but the head, merged when saved
+    penalty: str = "none"  # "none", "l2" or "l1" towards the pre-trained weights
+    penalty_strength: float = 1e-3  # lambda of lambda * sum / number of trained parameters
+    penalty_copy: str = "bfloat16"  # the pre-trained weights' one copy: "bfloat16", "float32" or "disk" (unrounded)
+    average_every: float | None = None  # SFA: share of all steps after which weights are averaged; 0.25 in the paper
+    average_share: float = 0.5  # SFA: beta of beta * pre-trained + (1 - beta) * trained, as in arXiv 2501.05559
+    of: str | None = None  # WiSE-FT: the method of the same run whose result is averaged; nothing is trained
+    wise_ft: float | None = None  # alpha of (1 - alpha) * pre-trained + alpha * fine-tuned
     learning_rate: float | None = None  # the training's when not given
 
 
@@ -70,7 +85,9 @@ class TrainConfig:
     checkpoint_every: int = 0  # optimiser steps; 0 for none
     log_every: int = 1
     gradient_checkpointing: bool = False
-    track_distance: bool = True  # distance from the pre-trained weights, at the price of a copy of them on the CPU
+    track_distance: bool = (
+        True  # distance from the pre-trained weights; keeps a copy of them, unless the method has one
+    )
 
 
 @dataclass(frozen=True)
@@ -157,6 +174,45 @@ def _convert(hint: object, value: object, where: str) -> object:
         names = " or ".join("nothing" if t is type(None) else t.__name__ for t in allowed)
         raise InputError(f"{where} must be {names}, got {value!r}")
     return value
+
+
+def non_defaults(config: object) -> dict:
+    """The entries of a dataclass that are not its defaults, nested, as JSON holds them.
+
+    This is what a directory stores as its identity: a later option, left at its default, does not disown it.
+    """
+    return without_defaults(type(config), json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def without_defaults(cls: type, mapping: dict) -> dict:
+    """`mapping`, which JSON made of the dataclass `cls`, without the entries that equal the defaults; others stay."""
+    hints = typing.get_type_hints(cls)
+    kept = {}
+    for name, value in mapping.items():
+        reduced = _reduce(hints.get(name), value)
+        if name not in hints or reduced != _reduced_default(cls, name, hints[name]):
+            kept[name] = reduced
+    return kept
+
+
+def _reduce(hint: object, value: object) -> object:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return without_defaults(hint, value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return [_reduce(typing.get_args(hint)[0], item) for item in value]
+    return value
+
+
+def _reduced_default(cls: type, name: str, hint: object) -> object:
+    """The default of an entry in the form of `_reduce`; `MISSING` for a required one, which nothing equals."""
+    entry = next(f for f in dataclasses.fields(cls) if f.name == name)
+    default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+    if default is dataclasses.MISSING:
+        return default
+    holder = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+    if isinstance(holder, tuple):
+        holder = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in holder]
+    return _reduce(hint, json.loads(json.dumps(holder)))
 
 
 def choose(name: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -226,6 +226,10 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
+# Padded positions are masked and never targets, so any token does.
+PAD_ID = 0
+
+
 def collate(samples: Iterable[Sample], pad_id: int) -> Batch:
     """Right-pad samples into one batch."""
     samples = list(samples)

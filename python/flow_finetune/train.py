@@ -20,17 +20,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
+from flow_finetune.adapters import prepare_parameters
 from flow_finetune.checkpoint import TrainDirectory
 from flow_finetune.config import MethodConfig, ModelConfig, TrainConfig
-from flow_finetune.data import Sample, SampleSet, collate, token_batches
+from flow_finetune.data import PAD_ID, Sample, SampleSet, collate, token_batches
 from flow_finetune.errors import InputError
-from flow_finetune.methods import Weights, make_weights, needs_scores
+from flow_finetune.methods import Weights, check_method, make_weights, needs_scores, temperature_of
 from flow_finetune.models import CausalLM, autocast, save_model
+from flow_finetune.online import FrozenModel, OnlineWeights
+from flow_finetune.pretrained import averaging_steps, make_copy
 from flow_finetune.progress import say, track
 from flow_finetune.scores import read_scores, scoring_fingerprints
-
-# Padded positions are masked and never targets, so any token does.
-_PAD_ID = 0
 
 
 def step_plan(num_samples: int, config: TrainConfig) -> list[list[int]]:
@@ -71,6 +71,19 @@ class Meter:
     def elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self._started
 
+    def state_dict(self) -> dict:
+        """What a continued run adds to."""
+        return {
+            "seconds": self.elapsed(), "tokens": self.tokens, "loss_sum": torch.as_tensor(self.loss_sum),
+            "weighted_sum": torch.as_tensor(self.weighted_sum), "num_targets": self.num_targets,
+            "weights": self.weights,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        """The counterpart of `state_dict`."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def interval_rate(self) -> float:
         return self.interval_tokens / max(time.perf_counter() - self._interval_started, 1e-9)
 
@@ -81,18 +94,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class Distance:
-    """Euclidean distance of the parameters from where they started; keeps a copy of them on the CPU."""
-
-    def __init__(self, lm: CausalLM) -> None:
-        self._start = [p.detach().to("cpu", copy=True) for p in lm.parameters() if p.requires_grad]
-
-    def __call__(self, lm: CausalLM) -> float:
-        trained = (p for p in lm.parameters() if p.requires_grad)
-        pairs = zip(trained, self._start, strict=True)
-        return sum(float((p.detach().cpu() - start).square().sum(dtype=torch.float64)) for p, start in pairs) ** 0.5
 
 
 def make_optimizer(lm: CausalLM, config: TrainConfig, learning_rate: float) -> torch.optim.AdamW:
@@ -130,14 +131,17 @@ def train(
     accelerator = Accelerator(cpu=lm.head.weight.device.type == "cpu")
     fingerprints = scoring_fingerprints(lm, tokenizer, samples)
     found = None
-    if needs_scores(method):
-        if scores is None:
-            raise InputError(f"method {method.name} needs the pre-trained model's scores; make them with score")
+    if needs_scores(method) and scores is None:
+        raise InputError(f"method {method.name} needs the pre-trained model's scores; make them with score")
+    if needs_scores(method) or (method.online and scores is not None):
         found = read_scores(scores, samples, fingerprints, tokens=method.weights == "token")
     weights = make_weights(method, len(samples.samples), found)
+    # Of online weights: the score file's temperature, where there is a file.
+    temperature = temperature_of(method, found.loss) if method.online and found is not None else None
     identity = {
-        "method": dataclasses.asdict(method),
-        "train": dataclasses.asdict(config),
+        "method": method,
+        "train": config,
+        **({"temperature": temperature} if temperature is not None else {}),
         "precision": {"dtype": model_config.dtype, "precision": model_config.precision},
         "fingerprints": fingerprints,
     }
@@ -146,11 +150,15 @@ def train(
     if summary is not None:
         say(f"{output} holds this run already, finished")
         return summary
-    last, meter = _optimise(lm, samples, weights, directory, accelerator, method, config, model_config)
+    last, meter, weights = _optimise(
+        lm, samples, weights, directory, accelerator, method, config, model_config, temperature
+    )
     if accelerator.is_main_process:
         save_model(lm.model, tokenizer, directory.saved)
         summary = {
             **identity,
+            "method": dataclasses.asdict(method),
+            "train": dataclasses.asdict(config),
             "model": model_config.source,
             "num_steps": len(step_plan(len(samples.samples), config)),
             "num_samples": len(samples.samples),
@@ -167,6 +175,9 @@ def train(
 
 
 def _check(config: TrainConfig, method: MethodConfig) -> None:
+    check_method(method)
+    if method.of is not None:
+        raise InputError(f"method {method.name} averages what {method.of} gave and trains nothing; use wise_ft.wise_ft")
     for name, value in (("epochs", config.epochs), ("batch_size", config.batch_size),
                         ("micro_batch_tokens", config.micro_batch_tokens), ("log_every", config.log_every)):  # fmt: skip
         if value < 1:
@@ -178,19 +189,32 @@ def _check(config: TrainConfig, method: MethodConfig) -> None:
         raise InputError(f"learning_rate must be positive, got {learning_rate}")
 
 
-def _optimise(lm, samples, weights: Weights, directory, accelerator, method, config, model_config):
-    """Every optimiser step from the last checkpoint on; returns the last log line and the meter."""
+def _optimise(lm, samples, weights, directory, accelerator, method, config, model_config, temperature):
+    """Every optimiser step from the last checkpoint on; returns the last log line, the meter and the weights."""
     device = accelerator.device
     lm.to(device).train()
     torch.manual_seed(config.seed)
+    lora = prepare_parameters(lm, method)
     if config.gradient_checkpointing:
-        lm.model.gradient_checkpointing_enable()
-    distance = Distance(lm) if config.track_distance and accelerator.is_main_process else None
+        # Re-entrant checkpointing gives no gradients where the input has none, as below adapters.
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    tracks_distance = config.track_distance and accelerator.is_main_process
+    # Before a checkpoint is loaded: what the model is now is what it was pre-trained to.
+    pretrained = make_copy(
+        method, [p for p in lm.parameters() if p.requires_grad],
+        track_distance=tracks_distance and lora is None, folder=directory.path,
+    )  # fmt: skip
+    distance = (lora or pretrained).distance if tracks_distance else None
+    if method.online:
+        frozen = FrozenModel(lm, lora, method.online_copy, model_config.precision)
+        weights = OnlineWeights(method, frozen, accelerator, temperature)
     steps = step_plan(len(samples.samples), config)
+    averaged = averaging_steps(len(steps), method.average_every)
     optimizer = make_optimizer(lm, config, method.learning_rate or config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * len(steps)), len(steps))
     meter = Meter()
-    first = directory.restore(lm, optimizer, schedule, meter)
+    parts = {"optimizer": optimizer, "schedule": schedule, "meter": meter, "weights": weights}
+    first = directory.restore(lm, parts)
     if first:
         say(f"continuing {directory.path} after step {first} of {len(steps)}")
     # Only DDP is asked of accelerate: autocast and the schedule stay visible here.
@@ -202,20 +226,27 @@ def _optimise(lm, samples, weights: Weights, directory, accelerator, method, con
             num_tokens = accumulate_gradients(
                 module, samples.samples, indices, weights, accelerator, config, model_config, meter
             )
-            grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), config.max_grad_norm or math.inf)
-            learning_rate = schedule.get_last_lr()[0]
+            extra = {}
+            if method.penalty != "none":
+                extra["penalty"] = pretrained.add_penalty(method.penalty, method.penalty_strength)
+            extra["grad_norm"] = torch.nn.utils.clip_grad_norm_(lm.parameters(), config.max_grad_norm or math.inf)
+            extra["learning_rate"] = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            if step in averaged:
+                pretrained.average(method.average_share)
             if step % config.log_every == 0 or step == len(steps):
-                last = _log_line(lm, step, len(steps), config, meter, accelerator, grad_norm, learning_rate, distance)
+                last = _log_line(step, len(steps), config, meter, accelerator, distance, extra)
                 if accelerator.is_main_process:
                     directory.log(last)
                 meter.reset()
             if config.checkpoint_every and step % config.checkpoint_every == 0 and step < len(steps):
-                directory.save_checkpoint(step, lm, optimizer, schedule, meter)
+                directory.save_checkpoint(step, lm, parts)
             tracker.advance(1, tokens=num_tokens, note=f"loss {last.get('loss', float('nan')):.3f}")
-    return last, meter
+    if lora is not None:
+        lora.merge()
+    return last, meter, weights
 
 
 def accumulate_gradients(
@@ -226,13 +257,14 @@ def accumulate_gradients(
     groups = micro_batches(
         indices, samples, accelerator.process_index, accelerator.num_processes, config.micro_batch_tokens
     )
+    weights.prepare(samples, indices, groups)
     # A process without a share takes part with a sample of weight 0: the others wait for its gradients.
     is_stand_in = not groups
     groups = groups or [indices[:1]]
     num_targets = sum(samples[i].num_targets for i in indices)
     num_tokens = 0
     for k, group in enumerate(groups):
-        batch = collate([samples[i] for i in group], _PAD_ID).to(device)
+        batch = collate([samples[i] for i in group], PAD_ID).to(device)
         weight = weights.of(group).to(device) * (0.0 if is_stand_in else 1.0)
         # The loss is linear in the weights: their gradients are the samples' own losses, so the plain loss of the
         # step comes with the weighted one for free (a weight of exactly 0 skips its sample, and its loss).
@@ -253,7 +285,7 @@ def accumulate_gradients(
     return num_tokens
 
 
-def _log_line(lm, step, num_steps, config, meter: Meter, accelerator, grad_norm, learning_rate, distance) -> dict:
+def _log_line(step, num_steps, config, meter: Meter, accelerator, distance, extra: dict) -> dict:
     sums = torch.stack([torch.as_tensor(s, dtype=torch.float32) for s in (meter.loss_sum, meter.weighted_sum)])
     loss, weighted_loss = (accelerator.reduce(sums.to(accelerator.device), "sum") / meter.num_targets).tolist()
     if not (math.isfinite(loss) and math.isfinite(weighted_loss)):
@@ -268,12 +300,11 @@ def _log_line(lm, step, num_steps, config, meter: Meter, accelerator, grad_norm,
         "epoch": step / num_steps * config.epochs,
         "loss": loss,
         "weighted_loss": weighted_loss,
-        "grad_norm": float(grad_norm),
-        "learning_rate": learning_rate,
+        **{name: float(value) for name, value in extra.items()},
         "tokens_per_second": meter.interval_rate() * accelerator.num_processes,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         "mean_weight": float(batch_weights.mean()),
         "effective_sample_size": float(batch_weights.sum()) ** 2 / square_sum if square_sum else 0.0,
-        "distance": distance(lm) if distance is not None else None,
+        "distance": distance() if distance is not None else None,
         "num_targets": meter.num_targets,
     }

@@ -1,10 +1,12 @@
 """Options that several commands share: their names, help and panels."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-MODEL_PANEL, DATA_PANEL, OPTIMISATION_PANEL, WEIGHTING_PANEL = "Model", "Data", "Optimisation", "Weighting"
+MODEL_PANEL, DATA_PANEL, OPTIMISATION_PANEL = "Model", "Data", "Optimisation"
+METHOD_PANEL = "Method"
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Hub id, local directory or .gguf file.", rich_help_panel=MODEL_PANEL)
@@ -52,3 +54,34 @@ BatchSize = Annotated[
     typer.Option(min=1, help="Samples of an optimiser step, over all processes.", rich_help_panel=OPTIMISATION_PANEL),
 ]
 Seed = Annotated[int, typer.Option(help="Order of the samples, and dropout.", rich_help_panel=OPTIMISATION_PANEL)]
+
+
+def _method(help: str, **options: object) -> typer.models.OptionInfo:
+    return typer.Option(help=help, rich_help_panel=METHOD_PANEL, **options)
+
+
+# Details of a method; what is not given is the method's own.
+Scores = Annotated[Path | None, _method("Score file of the same model and data.")]
+Method = Annotated[
+    str | None,
+    _method(
+        "standard, flow, flow-token, flow-mean (weights average 1), flow-online, dro, easiest, l2, l1, lora, linear-probe "
+        "or sfa; several joined by +, as in flow+lora. flow when not given."
+    ),
+]
+Weights = Annotated[str | None, _method("sequence or token (FLOW), or none (standard).")]
+Temperature = Annotated[float | None, _method("In nats; the quantile of the losses otherwise.")]
+Quantile = Annotated[float | None, _method("Of the losses; 0.5, the median, otherwise.", min=0, max=1)]
+ClipLow = Annotated[float | None, _method("Lowest weight.")]
+ClipHigh = Annotated[float | None, _method("Highest weight.")]
+Normalize = Annotated[str | None, _method("none, mean (weights average 1) or simplex.")]
+KeepEasiest = Annotated[float | None, _method("Share of the samples that is kept; the others get weight 0.")]
+OnlineCopy = Annotated[str | None, _method("flow-online's frozen copy: same (dtype as the model) or bfloat16.")]
+LoraRank = Annotated[int | None, _method("64 when not given.")]
+LoraAlpha = Annotated[int | None, _method("64 when not given.")]
+PenaltyStrength = Annotated[float | None, _method("lambda of l2 and l1, divided by the number of parameters; 1e-3.")]
+PenaltyCopy = Annotated[
+    str | None, _method("Pre-trained weights of l2, l1 and sfa: bfloat16, float32 or disk (unrounded, memory-mapped).")
+]
+AverageEvery = Annotated[float | None, _method("sfa: share of all steps between averages; 0.25.")]
+AverageShare = Annotated[float | None, _method("sfa: share of the pre-trained weights in an average; 0.5.")]

@@ -22,7 +22,7 @@ def run(
     data: Annotated[str | None, typer.Option("--data", "-d", help="Training data.")] = None,
     prompt_field: Annotated[str | None, typer.Option(help="Field that holds the prompt.")] = None,
     response_field: Annotated[str | None, typer.Option(help="Field that holds the response.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="standard, flow or flow-token; may be given again.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="As in train --method; may be given again.")] = None,
     perplexity: Annotated[list[Path] | None, typer.Option(help="Text file, retained.")] = None,
     qa: Annotated[list[Path] | None, typer.Option(help="Question/answer file, the target.")] = None,
     multiple_choice: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -10,27 +11,42 @@ import typer
 from flow_finetune.commands.messages import messages
 from flow_finetune.commands.options import (
     OPTIMISATION_PANEL,
-    WEIGHTING_PANEL,
+    AverageEvery,
+    AverageShare,
     Backend,
     BatchSize,
+    ClipHigh,
+    ClipLow,
     Data,
     Device,
     Dtype,
     Epochs,
     IdField,
+    KeepEasiest,
     Learning,
     Limit,
+    LoraAlpha,
+    LoraRank,
     MaxLength,
+    Method,
     Model,
+    Normalize,
+    OnlineCopy,
     Overwrite,
+    PenaltyCopy,
+    PenaltyStrength,
     Precision,
     PromptField,
+    Quantile,
     ResponseField,
     Revision,
+    Scores,
     Seed,
     Split,
+    Temperature,
     Template,
     TrustRemoteCode,
+    Weights,
 )
 from flow_finetune.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
 from flow_finetune.progress import say
@@ -40,24 +56,22 @@ def train(
     model: Model,
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to save the model to.")],
-    scores: Annotated[
-        Path | None, typer.Option(help="Score file of the same model and data.", rich_help_panel=WEIGHTING_PANEL)
-    ] = None,
-    weights: Annotated[
-        str, typer.Option(help="sequence or token (FLOW), or none (standard).", rich_help_panel=WEIGHTING_PANEL)
-    ] = "sequence",
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="In nats; the quantile of the losses otherwise.", rich_help_panel=WEIGHTING_PANEL),
-    ] = None,
-    quantile: Annotated[
-        float, typer.Option(min=0, max=1, help="Of the losses; 0.5 is the median.", rich_help_panel=WEIGHTING_PANEL)
-    ] = 0.5,
-    clip_low: Annotated[float | None, typer.Option(help="Lowest weight.", rich_help_panel=WEIGHTING_PANEL)] = None,
-    clip_high: Annotated[float | None, typer.Option(help="Highest weight.", rich_help_panel=WEIGHTING_PANEL)] = None,
-    normalize: Annotated[
-        str, typer.Option(help="none, mean (weights average 1) or simplex.", rich_help_panel=WEIGHTING_PANEL)
-    ] = "none",
+    method: Method = None,
+    scores: Scores = None,
+    weights: Weights = None,
+    temperature: Temperature = None,
+    quantile: Quantile = None,
+    clip_low: ClipLow = None,
+    clip_high: ClipHigh = None,
+    normalize: Normalize = None,
+    keep_easiest: KeepEasiest = None,
+    online_copy: OnlineCopy = None,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
+    penalty_strength: PenaltyStrength = None,
+    penalty_copy: PenaltyCopy = None,
+    average_every: AverageEvery = None,
+    average_share: AverageShare = None,
     epochs: Epochs = 2,
     batch_size: BatchSize = 16,
     micro_batch_tokens: Annotated[
@@ -103,7 +117,7 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Full fine-tuning, standard or FLOW, into a directory that transformers loads.
+    """Fine-tune with FLOW or another method, into a directory that transformers loads.
 
     With checkpoints, a killed call continues when it is made again. Several processes: put `accelerate launch` or
     `torchrun --nproc-per-node N --no-python` in front.
@@ -111,7 +125,7 @@ def train(
     **Example**
 
         flow-finetune train -m ./gemma -d train.jsonl --prompt-field question --response-field answer
-            --scores scores.parquet --lr 1e-5 --checkpoint-every 100 -o flow
+            --scores scores.parquet --method flow+l2 --lr 1e-5 --checkpoint-every 100 -o flow
     """
     with messages():
         from flow_finetune import data as data_module
@@ -120,10 +134,13 @@ def train(
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
         data_config = DataConfig(data, split, prompt_field, response_field, id_field, template, max_length, limit)
-        method = MethodConfig(
-            "standard" if weights == "none" else f"flow-{weights}",
-            weights, temperature, quantile, clip_low, clip_high, normalize,
-        )  # fmt: skip
+        details = {
+            "weights": weights, "temperature": temperature, "quantile": quantile, "clip_low": clip_low,
+            "clip_high": clip_high, "normalize": normalize, "keep_easiest": keep_easiest, "online_copy": online_copy,
+            "lora_rank": lora_rank, "lora_alpha": lora_alpha, "penalty_strength": penalty_strength,
+            "penalty_copy": penalty_copy, "average_every": average_every, "average_share": average_share,
+        }  # fmt: skip
+        method_config = _method_config(method, {k: v for k, v in details.items() if v is not None})
         config = TrainConfig(
             epochs, batch_size, micro_batch_tokens, learning_rate, warmup, weight_decay, max_grad_norm, seed,
             checkpoint_every, log_every, gradient_checkpointing, track_distance,
@@ -133,10 +150,24 @@ def train(
         say(f"{data}: {samples.describe()}")
         summary = train_module.train(
             lm, tokenizer, samples, output,
-            method=method, config=config, model_config=model_config, scores=scores, overwrite=overwrite,
+            method=method_config, config=config, model_config=model_config, scores=scores, overwrite=overwrite,
         )  # fmt: skip
         say(
             f"{output}: {summary['num_steps']} steps in {summary['seconds']:,.0f} s, "
             f"{summary['tokens_per_second']:,.0f} tokens/s, last loss {summary['final_loss']:.4f} nats/token, "
             f"mean weight {summary['mean_weight']:.3f}, effective sample size {summary['effective_sample_size']:,.1f}"
         )
+
+
+def _method_config(name: str | None, details: dict) -> MethodConfig:
+    """The named method with the details given; FLOW, or what the weights alone say, without a name."""
+    from flow_finetune.methods import check_method, named_method
+
+    if name is None:
+        weights = details.get("weights", "sequence")
+        found = MethodConfig("standard" if weights == "none" else f"flow-{weights}")
+    else:
+        found = named_method(name)
+    found = dataclasses.replace(found, **details)
+    check_method(found)
+    return found

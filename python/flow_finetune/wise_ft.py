@@ -1,0 +1,179 @@
+"""WiSE-FT: the average of a pre-trained and a fine-tuned model, `(1 - alpha) * pre-trained + alpha * fine-tuned`.
+
+Files are read and written piece by piece: the output has the fine-tuned file's header, and each tensor's bytes are
+replaced in place of its own, so memory holds three pieces of at most `PIECE_BYTES`, whatever the size of the model.
+Source: Robust fine-tuning of zero-shot models, arXiv 2109.01903.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from flow_finetune.config import MethodConfig
+from flow_finetune.errors import InputError
+from flow_finetune.progress import say
+from flow_finetune.storage import atomic_path, require_disk_space, write_json
+
+PIECE_BYTES = 2**24
+SUMMARY_FILE = "train/summary.json"
+# What transformers reads beside the weights; logs and evaluations of the fine-tuned model are not the average's.
+_COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+           "vocab*", "merges.txt", "*.model", "chat_template*", "preprocessor_config.json", "*.safetensors.index.json",
+           "*.py")  # fmt: skip
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a safetensors file keeps a tensor."""
+
+    path: Path
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    begin: int  # of its bytes in the file
+    end: int
+
+
+def wise_ft(pretrained: Path, finetuned: Path, alpha: float, output: Path, *, name: str = "", of: str = "") -> Path:
+    """Write the average of two model directories to `output`, which transformers loads; returns `output`.
+
+    The average is made in fp32 (fp64 for fp64 tensors) and stored in the fine-tuned tensor's dtype; alpha = 0 and 1 give
+    the two models' own values. Tensors of integers are the fine-tuned model's. An `output` that holds this average
+    already is left alone.
+
+    Args:
+        pretrained: directory with safetensors weights.
+        finetuned: directory with safetensors weights of the same names and shapes, configuration and tokenizer.
+        alpha: share of the fine-tuned weights, in [0, 1].
+        output: a new or empty directory.
+        name: of the row in a report; `output`'s name when empty.
+        of: name of the method that gave `finetuned`; its directory's name when empty.
+
+    Raises:
+        InputError: alpha out of range, no safetensors weights, a tensor that one model lacks or that differs in shape
+            (named), `output` in use, or too small a disk.
+    """
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha must be in [0, 1], got {alpha}")
+    ours, theirs = read_headers(pretrained), read_headers(finetuned)
+    _require_same(ours, theirs, pretrained, finetuned)
+    files = sorted({stored.path for stored in theirs.values()})
+    method = MethodConfig(name=name or output.name, of=of or finetuned.name, wise_ft=alpha)
+    summary = {
+        "method": dataclasses.asdict(method),
+        "model": str(pretrained),
+        "sources": [[p.name, p.stat().st_size, p.stat().st_mtime_ns]
+                    for p in [*sorted({s.path for s in ours.values()}), *files]],
+    }  # fmt: skip
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        found = output / SUMMARY_FILE
+        if found.is_file() and json.loads(found.read_text()) == summary:
+            say(f"{output} holds this average already")
+            return output
+        raise InputError(f"{output} is used by something else; choose an empty or new directory")
+    require_disk_space(output, sum(path.stat().st_size for path in files))
+    with atomic_path(output) as temporary:
+        temporary.mkdir()
+        for path in files:
+            _write_average(ours, theirs, path, temporary / path.name, alpha)
+        for pattern in _COPIED:
+            for path in finetuned.glob(pattern):
+                shutil.copyfile(path, temporary / path.name)
+        write_json(temporary / SUMMARY_FILE, summary)
+    return output
+
+
+def read_headers(directory: Path) -> dict[str, Stored]:
+    """Where each tensor of a model directory's safetensors files is, by name."""
+    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    if not files:
+        raise InputError(
+            f"{directory} has no safetensors weights; give a model directory (train writes one, and from a hub id or a "
+            ".gguf file so does transformers' save_pretrained)"
+        )
+    found = {}
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise InputError(f"{path} is not a safetensors file")
+            try:
+                header = json.loads(file.read(length))
+            except ValueError as error:
+                raise InputError(f"{path} is not a safetensors file: {error}") from error
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                if end > size:
+                    raise InputError(f"{path} is cut off: {name} ends at byte {end} of {size}; copy it again")
+                found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), begin, end)
+    return found
+
+
+def _require_same(ours: dict, theirs: dict, pretrained: Path, finetuned: Path) -> None:
+    for name in sorted({*ours, *theirs}):
+        for holder, directory in ((ours, pretrained), (theirs, finetuned)):
+            if name not in holder:
+                raise InputError(
+                    f"{directory} lacks the tensor {name}, so the two models cannot be averaged; give two states of the "
+                    "same model (a linear probe of tied embeddings has a head of its own)"
+                )
+        a, b = ours[name], theirs[name]
+        if a.shape != b.shape:
+            raise InputError(
+                f"the tensor {name} has shape {a.shape} in {pretrained} and {b.shape} in {finetuned}; give two states "
+                "of the same model"
+            )
+        if (a.dtype in _DTYPES) != (b.dtype in _DTYPES):
+            raise InputError(f"the tensor {name} is {a.dtype} in {pretrained} and {b.dtype} in {finetuned}")
+
+
+def _write_average(ours: dict, theirs: dict, source: Path, target: Path, alpha: float) -> None:
+    """The file `source` of the fine-tuned model with every tensor averaged."""
+    stored = sorted((s.begin, name) for name, s in theirs.items() if s.path == source)
+    with open(source, "rb") as file, open(target, "wb") as out:
+        shutil.copyfileobj(_Limited(file, stored[0][0] if stored else source.stat().st_size), out)
+        for _, name in stored:
+            a, b = ours[name], theirs[name]
+            if b.dtype not in _DTYPES:
+                file.seek(b.begin)
+                shutil.copyfileobj(_Limited(file, b.end - b.begin), out)
+                continue
+            with open(a.path, "rb") as other:
+                for p, f in zip(_pieces(other, a), _pieces(file, b), strict=True):
+                    wide = torch.promote_types(torch.promote_types(p.dtype, f.dtype), torch.float32)
+                    average = p.to(wide).mul_(1 - alpha).add_(f.to(wide).mul_(alpha)).to(f.dtype)
+                    out.write(average.view(torch.uint8).numpy().data)
+
+
+def _pieces(file: BinaryIO, stored: Stored) -> Iterator[torch.Tensor]:
+    """A tensor's values from an open file, flat, in new memory, the same numbers of elements for every dtype."""
+    dtype = _DTYPES[stored.dtype]
+    most = PIECE_BYTES // 8 * dtype.itemsize
+    for begin in range(stored.begin, stored.end, most):
+        file.seek(begin)
+        data = np.empty(min(most, stored.end - begin), dtype=np.uint8)
+        file.readinto(data)
+        yield torch.from_numpy(data).view(dtype)
+
+
+class _Limited:
+    """The next `length` bytes of a file, for `shutil.copyfileobj`."""
+
+    def __init__(self, file: BinaryIO, length: int) -> None:
+        self._file, self._left = file, length
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(self._left if size < 0 else min(size, self._left))
+        self._left -= len(data)
+        return data
