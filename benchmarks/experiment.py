@@ -48,6 +48,14 @@ class Search:
 
 
 @dataclass(frozen=True)
+class ImageSearch:
+    """How learning rates are chosen for images: on a random share of the training images."""
+
+    holdout: float = 0.1  # this share is not trained on, and the loss on it decides
+    epochs: int = 1
+
+
+@dataclass(frozen=True)
 class RowOptions:
     """What an experiment file says of a row beside its method."""
 
@@ -95,7 +103,7 @@ class Experiment:
     setup: object  # RunConfig, or vision's ImageRunConfig; without methods, sources as the file has them
     mapping: dict  # what setup was read from
     rows: tuple[Row, ...]
-    search: Search | None
+    search: Search | ImageSearch | None
     baseline: str
 
     @functools.cached_property
@@ -123,6 +131,10 @@ class Experiment:
         final = [Cell(row, seed) for row in self.rows for seed in row.options.seeds]
         return [Cell(None), *search, *sorted(final, key=lambda cell: cell.row.method.of is not None)]
 
+    def untuned(self, row: Row) -> bool:
+        """Whether a row has no learning rate: an average, or the probed model of an image run as it is."""
+        return row.method.of is not None or (self.task == "image" and row.method.train == "head")
+
     def source_of(self, cell: Cell) -> Cell | None:
         """The cell whose trained model `cell` averages with the pre-trained one."""
         of = cell.row.method.of if cell.row is not None else None
@@ -134,7 +146,7 @@ class Experiment:
         if cell.row is None:
             return setup
         method = dataclasses.replace(cell.row.method, learning_rate=learning_rate)
-        searched = {"search": dataclasses.asdict(self.search)} if cell.candidate is not None else {}
+        searched = {"search": non_defaults(self.search)} if cell.candidate is not None else {}
         if searched:
             setup.pop("tasks", None)
         return {**setup, **searched, "method": non_defaults(method), "seed": cell.seed}
@@ -155,7 +167,7 @@ def read_experiment(path: Path) -> Experiment:
     baseline = mapping.pop("baseline", "standard")
     experiment = Experiment(
         path.stem, task, from_mapping(_setup_class(task), mapping, str(path)), mapping,
-        tuple(_rows(rows, str(path))), from_mapping(Search, search, f"{path}: search") if search else None, baseline,
+        tuple(_rows(rows, str(path))), from_mapping(_search_class(task), search, f"{path}: search") if search else None, baseline,
     )  # fmt: skip
     _check(experiment, str(path))
     return experiment
@@ -167,6 +179,10 @@ def _setup_class(task: str) -> type:
     from flow_finetune.vision.config import ImageRunConfig
 
     return ImageRunConfig
+
+
+def _search_class(task: str) -> type:
+    return ImageSearch if task == "image" else Search
 
 
 def _rows(rows: list, where: str) -> Iterator[Row]:
@@ -199,8 +215,11 @@ def _check(experiment: Experiment, where: str) -> None:
         check_method(method)
         if method.of is not None:
             _check_averaged(experiment, row, place)
-            continue
         ways = [method.learning_rate is not None, bool(options.learning_rates), options.learning_rate_of is not None]
+        if experiment.untuned(row):
+            if any(ways):
+                raise InputError(f"{place} is not trained and takes no learning rate")
+            continue
         if sum(ways) != 1:
             raise InputError(f"{place} needs one of learning_rate, learning_rates and learning_rate_of")
         if options.learning_rate_of is not None:
@@ -218,8 +237,6 @@ def _check_averaged(experiment: Experiment, row: Row, place: str) -> None:
     missing = [seed for seed in row.options.seeds if seed not in of.options.seeds]
     if missing:
         raise InputError(f"{place} has seed {missing[0]}, which {of.name} lacks")
-    if row.options.learning_rates or row.options.learning_rate_of:
-        raise InputError(f"{place} is not trained and takes no learning rate")
 
 
 def _locate(value: object, data: Path) -> object:

@@ -113,7 +113,7 @@ def _laboratory(experiment: Experiment, setup: object, work: Path):
     if experiment.task == "image":
         from image_laboratory import ImageLaboratory
 
-        return ImageLaboratory(setup, experiment, work)
+        return ImageLaboratory(setup, experiment.search, work)
     from laboratory import LanguageLaboratory, token_losses_needed
 
     tokens = token_losses_needed([row.method for row in experiment.rows])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from experiment import PRETRAINED, Cell, Experiment, Row
+from experiment import PRETRAINED, Cell, Experiment, ImageSearch, Row, Search
 from flow_finetune.config import non_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import exponential, metric_record
@@ -59,7 +59,8 @@ def read_results(experiment: Experiment, records: Records) -> Results:
     done = [c for c in cells if c.key in found]
     runs = load_runs([records.directory(c) for c in done])
     bases = {run.summary["fingerprints"]["model"] for run in runs if run.summary and "fingerprints" in run.summary}
-    if len(bases) > 1:
+    # The probed head of an image run is this machine's own: another CPU's differs in its last bits.
+    if experiment.task == "language" and len(bases) > 1:
         raise InputError(f"the records in {records.path} were trained from {len(bases)} different models")
     named = [
         dataclasses.replace(run, name=c.row.name if c.row else PRETRAINED) for c, run in zip(done, runs, strict=True)
@@ -219,13 +220,7 @@ def _value(results: Results, row: Row, seed: int, metric: Metric):
 def _searches(results: Results) -> list[str]:
     if not results.searches:
         return []
-    search = results.experiment.search
-    last = search.validation_first + search.validation_samples - 1
-    lines = [
-        "## Learning rates", "",
-        f"Trained on the first {search.num_samples} training samples for {search.epochs} epoch(s); loss on rows "
-        f"{search.validation_first} to {last} of the training file, which nothing is trained on. The lowest is taken.", "",
-    ]  # fmt: skip
+    lines = ["## Learning rates", "", f"{_search_words(results.experiment.search)} The lowest loss is taken.", ""]
     rows = []
     for name, losses in results.searches.items():
         done = {rate: loss for rate, loss in losses.items() if loss is not None}
@@ -236,6 +231,19 @@ def _searches(results: Results) -> list[str]:
         chosen = "-" if best is None else f"{best:g}" + (" (at the grid's edge)" if at_edge else "")
         rows.append([name, text, chosen, ", ".join(others)])
     return lines + _table(["row", "learning rate: validation loss", "taken", "also for"], rows)
+
+
+def _search_words(search: Search | ImageSearch) -> str:
+    if isinstance(search, ImageSearch):
+        return (
+            f"Trained for {search.epochs} epoch(s) without a random {100 * search.holdout:g} % of the training images; "
+            "loss on these."
+        )
+    last = search.validation_first + search.validation_samples - 1
+    return (
+        f"Trained on the first {search.num_samples} training samples for {search.epochs} epoch(s); loss on rows "
+        f"{search.validation_first} to {last} of the training file, which no row is trained on."
+    )
 
 
 def _costs(results: Results) -> list[str]:

@@ -33,6 +33,7 @@ class Records:
     def __init__(self, experiment: Experiment, root: Path) -> None:
         self.experiment = experiment
         self.path = root / experiment.name
+        self._finished: dict[str, dict] = {}
 
     def directory(self, cell: Cell) -> Path:
         """Where a cell's record is or will be."""
@@ -44,6 +45,8 @@ class Records:
         Raises:
             InputError: the record is of other settings than the experiment file's.
         """
+        if cell.key in self._finished:
+            return self._finished[cell.key]
         path = self.directory(cell) / CELL_FILE
         if not path.is_file():
             return None
@@ -57,6 +60,7 @@ class Records:
                 f"{path.parent} was made with another {', '.join(different)} than {self.experiment.name} has now; remove "
                 "it, or give another --records"
             )
+        self._finished[cell.key] = record
         return record
 
     def learning_rate(self, cell: Cell) -> float | None:
@@ -73,6 +77,13 @@ class Records:
             losses = self.search_losses(owner)
             return None if None in losses.values() else min(losses, key=losses.get)
         return row.method.learning_rate
+
+    def is_ready(self, cell: Cell) -> bool:
+        """Whether the search that a cell takes its learning rate from is finished."""
+        if cell.row is None or cell.candidate is not None:
+            return True
+        needed = self.experiment.candidates((self.experiment.source_of(cell) or cell).row)
+        return all(self.read(candidate) is not None for candidate in needed)
 
     def search_losses(self, owner) -> dict[float, float | None]:
         """Validation loss of every candidate of a row, in nats per token or image; None where it is not measured."""

@@ -56,7 +56,7 @@ class Runner:
 
     def _try(self, cell: Cell) -> bool:
         """Make one cell, unless it cannot be made now; returns whether it was made."""
-        if cell.row is not None and self.records.learning_rate(cell) is None:  # the search is not finished
+        if not self.records.is_ready(cell):
             return False
         with locked(self.work / "locks" / cell.key.replace("/", "-")) as mine:
             if not mine or self.records.read(cell) is not None:
