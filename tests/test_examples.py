@@ -22,6 +22,14 @@ def test_replacing_the_loss_trains():
     assert 0 < last < 0.2 * first
 
 
+def test_the_linear_model_is_drawn_and_flow_is_below_the_best_average(tmp_path):
+    best = _load("linear_model").main(tmp_path / "linear_model.png")
+    assert (tmp_path / "linear_model.png").read_bytes()[:4] == b"\x89PNG"
+    assert best["best average"] == 0.5
+    # Its best step is a whole number, so not every temperature gains.
+    assert min(error for name, error in best.items() if "FLOW" in name) < 0.47 < 0.5 < best["plain"]
+
+
 def test_the_demos_configuration_is_whole_and_its_files_are_there():
     mapping = read_yaml(EXAMPLES / "demo.yaml")
     config = from_mapping(RunConfig, mapping, "demo.yaml")

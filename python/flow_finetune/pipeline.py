@@ -6,7 +6,8 @@
     DIR/<method>/         a fine-tuned model, its log and its evaluation
     DIR/report/report.md
 
-A run that was killed continues: finished parts are not made again.
+A run that was killed continues: finished parts are not made again. The parts can be called alone, for one model of an
+experiment at a time (benchmarks/paper.py): `base_model`, `score_data`, `train_into`, `average_into`, `evaluate_saved`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ import gc
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from flow_finetune.config import MethodConfig, ModelConfig, RunConfig
+from flow_finetune.config import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    non_defaults,
+    without_defaults,
+)
 from flow_finetune.data import SampleSet, load_samples
 from flow_finetune.errors import InputError
 from flow_finetune.evaluate import evaluate
-from flow_finetune.methods import needs_scores
+from flow_finetune.evaluation_files import EVALUATION_FILE
+from flow_finetune.methods import check_methods, needs_scores
 from flow_finetune.models import load_model, save_model
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
@@ -30,6 +42,7 @@ from flow_finetune.scores import score
 from flow_finetune.storage import write_json
 from flow_finetune.tasks import prepare
 from flow_finetune.train import train
+from flow_finetune.wise_ft import wise_ft
 
 _RESERVED = ("pretrained", "report")
 
@@ -42,18 +55,94 @@ def run(config: RunConfig, output: Path) -> Path:
     """
     _check(config)
     _claim(config, output)
-    pretrained = output / "pretrained"
-    base = _base_model(config.model, pretrained)
-    samples = _score_and_evaluate(config, base, pretrained, output / "scores.parquet")
+    pretrained, scores = output / "pretrained", _scores_path(config, output)
+    base = base_model(config.model, pretrained)
+    samples = _score_and_evaluate(config, base, pretrained, scores)
     for method in config.methods:
         say(f"method {method.name}")
-        _train_and_evaluate(config, base, samples, method, output)
-    return write_report(run_directories(config, output), output / "report", scores=_scores_path(config, output))
+        directory = output / method.name
+        if method.of is not None:
+            average_into(directory, output / method.of, base, pretrained, method)
+        else:
+            used = scores if needs_scores(method) else None
+            train_into(directory, base, samples, method, config.train, scores=used)
+        evaluate_saved(directory, base, config.tasks, batch_tokens=config.batch_tokens)
+    return write_report(run_directories(config, output), output / "report", scores=scores)
 
 
 def run_directories(config: RunConfig, output: Path) -> list[Path]:
     """The directories that a report on this run is made from, the pre-trained model's first."""
     return [output / "pretrained", *(output / method.name for method in config.methods)]
+
+
+def base_model(config: ModelConfig, directory: Path) -> ModelConfig:
+    """The model that everything starts from: a GGUF file is read once and kept as safetensors, which load in a second.
+
+    Args:
+        config: the model; anything but a GGUF file is returned as it is.
+        directory: where `model/` is kept.
+    """
+    return _saved_model(config, directory) if config.source.endswith(".gguf") else config
+
+
+def score_data(
+    base: ModelConfig, data: DataConfig, path: Path, *, batch_tokens: int = 4096, tokens: bool = False
+) -> SampleSet:
+    """Score `data` into `path`, unless that is done, and return its samples."""
+    lm, tokenizer = load_model(base)
+    samples = load_samples(data, tokenizer)
+    say(f"{data.source}: {samples.describe()}")
+    score(lm, tokenizer, samples, path, model_config=base, batch_tokens=batch_tokens, tokens=tokens)
+    return samples
+
+
+def train_into(
+    directory: Path,
+    base: ModelConfig,
+    samples: SampleSet,
+    method: MethodConfig,
+    config: TrainConfig,
+    *,
+    scores: Path | None = None,
+) -> dict:
+    """Train one method from `base` into `directory`, unless that is done; returns its summary."""
+    lm, tokenizer = load_model(base)
+    return train(lm, tokenizer, samples, directory, method=method, config=config, model_config=base, scores=scores)
+
+
+def average_into(directory: Path, finetuned: Path, base: ModelConfig, pretrained: Path, method: MethodConfig) -> None:
+    """WiSE-FT: average the model saved in `finetuned` with `base` into `directory`, unless that is done.
+
+    Args:
+        pretrained: where `model/` is kept if `base` is not a local directory.
+    """
+    source = Path(base.source).expanduser()
+    if not source.is_dir():
+        source = Path(_saved_model(base, pretrained).source)
+    wise_ft(source, finetuned, method.wise_ft, directory, name=method.name, of=method.of)
+
+
+def evaluate_saved(
+    directory: Path,
+    base: ModelConfig,
+    tasks: Sequence[TaskConfig],
+    *,
+    batch_tokens: int = 4096,
+    source: str | None = None,
+) -> None:
+    """Evaluate a saved model into `directory`, unless that is done.
+
+    Args:
+        base: in which precision and where the model is run.
+        source: the model; the one saved in `directory` when not given.
+    """
+    # What is measured is what was saved; a model that was trained a moment ago is not to be held beside it.
+    gc.collect()
+    if (directory / EVALUATION_FILE).is_file():
+        return
+    source = source or str(directory)
+    lm, tokenizer = load_model(dataclasses.replace(base, source=source))
+    evaluate(lm, tokenizer, tasks, directory, batch_tokens=batch_tokens, precision=base.precision, source=source)
 
 
 def _scores_path(config: RunConfig, output: Path) -> Path | None:
@@ -70,14 +159,16 @@ def _check(config: RunConfig) -> None:
         repeated = [name for name, count in Counter(names).items() if count > 1 and name is not None]
         if repeated:
             raise InputError(f"two {kind}s are named {repeated[0]!r}; give them different names")
+    check_methods(config.methods)
 
 
 def _claim(config: RunConfig, output: Path) -> None:
-    identity = json.loads(json.dumps(dataclasses.asdict(config)))
+    identity = non_defaults(config)
     path = output / "run.json"
     if path.is_file():
-        found = json.loads(path.read_text())
-        different = [name for name in identity if found.get(name) != identity[name]]
+        # Without defaults on both sides: an option that came later, left at its default, does not disown a run.
+        found = without_defaults(RunConfig, json.loads(path.read_text()))
+        different = [name for name in sorted({*identity, *found}) if found.get(name) != identity.get(name)]
         if different:
             raise InputError(
                 f"{output} holds another run (its {', '.join(different)} differ); choose another directory"
@@ -88,51 +179,27 @@ def _claim(config: RunConfig, output: Path) -> None:
         write_json(path, identity)
 
 
-def _base_model(config: ModelConfig, pretrained: Path) -> ModelConfig:
-    """The model that everything starts from: a GGUF file is read once and kept as safetensors, which load in a second."""
-    if not config.source.endswith(".gguf"):
-        return config
+def _saved_model(config: ModelConfig, pretrained: Path) -> ModelConfig:
     directory = pretrained / "model"
     if not directory.is_dir():
         say(f"reading {config.source}")
         lm, tokenizer = load_model(config)
         save_model(lm.model, tokenizer, directory)
-    return dataclasses.replace(config, source=str(directory))
+    return dataclasses.replace(config, source=str(directory), revision=None)
 
 
-def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, scores: Path) -> SampleSet:
+def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, scores: Path | None) -> SampleSet:
     lm, tokenizer = load_model(base)
     samples = load_samples(config.data, tokenizer)
     # Before anything is trained: an evaluation file that cannot be used is found now.
     prepare(config.tasks, tokenizer)
     say(f"{config.data.source}: {samples.describe()}")
-    if _scores_path(config, scores.parent) is not None:
+    if scores is not None:
         tokens = any(method.weights == "token" for method in config.methods)
         score(lm, tokenizer, samples, scores, model_config=base, batch_tokens=config.batch_tokens, tokens=tokens)
-    if not (pretrained / "evaluation.json").is_file():
-        _evaluate(config, lm, tokenizer, pretrained, base.source)
+    if not (pretrained / EVALUATION_FILE).is_file():
+        evaluate(
+            lm, tokenizer, config.tasks, pretrained, batch_tokens=config.batch_tokens,
+            precision=config.model.precision, source=base.source,
+        )  # fmt: skip
     return samples
-
-
-def _train_and_evaluate(
-    config: RunConfig, base: ModelConfig, samples: SampleSet, method: MethodConfig, output: Path
-) -> None:
-    directory = output / method.name
-    lm, tokenizer = load_model(base)
-    train(
-        lm, tokenizer, samples, directory, method=method, config=config.train, model_config=base,
-        scores=output / "scores.parquet" if needs_scores(method) else None,
-    )  # fmt: skip
-    # What is measured is what was saved, not what is still in memory.
-    del lm
-    gc.collect()
-    if not (directory / "evaluation.json").is_file():
-        lm, tokenizer = load_model(dataclasses.replace(base, source=str(directory)))
-        _evaluate(config, lm, tokenizer, directory, str(directory))
-
-
-def _evaluate(config: RunConfig, lm, tokenizer, directory: Path, source: str) -> None:
-    evaluate(
-        lm, tokenizer, config.tasks, directory,
-        batch_tokens=config.batch_tokens, precision=config.model.precision, source=source,
-    )  # fmt: skip

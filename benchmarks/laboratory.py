@@ -1,0 +1,110 @@
+"""How the models of a language experiment are made: flow_finetune's pipeline, one part at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from experiment import Search
+from flow_finetune import pipeline
+from flow_finetune.config import DataConfig, MethodConfig, RunConfig, TaskConfig
+from flow_finetune.data import read_rows
+from flow_finetune.errors import InputError
+from flow_finetune.evaluation_files import EVALUATION_FILE
+from flow_finetune.methods import needs_scores
+from flow_finetune.storage import atomic_path, write_json
+from records import locked
+
+
+class LanguageLaboratory:
+    """Works in one directory; what is there already is not made again, and two processes may share it.
+
+    Args:
+        setup: model, data, training and tasks, located on this machine.
+        search: how learning rates are chosen.
+        work: directory for models, scores and the validation file.
+        tokens: keep the losses of tokens as well, for methods with token weights.
+    """
+
+    def __init__(self, setup: RunConfig, search: Search | None, work: Path, *, tokens: bool) -> None:
+        self.setup, self.search, self.work, self.tokens = setup, search, work, tokens
+
+    def make_pretrained(self, directory: Path) -> dict[str, float]:
+        """Score the training data and evaluate the pre-trained model into `directory`; returns seconds."""
+        _, _, seconds = self._scored(self.setup.data, "scores")
+        base = self._base()
+        pipeline.evaluate_saved(
+            directory, base, self.setup.tasks, batch_tokens=self.setup.batch_tokens, source=base.source
+        )
+        return {"score": seconds}
+
+    def train(self, method: MethodConfig, seed: int, directory: Path) -> None:
+        """Train `method` on the whole training data into `directory`."""
+        samples, scores, _ = self._scored(self.setup.data, "scores")
+        self._train(method, dataclasses.replace(self.setup.train, seed=seed), directory, samples, scores)
+
+    def average(self, method: MethodConfig, finetuned: Path, directory: Path) -> None:
+        """WiSE-FT of the model in `finetuned` into `directory`."""
+        pipeline.average_into(directory, finetuned, self._base(), self.work / "pretrained", method)
+
+    def evaluate(self, directory: Path) -> None:
+        """Evaluate the model in `directory` into it."""
+        pipeline.evaluate_saved(directory, self._base(), self.setup.tasks, batch_tokens=self.setup.batch_tokens)
+
+    def try_out(self, method: MethodConfig, seed: int, directory: Path) -> float:
+        """Train on the search's samples, and return the loss on its validation rows in nats per token."""
+        search = self.search
+        data = dataclasses.replace(self.setup.data, limit=search.num_samples)
+        samples, scores, _ = self._scored(data, "scores-search")
+        config = dataclasses.replace(self.setup.train, seed=seed, epochs=search.epochs)
+        self._train(method, config, directory, samples, scores)
+        task = self._validation(data)
+        pipeline.evaluate_saved(directory, self._base(), [task], batch_tokens=self.setup.batch_tokens)
+        evaluation = json.loads((directory / EVALUATION_FILE).read_text())
+        return evaluation["tasks"][0]["metrics"]["nats_per_token"]["value"]
+
+    def _train(self, method, config, directory, samples, scores) -> None:
+        used = scores if needs_scores(method) else None
+        pipeline.train_into(directory, self._base(), samples, method, config, scores=used)
+
+    def _base(self):
+        with locked(self.work / "locks/model", wait=True):
+            return pipeline.base_model(self.setup.model, self.work / "pretrained")
+
+    def _scored(self, data: DataConfig, name: str):
+        """Samples, their score file, and how many seconds the scoring took."""
+        path, timing = self.work / f"{name}.parquet", self.work / f"{name}.json"
+        with locked(self.work / f"locks/{name}", wait=True):
+            base = self._base()
+            started = time.perf_counter()
+            samples = pipeline.score_data(base, data, path, batch_tokens=self.setup.batch_tokens, tokens=self.tokens)
+            if not timing.is_file():
+                write_json(timing, {"seconds": time.perf_counter() - started})
+        return samples, path, json.loads(timing.read_text())["seconds"]
+
+    def _validation(self, data: DataConfig) -> TaskConfig:
+        """The validation rows as a file and a task of their own."""
+        first, count = self.search.validation_first, self.search.validation_samples
+        trained = self.setup.data.limit
+        if trained is None or first < trained:
+            raise InputError(f"the validation rows from {first} on are trained on; limit the training data to them")
+        path = self.work / f"validation-{first}-{count}.jsonl"
+        with locked(self.work / "locks/validation", wait=True):
+            if not path.is_file():
+                rows = read_rows(data.source, data.split, first + count)
+                with atomic_path(path) as temporary:
+                    lines = [json.dumps(rows[i]) for i in range(first, len(rows))]
+                    if len(lines) < count:
+                        raise InputError(f"{data.source} has {len(rows)} rows, too few for the validation rows")
+                    temporary.write_text("".join(line + "\n" for line in lines))
+        return TaskConfig(
+            kind="qa", source=str(path), name="validation", role="target", num_generate=0, template=data.template,
+            prompt_field=data.prompt_field, response_field=data.response_field, max_length=data.max_length,
+        )  # fmt: skip
+
+
+def token_losses_needed(methods: list[MethodConfig]) -> bool:
+    """Whether any method weights by the losses of tokens."""
+    return any(method.weights == "token" for method in methods)
