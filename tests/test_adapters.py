@@ -9,11 +9,11 @@ import torch
 from flow_finetune.adapters import Lora, untie_head
 from flow_finetune.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
 from flow_finetune.data import PAD_ID, collate, load_samples
-from flow_finetune.models import load_model, save_model
+from flow_finetune.models import CausalLM, load_model, save_model
 from flow_finetune.train import train
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,3 +151,47 @@ def test_untying_changes_no_loss(tied, setup):
     assert torch.equal(tied.losses(lm), before)
     assert not untie_head(lm)
     assert not untie_head(load_model(setup.config)[0])
+
+
+def gemma3():
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def gpt2():
+    """Its linear layers are transformers' Conv1D, whose matrices are transposed."""
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, **tokens))
+
+
+@pytest.mark.parametrize(("build", "num_adapters"), [(gemma3, 14), (gpt2, 8)])
+def test_other_architectures_take_adapters_and_a_head_of_their_own(setup, tmp_path, build, num_adapters):
+    lm = CausalLM(build().eval())
+    ids = torch.arange(12)[None]
+
+    @torch.no_grad()
+    def logits(model):
+        return model(input_ids=ids).logits
+
+    base = logits(lm.model)
+    lora = Lora(lm, rank=4, alpha=4)
+    with torch.no_grad():
+        adapters = [p for name, p in lm.model.named_parameters() if "lora_B" in name and p.normal_(std=0.1) is not None]
+    assert len(adapters) == num_adapters
+    with_them = logits(lm.model)
+    with lora.off():
+        assert torch.equal(logits(lm.model), base)
+    lora.merge()
+    torch.testing.assert_close(logits(lm.model), with_them, rtol=1e-5, atol=1e-5)
+    assert float((with_them - base).abs().max()) > 0.1
+    assert untie_head(lm)
+    with torch.no_grad():
+        lm.head.weight += torch.randn_like(lm.head.weight)
+    save_model(lm.model, setup.tokenizer, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(reloaded), logits(lm.model))
+    assert not reloaded.config.tie_word_embeddings

@@ -98,9 +98,14 @@ class TrainDirectory:
         found = sorted(self._checkpoints.glob("step-*")) if self._checkpoints.is_dir() else []
         step = 0
         if found:
-            _load_trained(lm.model, found[-1] / "model.safetensors")
             # weights_only: a checkpoint cannot run code.
             state = torch.load(found[-1] / "state.pt", weights_only=True, map_location="cpu")
+            stored = load_file(found[-1] / "model.safetensors")
+            if not (parts.keys() <= state.keys() and _trained(lm.model).keys() <= stored.keys()):
+                raise InputError(
+                    f"{found[-1]} was written by another version; finish it with that one, or pass --overwrite"
+                )
+            _load_trained(lm.model, stored)
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             torch.set_rng_state(state["rng"])
@@ -174,8 +179,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _load_trained(model: nn.Module, path: Path) -> None:
-    stored = load_file(path)
+def _load_trained(model: nn.Module, stored: dict[str, Tensor]) -> None:
     for name, tensor in _trained(model).items():
         tensor.copy_(stored[name])
 

@@ -137,7 +137,8 @@ def train(
         found = read_scores(scores, samples, fingerprints, tokens=method.weights == "token")
     weights = make_weights(method, len(samples.samples), found)
     # Of online weights: the score file's temperature, where there is a file.
-    temperature = temperature_of(method, found.loss) if method.online and found is not None else None
+    asks_file = method.online and found is not None and method.temperature is None
+    temperature = temperature_of(method, found.loss) if asks_file else None
     identity = {
         "method": method,
         "train": config,
