@@ -121,3 +121,25 @@ def test_bad_questions(tiny, tmp_path, bad, message):
         run(tiny, [TaskConfig("multiple_choice", source)], tmp_path / "out")
     assert source in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_batches_are_filled_without_much_padding():
+    """Every question once, both limits kept, and little padding where contexts and choices differ in length."""
+    rng = np.random.default_rng(0)
+    groups = []
+    for length, longest in zip(rng.integers(5, 120, 300), rng.integers(2, 40, 300), strict=True):
+        context = rng.integers(0, 50, length)
+        endings = [np.concatenate([[50 + n], rng.integers(0, 50, longest - 1)]) for n in range(4)]
+        groups.append([Sample("", np.concatenate([context, e]), length, "", "", False) for e in endings])
+    batches = choices.choice_batches(groups, 4096)
+    assert sorted(i for batch in batches for i in batch) == list(range(300))
+    padded, tokens = 0, 0
+    for batch in batches:
+        splits = [choices.split_length(groups[i]) for i in batch]
+        rests = [len(c.input_ids) - split for i, split in zip(batch, splits, strict=True) for c in groups[i]]
+        assert max(splits) * len(splits) <= 4096
+        assert max(rests) * len(rests) <= 4096
+        padded += max(splits) * len(splits) + max(rests) * len(rests)
+        tokens += sum(splits) + sum(rests)
+    assert padded < 1.25 * tokens
+    assert sorted(choices.choice_batches(groups[:3], 1)) == [[0], [1], [2]]

@@ -31,7 +31,7 @@ doc_to_text: "{{context}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: answer
 target_delimiter: ""
-metric_list: [{metric: acc}, {metric: acc_norm}, {metric: f1}]
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: mcc}]
 """
 _SUMS = """
 output_type: generate_until
@@ -100,7 +100,7 @@ def test_choices(tiny, tasks, tmp_path, shots):
     result = run(tiny, [harness("flow_choices", tasks, num_shots=shots)], tmp_path / "out")
     expected = by_the_harness(tiny, tasks, "flow_choices", shots)
     metrics = metrics_of(result, "flow_choices")
-    # F1 is no mean over items.
+    # The correlation is no mean over items.
     assert set(metrics) == {"acc", "acc_norm"}
     items = read_items(tmp_path / "out")
     for name, metric in metrics.items():

@@ -9,17 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import flow_kernels
-from flow_finetune.data import Sample, collate, token_batches
+from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
 from flow_finetune.generate import left_pad
 from flow_finetune.models import CausalLM, autocast
 from flow_finetune.progress import track
 
+# How batches are filled. 200 questions each of the six commonsense tasks and both forms of MMLU, Gemma 3's tokenizer and
+# batches of 4096: 157,743 padded tokens, against 206,310 by length alone.
+_REST_STEP, _MAX_PADDING, _SMALL_SHARE = 4, 1.2, 1 / 8
 # Items that a message about NaN names.
 _NUM_NAMED = 5
 
@@ -34,13 +38,53 @@ def split_length(choices: Sequence[Sample]) -> int:
     return min((int(d[0]) for d in differs if len(d)), default=shortest)
 
 
+class _Shape(NamedTuple):
+    """Padded size of a batch of questions, and how many of its tokens are none of the padding."""
+
+    num_questions: int
+    num_choices: int
+    context: int  # tokens of the longest context
+    rest: int  # tokens of the longest choice, with what is not shared of its context
+    num_tokens: int
+
+    def joined(self, other: _Shape) -> _Shape:
+        return _Shape(
+            self.num_questions + other.num_questions, self.num_choices + other.num_choices,
+            max(self.context, other.context), max(self.rest, other.rest), self.num_tokens + other.num_tokens,
+        )  # fmt: skip
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Padded tokens of the contexts and of the choices."""
+        return self.num_questions * self.context, self.num_choices * self.rest
+
+
 def choice_batches(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[list[int]]:
-    """Batches of groups such that neither the contexts nor the choices exceed `batch_tokens` padded tokens."""
-    lengths = []
+    """Batches of groups such that neither the contexts nor the choices exceed `batch_tokens` padded tokens.
+
+    Contexts and choices are padded each to their own length, which no one order suits: a batch also ends where a fifth
+    more tokens would be run than there are, unless it is small.
+    """
+    shapes = []
     for choices in groups:
         split = split_length(choices)
-        lengths.append(max(split, len(choices) * (max(len(c.input_ids) for c in choices) - split)))
-    return token_batches(lengths, batch_tokens)
+        rests = [len(c.input_ids) - split for c in choices]
+        shapes.append(_Shape(1, len(choices), split, max(rests), split + sum(rests)))
+    # By the choices' length in steps, because they are padded more often, then by the context's.
+    order = sorted(range(len(groups)), key=lambda i: (-(shapes[i].rest // _REST_STEP), -shapes[i].context, i))
+    batches: list[list[int]] = []
+    filled = None  # shape of the last batch
+    for index in order:
+        both = filled.joined(shapes[index]) if filled else shapes[index]
+        padded = sum(both.parts)
+        little_padding = padded <= max(_MAX_PADDING * both.num_tokens, _SMALL_SHARE * batch_tokens)
+        if filled and max(both.parts) <= batch_tokens and little_padding:
+            batches[-1].append(index)
+            filled = both
+        else:
+            batches.append([index])
+            filled = shapes[index]
+    return batches
 
 
 @torch.no_grad()

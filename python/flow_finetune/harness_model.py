@@ -59,8 +59,8 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
         samples = [self._sample(context, continuation) for _, context, continuation in requests]
-        # Requests that follow each other with one context are the choices of one question.
-        indices = itertools.groupby(range(len(samples)), key=lambda i: requests[i][1])
+        # Requests that follow each other with one context are the choices of one question; a BOS alone is no context.
+        indices = itertools.groupby(range(len(samples)), key=lambda i: requests[i][1] if len(requests[i][1]) > 1 else i)
         groups = [[samples[i] for i in group] for _, group in indices]
         scores = score_groups(
             self.lm, groups, self.tokenizer.pad_token_id, self.batch_tokens, self.precision, self.name
