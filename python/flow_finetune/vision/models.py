@@ -154,7 +154,8 @@ def save_classifier(classifier: ImageClassifier, directory: Path) -> None:
                 if description.class_names:
                     network.config.id2label = dict(enumerate(description.class_names))
                     network.config.label2id = {v: k for k, v in network.config.id2label.items()}
-                network.save_pretrained(temporary)
+                with _quiet():
+                    network.save_pretrained(temporary)
             else:
                 state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
                 save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
@@ -205,7 +206,8 @@ def _device(name: str) -> torch.device:
 def _import(module: str, what: str, remedy: str):
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    # A torchvision that was built for another torch raises RuntimeError when timm imports it.
+    except (ImportError, RuntimeError) as error:
         raise InputError(f"{what} needs {module} ({error}); {remedy}") from error
 
 
