@@ -104,7 +104,7 @@ def test_score_train_evaluate_report(call, tmp_path, qa_file):
 
 
 def test_help_shows_examples(call):
-    for command in ("score", "train", "evaluate", "report", "run"):
+    for command in ("score", "train", "wise-ft", "evaluate", "report", "run"):
         code, output = call(f"{command} --help")
         assert code == 0
         assert f"flow-finetune {command}" in output

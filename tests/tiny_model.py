@@ -17,10 +17,11 @@ _TRAINING_TEXT = [
 ] * 4
 
 
-def build(directory: Path, *, bos: bool) -> Path:
+def build(directory: Path, *, bos: bool, tied: bool = False) -> Path:
     """Save model and tokenizer (with or without a BOS in front of every text) into `directory`; returns it.
 
-    The same seed every time. The head is large enough for peaked predictions, so an error in a position shows.
+    The same seed every time. With `tied` the head shares its matrix with the embeddings. The head is large enough for
+    peaked predictions, so an error in a position shows.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,7 +40,7 @@ def build(directory: Path, *, bos: bool) -> Path:
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
-        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -91,7 +91,7 @@ class Lora:
         """
         total = 0.0
         for layer in self._layers:
-            a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
+            a, b = (part["default"].weight.detach().cpu().double() for part in (layer.lora_A, layer.lora_B))
             total += layer.scaling["default"] ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
         return max(total, 0.0) ** 0.5
 

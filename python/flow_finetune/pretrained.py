@@ -106,8 +106,8 @@ class PretrainedCopy:
 
     def _square_sums(self) -> Iterator[Tensor]:
         for start, parts in self._buckets:
-            for difference in self._differences(start, parts):
-                yield difference.square().sum(dtype=torch.float64)
+            # fp32 within a bucket, as some devices have no fp64; the buckets are added in fp64.
+            yield torch.stack([difference.square().sum() for difference in self._differences(start, parts)]).sum()
 
     def _differences(self, start: int, parts: list[tuple[int, int, int]]) -> list[Tensor]:
         """`theta - theta0` of a bucket in fp32 (fp64 for fp64 parameters), new tensors."""

@@ -223,10 +223,10 @@ def _optimise(lm, samples, weights, directory, accelerator, method, config, mode
     with track(f"training {method.name}", len(steps), visible=accelerator.is_main_process) as tracker:
         tracker.advance(first)
         for step, indices in enumerate(steps[first:], start=first + 1):
+            extra = {}
             num_tokens = accumulate_gradients(
                 module, samples.samples, indices, weights, accelerator, config, model_config, meter
             )
-            extra = {}
             if method.penalty != "none":
                 extra["penalty"] = pretrained.add_penalty(method.penalty, method.penalty_strength)
             extra["grad_norm"] = torch.nn.utils.clip_grad_norm_(lm.parameters(), config.max_grad_norm or math.inf)

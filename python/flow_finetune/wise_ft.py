@@ -1,7 +1,7 @@
 """WiSE-FT: the average of a pre-trained and a fine-tuned model, `(1 - alpha) * pre-trained + alpha * fine-tuned`.
 
 Files are read and written piece by piece: the output has the fine-tuned file's header, and each tensor's bytes are
-replaced in place of its own, so memory holds three pieces of at most `PIECE_BYTES`, whatever the size of the model.
+replaced in place of its own, so memory holds a few pieces of at most `PIECE_BYTES`, whatever the size of the model.
 Source: Robust fine-tuning of zero-shot models, arXiv 2109.01903.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +23,8 @@ from flow_finetune.errors import InputError
 from flow_finetune.progress import say
 from flow_finetune.storage import atomic_path, require_disk_space, write_json
 
-PIECE_BYTES = 2**24
+# Far below the largest tensor of any model; large enough for the disk.
+PIECE_BYTES = 2**22
 SUMMARY_FILE = "train/summary.json"
 # What transformers reads beside the weights; logs and evaluations of the fine-tuned model are not the average's.
 _COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
@@ -150,21 +151,26 @@ def _write_average(ours: dict, theirs: dict, source: Path, target: Path, alpha: 
                 shutil.copyfileobj(_Limited(file, b.end - b.begin), out)
                 continue
             with open(a.path, "rb") as other:
-                for p, f in zip(_pieces(other, a), _pieces(file, b), strict=True):
-                    wide = torch.promote_types(torch.promote_types(p.dtype, f.dtype), torch.float32)
-                    average = p.to(wide).mul_(1 - alpha).add_(f.to(wide).mul_(alpha)).to(f.dtype)
-                    out.write(average.view(torch.uint8).numpy().data)
+                num = PIECE_BYTES // 8  # elements, the same for every dtype
+                for start in range(0, math.prod(b.shape), num):
+                    out.write(_average(_piece(other, a, start, num), _piece(file, b, start, num), alpha))
 
 
-def _pieces(file: BinaryIO, stored: Stored) -> Iterator[torch.Tensor]:
-    """A tensor's values from an open file, flat, in new memory, the same numbers of elements for every dtype."""
+def _average(pretrained: torch.Tensor, finetuned: torch.Tensor, alpha: float) -> memoryview:
+    """The bytes of the average; the arguments may be overwritten."""
+    wide = torch.promote_types(torch.promote_types(pretrained.dtype, finetuned.dtype), torch.float32)
+    average = pretrained.to(wide).mul_(1 - alpha).add_(finetuned.to(wide).mul_(alpha))
+    return average.to(finetuned.dtype).view(torch.uint8).numpy().data
+
+
+def _piece(file: BinaryIO, stored: Stored, start: int, num: int) -> torch.Tensor:
+    """Elements `start` to `start + num` of a flat tensor, or up to its end, from an open file, in new memory."""
     dtype = _DTYPES[stored.dtype]
-    most = PIECE_BYTES // 8 * dtype.itemsize
-    for begin in range(stored.begin, stored.end, most):
-        file.seek(begin)
-        data = np.empty(min(most, stored.end - begin), dtype=np.uint8)
-        file.readinto(data)
-        yield torch.from_numpy(data).view(dtype)
+    begin = stored.begin + start * dtype.itemsize
+    data = np.empty(min(num * dtype.itemsize, stored.end - begin), dtype=np.uint8)
+    file.seek(begin)
+    file.readinto(data)
+    return torch.from_numpy(data).view(dtype)
 
 
 class _Limited:

@@ -1,0 +1,346 @@
+"""Methods: what names stand for, what contradicts, the weights of each, and runs of each that continue after a kill."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from flow_finetune import checkpoint as checkpoint_module
+from flow_finetune.checkpoint import TrainDirectory
+from flow_finetune.cli import app
+from flow_finetune.config import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    non_defaults,
+    without_defaults,
+)
+from flow_finetune.data import load_samples
+from flow_finetune.errors import InputError
+from flow_finetune.methods import check_method, check_methods, make_weights, named_method, needs_scores, weigh
+from flow_finetune.models import load_model
+from flow_finetune.scores import Scores, score
+from flow_finetune.train import train
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("standard", {"weights": "none"}),
+        ("flow", {}),
+        ("flow-token", {"weights": "token"}),
+        ("flow-mean", {"normalize": "mean"}),
+        ("flow-online", {"online": True}),
+        ("dro", {"direction": "hard"}),
+        ("easiest", {"weights": "none", "keep_easiest": 0.5}),
+        ("l2", {"weights": "none", "penalty": "l2"}),
+        ("l1", {"weights": "none", "penalty": "l1"}),
+        ("lora", {"weights": "none", "train": "lora"}),
+        ("linear-probe", {"weights": "none", "train": "head"}),
+        ("sfa", {"weights": "none", "average_every": 0.25}),
+        ("flow+lora", {"train": "lora"}),
+        ("flow+l2", {"penalty": "l2"}),
+        ("flow-token+easiest+linear-probe+l1+sfa",
+         {"weights": "token", "keep_easiest": 0.5, "train": "head", "penalty": "l1", "average_every": 0.25}),
+        ("flow-online+lora", {"online": True, "train": "lora"}),
+    ],
+)  # fmt: skip
+def test_names(name, options):
+    method = named_method(name)
+    assert method == MethodConfig(name=name, **options)
+    check_method(method)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("flow+dro", "flow and dro both say how samples are weighted; choose one"),
+        ("lora+linear-probe", "both say what is trained"),
+        ("l1+flow+l2", "l1 and l2 both say what is penalised"),
+        ("best", "--method must be one of standard, flow,"),
+        ("flow+", "--method must be one of"),
+        ("flow+wise-ft", "WiSE-FT trains nothing; average a finished model with flow-finetune wise-ft"),
+    ],
+)
+def test_names_that_say_nothing_or_two_things(name, match):
+    with pytest.raises(InputError, match=match):
+        named_method(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"train": "lora", "penalty": "l2"}, "LoRA freezes the weights that l2 would hold; use train: all"),
+        ({"train": "lora", "average_every": 0.5}, "LoRA freezes the weights that SFA would average"),
+        ({"online": True, "weights": "none"}, "online weights need weights: sequence"),
+        ({"online": True, "weights": "token"}, "online weights are one per sample; use weights: sequence"),
+        ({"online": True, "normalize": "mean"}, "use normalize: none"),
+        ({"online": True, "keep_easiest": 0.5}, "use online: false"),
+        ({"online": True, "train": "head", "online_copy": "bfloat16"}, "what is frozen is not copied"),
+        ({"wise_ft": 0.5}, "wise_ft needs `of`"),
+        ({"of": "flow"}, "`of` needs wise_ft"),
+        ({"of": "m", "wise_ft": 0.5}, "`of` names the method itself"),
+        ({"of": "flow", "wise_ft": 0.5, "penalty": "l2"}, "WiSE-FT trains nothing, so penalty would have no effect"),
+        ({"of": "flow", "wise_ft": 1.5}, r"wise_ft must be in \[0, 1\], got 1.5"),
+        ({"lora_rank": 8}, "lora_rank has no effect without train: lora"),
+        ({"penalty_strength": 1.0}, "penalty_strength has no effect without penalty"),
+        ({"penalty_copy": "disk"}, "penalty_copy has no effect without penalty: l2"),
+        ({"average_share": 0.1}, "average_share has no effect without average_every"),
+        ({"online_copy": "bfloat16"}, "online_copy has no effect without online: true"),
+        ({"weights": "none", "direction": "hard", "quantile": 0.1}, "direction, quantile has no effect without weights"),
+        ({"weights": "none", "normalize": "mean"}, "normalize has no effect without weights"),
+        ({"weights": "words"}, "weights must be one of none, sequence, token, got 'words'"),
+        ({"direction": "up"}, "direction must be one of easy, hard"),
+        ({"train": "body"}, "train must be one of all, head, lora"),
+        ({"penalty": "l3"}, "penalty must be one of none, l2, l1"),
+        ({"penalty_copy": "gpu"}, "penalty_copy must be one of bfloat16, float32, disk"),
+        ({"keep_easiest": 0.0}, r"keep_easiest is a share in \(0, 1\], got 0.0"),
+        ({"average_every": 1.5}, r"average_every is a share of all steps, in \(0, 1\], got 1.5"),
+        ({"average_every": 0.5, "average_share": -1.0}, r"average_share must be in \[0, 1\]"),
+        ({"train": "lora", "lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"penalty": "l2", "penalty_strength": -1.0}, "penalty_strength must be at least 0"),
+        ({"penalty": "l2", "penalty_strength": math.nan}, "penalty_strength must be at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_named_with_a_remedy(options, match):
+    with pytest.raises(InputError, match=f"method m: .*{match}"):
+        check_method(MethodConfig(name="m", **options))
+
+
+def test_a_wise_ft_row_names_a_trained_row_of_its_run():
+    rows = (MethodConfig(), MethodConfig("wise", of="flow", wise_ft=0.5))
+    check_methods(rows)
+    for of in ("l2", "wise2"):
+        with pytest.raises(InputError, match=f"method wise: of must be one of flow, got '{of}'"):
+            check_methods((MethodConfig(), MethodConfig("wise", of=of, wise_ft=0.5),
+                           MethodConfig("wise2", of="flow", wise_ft=0.1)))  # fmt: skip
+
+
+def test_which_methods_need_scores():
+    needing = ["flow", "flow-token", "flow-mean", "dro", "easiest", "flow+lora"]
+    others = ["standard", "flow-online", "l2", "l1", "lora", "linear-probe", "sfa"]
+    assert [name for name in needing + others if needs_scores(named_method(name))] == needing
+    assert not needs_scores(MethodConfig("wise", of="flow", wise_ft=0.5))
+
+
+LOSSES = torch.tensor([0.9, 3.5, 1.1, 2.0, 1.8, 1.1, 2.6, 0.2], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.1])
+def test_dro_weights_are_exp_plus_loss_over_tau(quantile):
+    weights, tau = weigh(MethodConfig(direction="hard", quantile=quantile, clip_high=20.0), LOSSES, None)
+    assert tau == pytest.approx(np.quantile(LOSSES, quantile), rel=1e-12)
+    assert weights.tolist() == pytest.approx([min(math.exp(f / tau), 20.0) for f in LOSSES.tolist()], rel=1e-6)
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean"])
+@pytest.mark.parametrize("kind", ["none", "sequence"])
+def test_keep_easiest_gives_the_others_weight_0(kind, normalize):
+    weights, tau = weigh(MethodConfig(weights=kind, keep_easiest=0.4, normalize=normalize), LOSSES, None)
+    # round(0.4 * 8) = 3 of 8: 0.2, 0.9 and the earlier 1.1; tau is the median of all.
+    kept = [0, 2, 7]
+    assert weights.nonzero().flatten().tolist() == kept
+    raw = torch.ones(3) if kind == "none" else torch.exp(-LOSSES[kept] / np.median(LOSSES))
+    expected = raw * (8 / float(raw.sum()) if normalize == "mean" else 1)
+    assert weights[kept].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    assert tau == (None if kind == "none" else pytest.approx(float(np.median(LOSSES)), rel=1e-12))
+    assert float(weights.mean()) == pytest.approx(1.0, rel=1e-6) or normalize == "none"
+
+
+def test_keeping_all_is_keeping_every_weight_and_at_least_one_is_kept():
+    assert torch.equal(weigh(MethodConfig(keep_easiest=1.0), LOSSES, None)[0], weigh(MethodConfig(), LOSSES, None)[0])
+    assert weigh(MethodConfig(keep_easiest=1e-6), LOSSES, 1.0)[0].nonzero().tolist() == [[7]]
+
+
+def test_token_weights_of_dro_and_a_cut_off_are_per_token():
+    tokens = [np.array([0.5, 4.0], np.float32), np.array([1.0], np.float32), np.array([2.0, 0.1, 3.0], np.float32)]
+    scores = Scores(torch.tensor([2.25, 1.0, 1.7], dtype=torch.float64), tokens, {})
+    weights = make_weights(MethodConfig(weights="token", direction="hard", keep_easiest=0.5), 3, scores)
+    tau = 1.5
+    assert weights.temperature == pytest.approx(tau)
+    assert [w.tolist() for w in weights.per_token] == [
+        pytest.approx([math.exp(0.5 / tau), 0.0]), pytest.approx([math.exp(1.0 / tau)]),
+        pytest.approx([0.0, math.exp(0.1 / tau), 0.0]),
+    ]  # fmt: skip
+
+
+def test_weights_beyond_fp32_are_refused():
+    with pytest.raises(InputError, match="set clip_high or normalize: mean"):
+        weigh(MethodConfig(direction="hard"), torch.tensor([1.0, 2.0, 900.0], dtype=torch.float64), 1.0)
+    weights, _ = weigh(
+        MethodConfig(direction="hard", normalize="mean"), torch.tensor([1.0, 2.0, 900.0], dtype=torch.float64), 1.0
+    )
+    assert weights.tolist() == [0.0, 0.0, 3.0]
+
+
+def test_identities_leave_defaults_out_and_old_ones_compare_alike():
+    assert non_defaults(MethodConfig()) == {}
+    config = RunConfig(ModelConfig("m"), DataConfig("d", limit=3), methods=(MethodConfig(), named_method("l2")))
+    identity = non_defaults(config)
+    assert identity == {
+        "model": {"source": "m"}, "data": {"source": "d", "limit": 3},
+        "methods": [{}, {"name": "l2", "weights": "none", "penalty": "l2"}],
+    }  # fmt: skip
+    # As a version without penalties wrote it: every entry, but not those that came later.
+    old = json.loads(json.dumps(dataclasses.asdict(config)))
+    for row in old["methods"]:
+        del row["lora_rank"], row["online"]
+    assert without_defaults(RunConfig, old) == identity
+    assert without_defaults(RunConfig, old | {"later": 1}) == identity | {"later": 1}
+    assert non_defaults(RunConfig(ModelConfig("m"), DataConfig("d"))) == {
+        "model": {"source": "m"}, "data": {"source": "d"},
+    }  # fmt: skip
+
+
+class Setup:
+    """A tiny model, its samples and their scores."""
+
+    def __init__(self, model_dir, qa_file, directory):
+        self.config = ModelConfig(str(model_dir), precision="full", device="cpu")
+        lm, self.tokenizer = load_model(self.config)
+        data = DataConfig(str(qa_file), prompt_field="question", response_field="answer")
+        self.samples = load_samples(data, self.tokenizer)
+        self.scores = directory / "scores.parquet"
+        score(lm, self.tokenizer, self.samples, self.scores, model_config=self.config)
+
+    def train(self, output, method, **options):
+        return train(
+            load_model(self.config)[0], self.tokenizer, self.samples, output, method=method,
+            config=TrainConfig(**options), model_config=self.config,
+            scores=self.scores if needs_scores(method) else None,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_model_dir, qa_file, tmp_path_factory):
+    return Setup(tiny_model_dir, qa_file, tmp_path_factory.mktemp("methods"))
+
+
+def test_a_run_of_an_older_version_is_still_known(setup, tmp_path):
+    first = setup.train(tmp_path / "out", MethodConfig(), epochs=1)
+    path = tmp_path / "out/train/identity.json"
+    identity = json.loads(path.read_text())
+    assert identity["train"] == {"epochs": 1}
+    old = ("name", "weights", "temperature", "quantile", "clip_low", "clip_high", "normalize", "learning_rate")
+    identity["method"] = {name: getattr(MethodConfig(), name) for name in old}
+    identity["train"] = dataclasses.asdict(TrainConfig(epochs=1))
+    path.write_text(json.dumps(identity))
+    assert setup.train(tmp_path / "out", MethodConfig(), epochs=1) == first
+    with pytest.raises(InputError, match=r"differs in method\.penalty"):
+        setup.train(tmp_path / "out", MethodConfig(penalty="l2"), epochs=1)
+
+
+def test_a_row_that_trains_nothing_is_not_trained(setup, tmp_path):
+    with pytest.raises(InputError, match="averages what flow gave and trains nothing"):
+        setup.train(tmp_path / "out", MethodConfig("wise", of="flow", wise_ft=0.5))
+
+
+def assert_same_run(undisturbed, continued):
+    for path in undisturbed.iterdir():
+        if path.is_file():
+            assert (continued / path.name).read_bytes() == path.read_bytes(), path.name
+    logs = []
+    for directory in (undisturbed, continued):
+        lines = [json.loads(line) for line in (directory / "train/log.jsonl").read_text().splitlines()]
+        logs.append(
+            [{k: v for k, v in x.items() if k not in ("tokens_per_second", "peak_memory_bytes")} for x in lines]
+        )
+    assert logs[0] == logs[1]
+    assert (undisturbed / "model.safetensors").is_file()
+
+
+# The SFA average of step 3 lies before the checkpoint of step 4, that of step 6 after it.
+CONTINUED = {
+    "l2": {"penalty": "l2", "penalty_strength": 1e3},
+    "l1 on disk, sfa": {"penalty": "l1", "penalty_copy": "disk", "penalty_strength": 10.0, "average_every": 0.3},
+    "lora": {"train": "lora", "lora_rank": 4},
+    "head": {"train": "head"},
+    "online": {"online": True},
+    "online lora": {"online": True, "train": "lora", "lora_rank": 4},
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_an_interrupted_run_continues_to_the_same_bytes(setup, tmp_path, monkeypatch, name):
+    method = MethodConfig(**CONTINUED[name])
+    options = {"epochs": 2, "batch_size": 5, "learning_rate": 1e-3, "checkpoint_every": 4, "log_every": 3}
+    setup.train(tmp_path / "undisturbed", method, **options)
+    save = checkpoint_module.TrainDirectory.save_checkpoint
+
+    def interrupt(self, step, *rest):
+        save(self, step, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainDirectory, "save_checkpoint", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            setup.train(tmp_path / "continued", method, **options)
+    if method.train != "all":
+        # What is frozen is not in the checkpoint.
+        stored = load_file(tmp_path / "continued/checkpoints/step-00000004/model.safetensors")
+        assert all("lora_" in key or key == "lm_head.weight" for key in stored)
+    setup.train(tmp_path / "continued", method, **options)
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "continued")
+
+
+def test_a_killed_run_continues_to_the_same_bytes(setup, qa_file, tmp_path):
+    """kill -9, of FLOW with L2 and SFA at once."""
+    command = [
+        sys.executable, "-m", "flow_finetune.cli", "train", "-m", setup.config.source, "-d", str(qa_file),
+        "--prompt-field", "question", "--response-field", "answer", "--scores", str(setup.scores), "--method",
+        "flow+l2+sfa", "--penalty-strength", "100", "--precision", "full", "--device", "cpu", "--lr", "1e-3",
+        "--epochs", "12", "--batch-size", "4", "--checkpoint-every", "4",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "killed").glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/train/summary.json").exists()
+    again = CliRunner().invoke(app, [*command[3:], "-o", str(tmp_path / "killed")])
+    assert again.exit_code == 0, again.output
+    assert "after step" in again.output
+    assert CliRunner().invoke(app, [*command[3:], "-o", str(tmp_path / "undisturbed")]).exit_code == 0
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--method lora+l2", "LoRA freezes the weights that l2 would hold"),
+        ("--method flow+dro", "both say how samples are weighted"),
+        ("--method flow --lora-rank 8", "lora_rank has no effect without train: lora"),
+        ("--method wise-ft", "flow-finetune wise-ft"),
+        ("--method flow-online --weights token", "online weights are one per sample"),
+        ("--keep-easiest 2", "keep_easiest is a share in (0, 1]"),
+    ],
+)
+def test_the_command_line_names_contradictions(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["train", "-m", "none", "-d", "none", "-o", "out", *options.split()])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,160 @@
+"""Online weights: the frozen model's losses on the batch being trained give the weights that scoring gives."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from flow_finetune.adapters import prepare_parameters
+from flow_finetune.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
+from flow_finetune.data import load_samples
+from flow_finetune.methods import make_weights
+from flow_finetune.models import load_model
+from flow_finetune.online import FrozenModel, OnlineWeights
+from flow_finetune.scores import read_scores, score, scoring_fingerprints
+from flow_finetune.train import micro_batches, step_plan, train
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ONLINE = {
+    "all": {}, "all bf16": {"online_copy": "bfloat16"}, "head": {"train": "head"},
+    "lora": {"train": "lora", "lora_rank": 4},
+}  # fmt: skip
+
+
+class Setup:
+    """A tiny model, its samples and their scores."""
+
+    def __init__(self, model_dir, qa_file, directory, precision="full"):
+        self.config = ModelConfig(str(model_dir), precision=precision, device="cpu")
+        lm, self.tokenizer = load_model(self.config)
+        data = DataConfig(str(qa_file), prompt_field="question", response_field="answer")
+        self.samples = load_samples(data, self.tokenizer)
+        self.scores = directory / f"scores-{precision}.parquet"
+        score(lm, self.tokenizer, self.samples, self.scores, model_config=self.config)
+        self.found = read_scores(self.scores, self.samples, scoring_fingerprints(lm, self.tokenizer, self.samples))
+
+    def train(self, output, method, *, scores=None, lm=None, **options):
+        config = TrainConfig(**{"epochs": 2, "batch_size": 7, "learning_rate": 1e-3, **options})
+        summary = train(
+            lm or load_model(self.config)[0], self.tokenizer, self.samples, output,
+            method=method, config=config, model_config=self.config, scores=scores,
+        )  # fmt: skip
+        return summary, load_file(output / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_model_dir, qa_file, tmp_path_factory):
+    return Setup(tiny_model_dir, qa_file, tmp_path_factory.mktemp("online"))
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_online_weights_are_the_offline_ones_also_after_training_has_moved_the_model(setup, kind):
+    method = MethodConfig(online=True, **ONLINE[kind])
+    lm, _ = load_model(setup.config)
+    lm.train()
+    lora = prepare_parameters(lm, method)
+    frozen = FrozenModel(lm, lora, method.online_copy, "full")
+    weights = OnlineWeights(method, frozen, Accelerator(cpu=True), setup.found.metadata["temperature"])
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.requires_grad:
+                p += torch.randn_like(p) * 0.05
+    before = [p.detach().clone() for p in lm.parameters()]
+    indices = list(range(3, 17))
+    groups = micro_batches(indices, setup.samples.samples, 0, 1, 400)
+    assert len(groups) > 2
+    weights.prepare(setup.samples.samples, indices, groups)
+    offline = make_weights(MethodConfig(), 24, setup.found).of(indices)
+    tolerance = 2e-2 if "bf16" in kind else 1e-5
+    torch.testing.assert_close(weights.of(indices), offline, rtol=tolerance, atol=0)
+    assert all(torch.equal(p, q) for p, q in zip(lm.parameters(), before, strict=True))
+    assert lm.training
+    assert weights.mean == pytest.approx(float(offline.mean()), rel=tolerance)
+    assert weights.temperature == setup.found.metadata["temperature"]
+
+
+def test_only_what_is_trained_is_kept_twice(setup):
+    def extra(method):
+        lm, _ = load_model(setup.config)
+        frozen = FrozenModel(lm, prepare_parameters(lm, method), method.online_copy, "full")
+        known = {p.data_ptr() for p in lm.parameters()}
+        return sum(p.nbytes for p in frozen._lm.parameters() if p.data_ptr() not in known)
+
+    lm, _ = load_model(setup.config)
+    num = sum(p.numel() for p in lm.parameters())
+    assert extra(MethodConfig(online=True)) == 4 * num
+    assert extra(MethodConfig(online=True, online_copy="bfloat16")) == 2 * num
+    assert extra(MethodConfig(online=True, train="head")) == 4 * lm.head.weight.numel()
+    assert extra(MethodConfig(online=True, train="lora")) == 0
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("all", "full"), ("lora", "bf16")])
+def test_training_online_with_the_scores_temperature_is_training_offline(
+    tiny_model_dir, qa_file, tmp_path, kind, precision
+):
+    """Under bf16 autocast too, where weights cast without a graph must not serve the forward pass that needs one."""
+    setup = Setup(tiny_model_dir, qa_file, tmp_path, precision)
+    offline, a = setup.train(tmp_path / "a", MethodConfig(**ONLINE[kind]), scores=setup.scores)
+    online, b = setup.train(tmp_path / "b", MethodConfig(online=True, **ONLINE[kind]), scores=setup.scores)
+    assert online["temperature"] == pytest.approx(offline["temperature"], rel=1e-12)
+    assert online["mean_weight"] == pytest.approx(offline["mean_weight"], rel=1e-2 if precision == "bf16" else 1e-5)
+    base = load_file(tiny_model_dir / "model.safetensors")
+    for name, start in base.items():
+        moved = float((a[name] - start).norm())
+        # AdamW turns a gradient near 0 into a step of full size whatever its rounding, so single weights differ.
+        assert float((a[name] - b[name]).norm()) <= (0.1 if precision == "bf16" else 0.01) * moved, name
+    assert any(not torch.equal(a[name], base[name]) for name in base)
+
+
+def test_without_scores_the_temperature_is_the_median_of_all_losses_seen(setup, tmp_path):
+    summary, _ = setup.train(tmp_path / "out", MethodConfig(online=True, quantile=0.3), epochs=1)
+    plan = step_plan(24, TrainConfig(epochs=1, batch_size=7))
+    losses, seen, expected = setup.found.loss.numpy(), [], []
+    for indices in plan:
+        seen += list(losses[indices])
+        expected.append(float(np.exp(-losses[indices] / np.quantile(seen, 0.3)).mean()))
+    log = [json.loads(line) for line in (tmp_path / "out/train/log.jsonl").read_text().splitlines()]
+    assert [line["mean_weight"] for line in log] == pytest.approx(expected, rel=1e-5)
+    assert summary["temperature"] == pytest.approx(float(np.quantile(losses, 0.3)), rel=1e-5)
+    assert len(set(expected)) > 1
+
+
+def test_a_given_temperature_needs_no_quantile_and_a_first_step_of_one_sample_is_its_own(setup, tmp_path):
+    summary, _ = setup.train(tmp_path / "a", MethodConfig(online=True, temperature=2.5), epochs=1)
+    assert summary["temperature"] == 2.5
+    expected = float(torch.exp(-setup.found.loss / 2.5).mean())
+    assert summary["mean_weight"] == pytest.approx(expected, rel=1e-5)
+    setup.train(tmp_path / "b", MethodConfig(online=True), epochs=1, batch_size=1)
+    first = json.loads((tmp_path / "b/train/log.jsonl").read_text().splitlines()[0])
+    assert first["mean_weight"] == pytest.approx(np.exp(-1), rel=1e-6)
+
+
+def test_two_processes_weigh_and_train_as_one(setup, qa_file, tmp_path):
+    """With LoRA, whose adapters are switched off and on between DDP's forward passes."""
+    command = [
+        "-m", "flow_finetune.cli", "train", "-m", setup.config.source, "-d", str(qa_file), "--prompt-field", "question",
+        "--response-field", "answer", "--method", "flow-online+lora", "--lora-rank", "4", "--precision", "full",
+        "--device", "cpu", "--lr", "1e-3", "--epochs", "1", "--batch-size", "5",
+    ]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [sys.executable, *launcher, *command, "-o", str(tmp_path / "two")],
+        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    setup.train(tmp_path / "one", MethodConfig(online=True, **ONLINE["lora"]), epochs=1, batch_size=5)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "train/log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    for x, y in zip(*logs, strict=True):
+        for key in ("loss", "weighted_loss", "mean_weight", "distance"):
+            assert x[key] == pytest.approx(y[key], rel=1e-3, abs=1e-4), key
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,163 @@
+"""WiSE-FT: the exact average of two directories, in the memory of a piece, and what cannot be averaged is named."""
+
+import json
+import shutil
+import tracemalloc
+
+import pytest
+import torch
+from flow_finetune import wise_ft as wise_ft_module
+from flow_finetune.cli import app
+from flow_finetune.errors import InputError
+from flow_finetune.wise_ft import read_headers, wise_ft
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+
+def write(directory, tensors, file="model.safetensors"):
+    directory.mkdir(exist_ok=True)
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+    return directory
+
+
+def tensors(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"b.weight": (7, 5), "a.bias": (3,), "c": (), "empty": (0, 4), "d": (2, 3, 4)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("piece", [16, 2**24])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                                    (torch.bfloat16, torch.float32), (torch.float64, torch.float16)])  # fmt: skip
+def test_weights_are_the_formulas(tmp_path, monkeypatch, piece, dtypes):
+    monkeypatch.setattr(wise_ft_module, "PIECE_BYTES", piece)
+    p, f = tensors(0, dtypes[0]), tensors(1, dtypes[1])
+    pretrained, finetuned = write(tmp_path / "p", p), write(tmp_path / "f", f)
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    for alpha in (0.0, 0.3, 0.5, 1.0):
+        found = load_file(wise_ft(pretrained, finetuned, alpha, tmp_path / f"out-{alpha}") / "model.safetensors")
+        assert found.keys() == f.keys()
+        for name, tensor in found.items():
+            expected = ((1 - alpha) * p[name].to(wide) + alpha * f[name].to(wide)).to(dtypes[1])
+            assert tensor.dtype == dtypes[1]
+            assert torch.equal(tensor, expected), (alpha, name)
+            if alpha == 1.0:
+                assert torch.equal(tensor, f[name])
+
+
+def test_the_average_of_real_directories_loads_and_holds_no_logs(tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += torch.randn_like(p) * 0.1
+    # Several files, as large models have; the pre-trained model is in one.
+    model.save_pretrained(tmp_path / "f", max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "f")
+    assert len(list((tmp_path / "f").glob("*.safetensors"))) > 1
+    (tmp_path / "f/train").mkdir()
+    (tmp_path / "f/train/log.jsonl").write_text("{}")
+    (tmp_path / "f/evaluation.json").write_text("{}")
+    arguments = [
+        str(tiny_model_dir),
+        str(tmp_path / "f"),
+        "--alpha",
+        "0.25",
+        "--alpha",
+        "0.5",
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    result = CliRunner().invoke(app, ["wise-ft", *arguments])
+    assert result.exit_code == 0, result.output
+    start = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
+    for alpha in (0.25, 0.5):
+        directory = tmp_path / f"o/alpha-{alpha}"
+        found = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(found[name], (1 - alpha) * start[name] + alpha * tensor)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        assert tokenizer("How?").input_ids == AutoTokenizer.from_pretrained(tiny_model_dir)("How?").input_ids
+        assert not (directory / "evaluation.json").exists()
+        summary = json.loads((directory / "train/summary.json").read_text())
+        assert (summary["method"]["wise_ft"], summary["method"]["of"]) == (alpha, "f")
+        assert [p.name for p in (directory / "train").iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_at_most_three_tensors_of_the_largest_size(tmp_path, dtype):
+    """Both allocators are watched: tracemalloc sees Python's and numpy's, the profiler torch's."""
+    num = 2**21
+    for seed, name in enumerate("pf"):
+        torch.manual_seed(seed)
+        write(tmp_path / name, {f"t{i}": torch.randn(num).to(dtype) for i in range(4)})
+    tracemalloc.start()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        wise_ft(tmp_path / "p", tmp_path / "f", 0.4, tmp_path / "out")
+    python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    piece = wise_ft_module.PIECE_BYTES // 8 * dtype.itemsize
+    # Two pieces at least were seen; the sum of both allocators' peaks stays below the bound.
+    assert python >= 2 * piece
+    assert python + most <= 3 * num * dtype.itemsize
+
+
+def test_integers_are_the_finetuned_models(tmp_path):
+    for name, value in (("p", 3), ("f", 5)):
+        write(tmp_path / name, {"steps": torch.tensor([value]), "w": torch.full((2,), float(value))})
+    found = load_file(wise_ft(tmp_path / "p", tmp_path / "f", 0.5, tmp_path / "out") / "model.safetensors")
+    assert found["steps"].tolist() == [5]
+    assert found["w"].tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop("d"), r"f lacks the tensor d, so the two models cannot be averaged"),
+        (lambda t: t.update(extra=torch.ones(2)), r"p lacks the tensor extra"),
+        (lambda t: t.update(d=torch.ones(4, 3, 2)), r"tensor d has shape \(2, 3, 4\) in .*p and \(4, 3, 2\) in .*f"),
+        (lambda t: t.update(d=torch.ones(2, 3, 4, dtype=torch.int32)), r"tensor d is F32 in .* and I32"),
+    ],
+)
+def test_models_that_differ_are_refused_by_tensor(tmp_path, change, match):
+    other = tensors(1)
+    change(other)
+    with pytest.raises(InputError, match=match):
+        wise_ft(write(tmp_path / "p", tensors(0)), write(tmp_path / "f", other), 0.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_wrong_shares_and_directories_in_use_are_named(tmp_path):
+    p, f = write(tmp_path / "p", tensors(0)), write(tmp_path / "f", tensors(1))
+    with pytest.raises(InputError, match=r"alpha must be in \[0, 1\], got 1.5"):
+        wise_ft(p, f, 1.5, tmp_path / "out")
+    with pytest.raises(InputError, match="none has no safetensors weights"):
+        wise_ft(tmp_path / "none", f, 0.5, tmp_path / "out")
+    cut = shutil.copytree(p, tmp_path / "cut")
+    content = (p / "model.safetensors").read_bytes()
+    for damaged, match in ((content[:-8], "is cut off"), (b"garbage", "not a safetensors file"),
+                           (content[:8] + b"?" + content[9:], "not a safetensors file")):  # fmt: skip
+        (cut / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(InputError, match=match):
+            read_headers(cut)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="used by something else"):
+        wise_ft(p, f, 0.5, tmp_path / "used")
+
+
+def test_an_average_that_is_there_is_kept_and_another_is_refused(tmp_path, capsys):
+    p, f = write(tmp_path / "p", tensors(0)), write(tmp_path / "f", tensors(1))
+    out = wise_ft(p, f, 0.5, tmp_path / "out")
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    wise_ft(p, f, 0.5, out)
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    assert "holds this average already" in capsys.readouterr().err
+    for change in (lambda: wise_ft(p, f, 0.4, out), lambda: (write(f, tensors(2)), wise_ft(p, f, 0.5, out))):
+        with pytest.raises(InputError, match="used by something else"):
+            change()
