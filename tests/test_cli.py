@@ -44,6 +44,8 @@ FIELDS = "--prompt-field question --response-field answer --device cpu --precisi
         (f"train -m MODEL -d DATA -o out {FIELDS} --weights none --lr 0", "learning_rate must be positive"),
         ("evaluate -m MODEL -o e", "nothing to evaluate"),
         ("evaluate -m MODEL -o e --perplexity none.txt", "no such file: none.txt"),
+        (f"evaluate -m MODEL -o e --qa DATA --num-shots 2 {FIELDS}", "give shots_source"),
+        (f"evaluate -m MODEL -o e --qa DATA --num-shots 2 --shots DATA {FIELDS}", "is row 0 of"),
         ("report none -o r", "none"),
         ("run none.yaml -o r", "no such file: none.yaml"),
         ("run -o r -m MODEL", "lacks 'data'"),
@@ -88,11 +90,14 @@ def test_score_train_evaluate_report(call, tmp_path, qa_file):
             f"train -m MODEL -d DATA -o {weights} --scores s.parquet --weights {weights} {FIELDS} --epochs 1 --lr 1e-3"
         )
         assert call(command)[0] == 0
-    evaluation = f"--perplexity text.txt --qa DATA --num-generate 2 --limit 8 {FIELDS}"
+    completion = "--completion words.jsonl --completion-prompt-field question --completion-response-field answer"
+    (tmp_path / "words.jsonl").write_text(qa_file.read_text())
+    evaluation = f"--perplexity text.txt --qa DATA --num-generate 2 --limit 8 {FIELDS} {completion}"
     for model, output in (("MODEL", "pre"), ("none", "none"), ("sequence", "sequence")):
         code, text = call(f"evaluate -m {model} -o {output} {evaluation}")
         assert code == 0
         assert "perplexity:" in text
+        assert "words nats_per_byte:" in text
     code, output = call(f"evaluate -m MODEL -o pre {evaluation}")
     assert code == 2, "an evaluation that is there already is not replaced"
     assert call("report pre none sequence --scores s.parquet -o report")[0] == 0

@@ -1,88 +1,21 @@
-"""Every metric against plain loops over the full logits of a tiny model, generation against transformers, bad input."""
+"""Every metric against plain loops over the full logits of a tiny model; bad input."""
 
 import gzip
-import itertools
 import json
 import math
-import re
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny_model
 import torch
-from flow_finetune import choices, generate, tasks
+from evaluation_cases import QA, TEXT, metrics_of, qa_task, run, target_log_probabilities, write_rows
 from flow_finetune import evaluate as evaluation
-from flow_finetune.config import ModelConfig, TaskConfig
-from flow_finetune.data import ALPACA_TEMPLATE, Sample
+from flow_finetune.config import TaskConfig
+from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
-from flow_finetune.models import CausalLM, load_model
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-TEXT = "The answer is 12. The question is how many apples are in the basket? Anna takes 3 of them, naïve as ever. " * 6
-QA = [
-    {"question": "How many apples" + " in the basket" * n, "answer": f"There are {n}.\n#### {n},000"} for n in range(7)
-]
-MC = [
-    {"context": "Question: Which of these?\nAnswer:", "choices": [" the first choice of them all", " b", " answer"], "answer": 1},
-    {"context": "Question: the answe", "choices": ["r is 9", "ring machine is the best answer"], "answer": 1},
-    {"context": "", "choices": ["Anna takes apples.", "Anna takes apple."], "answer": 0},
-    {"context": "Is it naïve", "choices": [" or ïïï", " or not at all, the question is", " the basket"], "answer": 2},
-    {"context": "Which?", "choices": [" a", " the answer is 12", " response that completes", " 3"], "answer": 3},
-    {"context": "The answer is", "choices": [" 12 - 3 = 9", " no"], "answer": 1},
-    {"context": "The best", "choices": [" instruction", " question of the task", " 9"], "answer": 0},
-]  # fmt: skip
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["bos", "no_bos"])
-def tiny(request, tmp_path_factory):
-    """Model and tokenizer, with and without a BOS."""
-    directory = tiny_model.build(tmp_path_factory.mktemp("tiny") / "model", bos=request.param)
-    return load_model(ModelConfig(str(directory), device="cpu", precision="full"))
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A small file of every kind."""
-    directory = tmp_path_factory.mktemp("files")
-    paths = {"text": directory / "text.txt", "qa": directory / "sums.jsonl", "mc": directory / "choices.jsonl.gz"}
-    paths["text"].write_text(TEXT)
-    write_rows(paths["qa"], QA)
-    paths["mc"].write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in MC).encode()))
-    return {name: str(path) for name, path in paths.items()}
-
-
-def write_rows(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def qa_task(source, **options) -> TaskConfig:
-    return TaskConfig("qa", source, role="target", prompt_field="question", response_field="answer", **options)
-
-
-def run(tiny, configs, output, **options) -> dict:
-    lm, tokenizer = tiny
-    return evaluation.evaluate(lm, tokenizer, configs, output, **{"precision": "full", "batch_tokens": 300, **options})
-
-
-def metrics_of(result, name) -> dict:
-    return next(task for task in result["tasks"] if task["name"] == name)["metrics"]
-
-
-@torch.no_grad()
-def target_log_probabilities(lm, ids, start) -> tuple[list[float], list[bool]]:
-    """Log-probability of each of `ids[start:]` and whether it is the most likely token, one sequence at a time."""
-    logits = lm.model(input_ids=torch.tensor([ids])).logits[0].double()
-    rows = logits.log_softmax(-1)
-    return (
-        [float(rows[i - 1, ids[i]]) for i in range(start, len(ids))],
-        [int(rows[i - 1].argmax()) == ids[i] for i in range(start, len(ids))],
-    )
 
 
 def test_perplexity(tiny, files, tmp_path):
@@ -184,115 +117,6 @@ def test_no_generation(tiny, files, tmp_path):
     assert not (output / "generations.jsonl").exists()
 
 
-def test_multiple_choice(tiny, files, tmp_path):
-    lm, tokenizer = tiny
-    config = TaskConfig("multiple_choice", files["mc"])
-    result = run(tiny, [config], tmp_path / "out")
-    expected, plain, by_bytes = [], [], []
-    for row in MC:
-        sums = []
-        for choice in row["choices"]:
-            ids = tokenizer(row["context"] + choice, add_special_tokens=False).input_ids
-            # Characters covered by the first k tokens; these texts split no character at the boundary.
-            start = next(k for k in range(len(ids)) if len(tokenizer.decode(ids[: k + 1])) > len(row["context"]))
-            front = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-            if tokenizer.bos_token_id is None and row["context"]:
-                front = []
-            sums.append(sum(target_log_probabilities(lm, front + ids, len(front) + start)[0]))
-        expected += sums
-        lengths = [len(c.encode()) for c in row["choices"]]
-        plain.append(int(np.argmax(sums)) == row["answer"])
-        by_bytes.append(int(np.argmax(np.divide(sums, lengths))) == row["answer"])
-    # Both metrics are tried: neither is all right or all wrong, and they differ.
-    assert 0 < sum(plain) < len(MC)
-    assert 0 < sum(by_bytes) < len(MC)
-    assert plain != by_bytes
-    items = read_items(tmp_path / "out")
-    assert items["choices", "accuracy"].value.tolist() == plain
-    assert items["choices", "accuracy_bytes"].value.tolist() == by_bytes
-    assert metrics_of(result, "choices")["accuracy"]["value"] == pytest.approx(np.mean(plain))
-    task = tasks.prepare([config], tokenizer)[0]
-    found = evaluation._score(lm, task.groups(), tokenizer.pad_token_id, 100, "full", "choices")
-    np.testing.assert_allclose(-found.loss_sum, expected, rtol=1e-5)
-
-
-def test_contexts_are_run_once(tiny, files):
-    lm, tokenizer = tiny
-    groups = tasks.prepare([TaskConfig("multiple_choice", files["mc"])], tokenizer)[0].groups()
-    assert [len(group) for group in groups] == [len(row["choices"]) for row in MC]
-    _, num_tokens = choices.score_choices(lm, groups, tokenizer.pad_token_id)
-    # The last token of a context is run with each choice, because it predicts the choice's first.
-    once = sum(
-        g[0].start - 1 + sum(len(c.input_ids) - c.start + 1 for c in g)
-        for g in groups
-        if len({c.start for c in g}) == 1
-    )
-    rest = [g for g in groups if len({c.start for c in g}) > 1]
-    assert len(rest) <= 1
-    assert num_tokens <= once + sum(len(c.input_ids) for g in rest for c in g)
-    assert num_tokens < 0.8 * sum(len(c.input_ids) for g in groups for c in g)
-
-
-@pytest.fixture(scope="module")
-def sliding():
-    """A random Gemma 3 whose layers see 6 tokens or all, with a soft-cap on its logits."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=6, final_logit_softcapping=3.0, initializer_range=0.3,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"], query_pre_attn_scalar=8,
-    )  # fmt: skip
-    return CausalLM(Gemma3ForCausalLM(config).eval())
-
-
-def test_choices_of_a_sliding_window_model(sliding):
-    rng = np.random.default_rng(0)
-    groups, expected = [], []
-    for length in (1, 3, 9, 20, 33):
-        context = rng.integers(3, 97, length)
-        endings = [rng.integers(3, 97, n) for n in (1, 4, 11)]
-        groups.append(
-            [Sample("", np.concatenate([context, e]).astype(np.int32), length, "", "", False) for e in endings]
-        )
-    for sample in itertools.chain.from_iterable(groups):
-        expected.append(-sum(target_log_probabilities(sliding, sample.input_ids.tolist(), sample.start)[0]))
-    scores, _ = choices.score_choices(sliding, groups, 0)
-    np.testing.assert_allclose(scores.loss_sum, expected, rtol=1e-5)
-
-
-def test_generation_of_a_sliding_window_model(sliding):
-    rng = np.random.default_rng(1)
-    prompts = [rng.integers(3, 97, n) for n in (2, 5, 9, 30)]
-    expected = [
-        sliding.model.generate(torch.tensor(p)[None], max_new_tokens=15, do_sample=False, eos_token_id=-1)[
-            0, len(p) :
-        ].tolist()
-        for p in prompts
-    ]
-    found = generate.generate_greedily(
-        sliding, prompts, stop_ids=[-1], pad_id=0, max_new_tokens=15, batch_tokens=1000, precision="no"
-    )
-    assert found == expected
-
-
-def test_straddling_token_belongs_to_the_choice(tiny, files):
-    _, tokenizer = tiny
-    sample = tasks.prepare([TaskConfig("multiple_choice", files["mc"])], tokenizer)[0].samples[3]
-    assert sample.id == "1:0"
-    assert tokenizer.decode(sample.input_ids[sample.start :]) == " answer is 9"
-
-
-def test_long_contexts_lose_their_beginning(tiny, tmp_path):
-    _, tokenizer = tiny
-    source = write_rows(tmp_path / "long.jsonl", [{"context": TEXT, "choices": [" a", " the answer"], "answer": 0}])
-    samples = tasks.prepare([TaskConfig("multiple_choice", source, max_length=20)], tokenizer)[0].samples
-    assert all(s.truncated and len(s.input_ids) == 20 for s in samples)
-    assert tokenizer.decode(samples[1].input_ids[samples[1].start :]) == " the answer"
-    assert (samples[0].input_ids[0] == tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
-    with pytest.raises(InputError, match="choice 1 of row 0 alone fills max_length=2"):
-        tasks.prepare([TaskConfig("multiple_choice", source, max_length=2)], tokenizer)
-
-
 @pytest.mark.parametrize("batch_tokens", [1, 70, 10_000])
 def test_batches_do_not_change_results(tiny, files, tmp_path, batch_tokens):
     configs = [qa_task(files["qa"], max_new_tokens=8), TaskConfig("multiple_choice", files["mc"])]
@@ -313,68 +137,6 @@ def test_bf16_is_close(tiny, files, tmp_path):
     )
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=2e-2)
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 60, 1000])
-def test_generation_is_that_of_transformers(tiny, batch_tokens):
-    lm, tokenizer = tiny
-    texts = ["The", "How many apples are in", TEXT[:90], "#### 9", "Anna takes 3 of the 12", "? ?", TEXT[10:60]]
-    prompts = [tokenizer(text).input_ids for text in texts]
-
-    def alone(stop):
-        found = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            new = lm.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=stop
-            )[0, len(prompt) :].tolist()
-            found.append(new[: new.index(stop)] if stop in new else new)
-        return found
-
-    # A stop token that ends some sequences early, at different steps, and lets others go on.
-    unstopped = alone(-1)
-    stop = max(
-        sorted({t for u in unstopped for t in u}),
-        key=lambda token: len({u.index(token) for u in unstopped if token in u}),
-    )
-    expected = alone(stop)
-    assert len({len(e) for e in expected}) >= 3
-    found = generate.generate_greedily(
-        lm, prompts, stop_ids=[stop], pad_id=0, max_new_tokens=20, batch_tokens=batch_tokens, precision="full"
-    )
-    assert found == expected
-
-
-PATTERN = re.compile(TaskConfig("qa", "x").answer_pattern)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("#### 3\n#### 1,234", "1234"), ("####12.50.", "12.50"), ("#### -7", "-7"), ("so 4 #### none", None), ("", None)
-    ],
-)  # fmt: skip
-def test_answers_by_pattern(text, answer):
-    assert generate.extract_answer(text, PATTERN) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("#### 3 of 9", "3"), ("from 3 to $1,234.50.", "1234.50"), ("12-3", "3"), ("it is -3", "-3"), ("x=5, y=6,", "6"),
-        ("none", None),
-    ],
-)  # fmt: skip
-def test_answers_by_last_number(text, answer):
-    assert generate.extract_answer(text, PATTERN, or_last_number=True) == answer
-
-
-def test_same_answer():
-    assert generate.same_answer("3.0", "3")
-    assert generate.same_answer("yes", "yes")
-    assert not generate.same_answer("3", "4")
-    assert not generate.same_answer(None, None)
-    assert not generate.same_answer("3", "three")
 
 
 def test_files(tiny, files, tmp_path):
@@ -410,31 +172,6 @@ def test_nan_names_task_and_items_and_leaves_nothing(tiny, files, tmp_path):
             run(tiny, [TaskConfig("multiple_choice", files["mc"])], tmp_path / "out")
     finally:
         head[row] = kept
-    assert not (tmp_path / "out").exists()
-
-
-GOOD = {"context": "a", "choices": [" b", " c"], "answer": 0}
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({**GOOD, "answer": 2}, "answer of row 1 is 2, which is not the index"),
-        ({**GOOD, "answer": -1}, "answer of row 1 is -1"),
-        ({**GOOD, "answer": "A"}, "answer of row 1 is 'A'"),
-        ({**GOOD, "answer": 0.5}, "answer of row 1 is 0.5"),
-        ({**GOOD, "choices": "bc"}, "choices of row 1 must be a list of non-empty texts, got 'bc'"),
-        ({**GOOD, "choices": [" b", 3]}, "choices of row 1 must be a list of non-empty texts"),
-        ({**GOOD, "choices": [" b", ""]}, "choices of row 1 must be a list of non-empty texts"),
-        ({**GOOD, "choices": [" b"]}, "row 1 has 1 choice; give at least 2"),
-        ({**GOOD, "context": 3}, "'context' of row 1 is int"),
-    ],
-)
-def test_bad_questions(tiny, tmp_path, bad, message):
-    source = write_rows(tmp_path / "bad.jsonl", [GOOD, bad])
-    with pytest.raises(InputError, match=re.escape(message)) as caught:
-        run(tiny, [TaskConfig("multiple_choice", source)], tmp_path / "out")
-    assert source in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

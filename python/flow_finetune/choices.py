@@ -6,6 +6,7 @@ keys and values are repeated for the choices, and only what differs is run after
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,8 +15,13 @@ import torch
 
 import flow_kernels
 from flow_finetune.data import Sample, collate, token_batches
+from flow_finetune.errors import InputError
 from flow_finetune.generate import left_pad
-from flow_finetune.models import CausalLM
+from flow_finetune.models import CausalLM, autocast
+from flow_finetune.progress import track
+
+# Items that a message about NaN names.
+_NUM_NAMED = 5
 
 
 def split_length(choices: Sequence[Sample]) -> int:
@@ -72,3 +78,29 @@ def score_choices(
         }
     scores = flow_kernels.sum_samples(lm.score(batch, **context), batch.target, batch.cu_seqlens)
     return scores, sum(splits) + int(batch.attention_mask.sum())
+
+
+def score_groups(
+    lm: CausalLM, groups: Sequence[Sequence[Sample]], pad_id: int, batch_tokens: int, precision: str, name: str
+) -> flow_kernels.SampleScores:
+    """Summed loss, target count and correct count of every sample, fp64 numpy in the order of the samples.
+
+    A group is the choices of a question, or one sample on its own.
+    """
+    first = np.cumsum([0, *(len(group) for group in groups)])
+    sums = np.zeros((3, first[-1]))
+    batches = choice_batches(groups, batch_tokens)
+    # One autocast context over all batches: it keeps the cast weights, a noticeable part of a small batch's time.
+    with track(f"evaluating {name}", len(batches)) as tracker, autocast(lm.head.weight.device, precision):
+        for indices in batches:
+            scores, num_tokens = score_choices(lm, [groups[i] for i in indices], pad_id)
+            samples = np.concatenate([np.arange(first[i], first[i + 1]) for i in indices])
+            sums[:, samples] = [column.cpu() for column in scores]
+            bad = [s.id for i in indices for j, s in enumerate(groups[i], first[i]) if not math.isfinite(sums[0, j])]
+            if bad:
+                raise InputError(
+                    f"the model gives NaN or infinite losses in {name}, first for item {', '.join(bad[:_NUM_NAMED])}; "
+                    "check the model, or evaluate it with --dtype float32 --precision no"
+                )
+            tracker.advance(1, tokens=num_tokens)
+    return flow_kernels.SampleScores(*sums)

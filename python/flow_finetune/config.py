@@ -94,19 +94,22 @@ class TrainConfig:
 class TaskConfig:
     """One evaluation."""
 
-    kind: str  # "perplexity", "qa" or "multiple_choice"
-    source: str
+    kind: str  # "perplexity", "qa", "multiple_choice", "completion" or "lm_eval"
+    source: str = ""  # a file, or the name of an lm_eval task
     name: str | None = None  # the file's stem when not given
     role: str = "retained"  # "retained" or "target", for the report
     limit: int | None = None
     window: int = 256  # perplexity: tokens of a window, its BOS included
     prompt_field: str = "prompt"
     response_field: str = "response"
-    template: str = "alpaca"
+    template: str | None = None  # "alpaca" for qa, "Question: {prompt}\nAnswer:" with shots, "{prompt}" for completion
     max_length: int = 1024
     max_new_tokens: int = 256  # qa: of a generated answer
     num_generate: int | None = None  # qa: how many items are answered in full; all when not given, 0 for none
     answer_pattern: str = r"####\s*([-+]?[\d.,]*\d)"  # qa: the last match's first group is the answer
+    num_shots: int | None = None  # qa, multiple_choice: solved items in front of each; lm_eval: the task's own number
+    shots_source: str | None = None  # qa, multiple_choice: the file that they are read from, its first ones
+    include_path: str | None = None  # lm_eval: a directory with YAML tasks of your own
 
 
 @dataclass(frozen=True)

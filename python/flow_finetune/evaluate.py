@@ -6,7 +6,6 @@ models are compared item by item.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +13,16 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-import flow_kernels
-from flow_finetune.choices import choice_batches, score_choices
+from flow_finetune.choices import score_groups
 from flow_finetune.config import TaskConfig, choose
-from flow_finetune.data import Sample
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import exponential, metric_record, require_unused, write_evaluation
-from flow_finetune.generate import compile_answer_pattern, extract_answer, generate_greedily, same_answer
-from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenizer_fingerprint
-from flow_finetune.progress import track
+from flow_finetune.generate import compile_answer_pattern, extract_answer, generate_texts, same_answer
+from flow_finetune.harness import run_harness
+from flow_finetune.models import CausalLM, model_fingerprint, tokenizer_fingerprint
+from flow_finetune.shots import stop_texts
 from flow_finetune.statistics import Items
 from flow_finetune.tasks import Task, prepare
-
-_NUM_NAMED = 5
 
 
 def evaluate(
@@ -73,8 +69,8 @@ def evaluate(
         records.append(
             {
                 "name": task.name, "kind": task.config.kind, "role": task.config.role, "source": task.config.source,
-                "num_items": len(task.questions) or len(task.samples), "num_dropped": task.num_dropped,
-                "num_truncated": sum(s.truncated for s in task.samples), "fingerprint": task.fingerprint(),
+                "num_items": task.num_items, "num_dropped": task.num_dropped, "num_truncated": task.num_truncated,
+                "fingerprint": task.fingerprint(),
                 "seconds": time.perf_counter() - start, "metrics": metrics,
             }
         )  # fmt: skip
@@ -83,35 +79,21 @@ def evaluate(
     return write_evaluation(output, source, fingerprints, records, columns, generations)
 
 
-def _score(
-    lm: CausalLM, groups: Sequence[Sequence[Sample]], pad_id: int, batch_tokens: int, precision: str, name: str
-) -> flow_kernels.SampleScores:
-    """Summed loss, target count and correct count of every sample, fp64 numpy in the order of the samples.
-
-    A group is the choices of a question, or one sample on its own.
-    """
-    first = np.cumsum([0, *(len(group) for group in groups)])
-    sums = np.zeros((3, first[-1]))
-    batches = choice_batches(groups, batch_tokens)
-    # One autocast context over all batches: it keeps the cast weights, a noticeable part of a small batch's time.
-    with track(f"evaluating {name}", len(batches)) as tracker, autocast(lm.head.weight.device, precision):
-        for indices in batches:
-            scores, num_tokens = score_choices(lm, [groups[i] for i in indices], pad_id)
-            samples = np.concatenate([np.arange(first[i], first[i + 1]) for i in indices])
-            sums[:, samples] = [column.cpu() for column in scores]
-            bad = [s.id for i in indices for j, s in enumerate(groups[i], first[i]) if not math.isfinite(sums[0, j])]
-            if bad:
-                raise InputError(
-                    f"the model gives NaN or infinite losses in {name}, first for item {', '.join(bad[:_NUM_NAMED])}; "
-                    "check the model, or evaluate it with --dtype float32 --precision no"
-                )
-            tracker.advance(1, tokens=num_tokens)
-    return flow_kernels.SampleScores(*sums)
-
-
 def _run_perplexity(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
-    scores = _score(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
+    scores = score_groups(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
     return {"nats_per_token": Items([s.id for s in task.samples], scores.loss_sum, scores.num_targets)}
+
+
+def _run_completion(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
+    scores = score_groups(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
+    ids = [s.id for s in task.samples]
+    num_bytes = np.asarray([len(s.response.encode()) for s in task.samples], np.float64)
+    all_right = (scores.num_correct == scores.num_targets).astype(np.float64)
+    return {
+        "nats_per_token": Items(ids, scores.loss_sum, scores.num_targets),
+        "nats_per_byte": Items(ids, scores.loss_sum, num_bytes),
+        "accuracy": Items(ids, all_right, np.ones(len(ids))),
+    }
 
 
 def _run_qa(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
@@ -124,7 +106,7 @@ def _run_qa(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> 
             f"{config.source}: answer_pattern {config.answer_pattern!r} finds no answer in row "
             f"{asked[expected.index(None)].id}; give another answer_pattern, or num_generate: 0 for losses only"
         )
-    scores = _score(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
+    scores = score_groups(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
     ids = [s.id for s in task.samples]
     items = {
         "nats_per_token": Items(ids, scores.loss_sum, scores.num_targets),
@@ -147,23 +129,15 @@ def _run_qa(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> 
 
 
 def _answer(lm, tokenizer, task: Task, samples, batch_tokens, precision) -> list[str]:
-    tokens = generate_greedily(
-        lm, [s.input_ids[: s.start] for s in samples], stop_ids=_stop_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id,
+    return generate_texts(
+        lm, tokenizer, [s.input_ids[: s.start] for s in samples], until=stop_texts(task.config),
         max_new_tokens=task.config.max_new_tokens, batch_tokens=batch_tokens, precision=precision,
         description=f"answering {task.name}",
     )  # fmt: skip
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
-
-
-def _stop_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's EOS, and whatever else the model's own settings end a text with."""
-    configured = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
-    others = configured if isinstance(configured, list) else [configured]
-    return {tokenizer.eos_token_id, *(i for i in others if i is not None)}
 
 
 def _run_multiple_choice(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
-    scores = _score(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
+    scores = score_groups(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
     correct = {"accuracy": [], "accuracy_bytes": []}
     first = 0
     for question in task.questions:
@@ -176,4 +150,7 @@ def _run_multiple_choice(lm, tokenizer, task: Task, batch_tokens, precision, gen
     return {name: Items(ids, np.asarray(values, np.float64), np.ones(len(ids))) for name, values in correct.items()}
 
 
-_RUN = {"perplexity": _run_perplexity, "qa": _run_qa, "multiple_choice": _run_multiple_choice}
+_RUN = {
+    "perplexity": _run_perplexity, "qa": _run_qa, "multiple_choice": _run_multiple_choice,
+    "completion": _run_completion, "lm_eval": run_harness,
+}  # fmt: skip

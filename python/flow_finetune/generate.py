@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from flow_finetune.data import token_batches
 from flow_finetune.errors import InputError
@@ -21,6 +22,37 @@ _NUMBER = re.compile(r"((?:(?<![\d.])[-+])?\d[\d,]*(?:\.\d+)?)")
 _KEEP_SHARE = 0.75
 
 
+def generate_texts(
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], *, until: Sequence[str], **options
+) -> list[str]:
+    """Greedy texts after token prompts, up to the model's end of text or the first of the texts in `until`.
+
+    `options` are those of `generate_greedily`.
+    """
+    # A token may hold more than the stop text's end, so a few tokens more are looked at than it has.
+    tail = 4 + max((len(tokenizer(text, add_special_tokens=False).input_ids) for text in until), default=0)
+
+    def ends(ids: list[int]) -> bool:
+        text = tokenizer.decode(ids[-tail:], skip_special_tokens=True)
+        return any(stop in text for stop in until)
+
+    tokens = generate_greedily(
+        lm, prompts, stop_ids=_stop_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id, ends=ends if until else None,
+        **options,
+    )  # fmt: skip
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    for stop in until:
+        texts = [text.partition(stop)[0] for text in texts]
+    return texts
+
+
+def _stop_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's EOS, and whatever else the model's own settings end a text with."""
+    configured = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
+    others = configured if isinstance(configured, list) else [configured]
+    return {tokenizer.eos_token_id, *(i for i in others if i is not None)}
+
+
 @torch.no_grad()
 def generate_greedily(
     lm: CausalLM,
@@ -31,6 +63,7 @@ def generate_greedily(
     max_new_tokens: int,
     batch_tokens: int,
     precision: str,
+    ends: Callable[[list[int]], bool] | None = None,
     description: str = "generating",
 ) -> list[list[int]]:
     """The most likely token after each prompt, again and again, until one of `stop_ids` or `max_new_tokens`.
@@ -40,6 +73,7 @@ def generate_greedily(
         stop_ids: tokens that end a sequence; they are not part of what is returned.
         pad_id: fills the left of shorter prompts; never attended to.
         batch_tokens: padded prompt tokens of one batch.
+        ends: whether the new tokens of a sequence, the last of them included, end it.
 
     Returns:
         The new tokens of every prompt, in the order of the prompts.
@@ -52,7 +86,8 @@ def generate_greedily(
     with track(description, len(prompts)) as tracker, autocast(device, precision):
         for indices in batches:
             ids, mask = left_pad([prompts[i] for i in indices], pad_id)
-            _decode(lm, ids.to(device), mask.to(device), set(stop_ids), max_new_tokens, indices, results, tracker)
+            ids, mask = ids.to(device), mask.to(device)
+            _decode(lm, ids, mask, set(stop_ids), ends, max_new_tokens, indices, results, tracker)
     return results
 
 
@@ -67,7 +102,7 @@ def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
-def _decode(lm, ids, mask, stop_ids, max_new_tokens, owners, results, tracker: Tracker) -> None:
+def _decode(lm, ids, mask, stop_ids, ends, max_new_tokens, owners, results, tracker: Tracker) -> None:
     """Extend `results[owner]` for every row of a left-padded batch."""
     cache = None
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -85,6 +120,7 @@ def _decode(lm, ids, mask, stop_ids, max_new_tokens, owners, results, tracker: T
                 going[row] = False
             elif going[row]:
                 results[owners[row]].append(token)
+                going[row] = not (ends and ends(results[owners[row]]))
         tracker.advance(num_new - sum(going), tokens=num_new)
         if not any(going):
             return

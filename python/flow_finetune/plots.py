@@ -16,6 +16,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
 # Written at 100 dots an inch, so that text of 11 points is as large as a page's own.
 _DPI = 100
+# Target and retained metric of each panel; the last is of images, where one source accuracy is all that is kept.
+_PANELS = (("nats_per_token", "perplexity"), ("exact_match", MEAN_ACCURACY), ("accuracy", "accuracy"))
 _CURVES = (
     ("loss", "loss (nats/token)"),
     ("weighted_loss", "weighted loss (nats/token)"),
@@ -52,7 +54,7 @@ def plot_tradeoff(runs: Sequence[Run], path: Path) -> bool:
     """What was learned against what was kept, one point a run; False if the runs do not have both."""
     metrics = shown_metrics(runs)
     panels = []
-    for target, kept in (("nats_per_token", "perplexity"), ("exact_match", MEAN_ACCURACY)):
+    for target, kept in _PANELS:
         x, y = first_metric(metrics, "target", target), first_metric(metrics, "retained", kept)
         if x is None or y is None:
             continue

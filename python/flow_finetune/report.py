@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from rich.table import Table
 
+from flow_finetune import derived
 from flow_finetune.errors import InputError
 from flow_finetune.plots import plot_losses, plot_tradeoff, plot_training
 from flow_finetune.results import (
+    COMMONSENSE,
     MEAN_ACCURACY,
     Cell,
     Metric,
@@ -98,7 +100,7 @@ def _intro(runs: Sequence[Run]) -> list[str]:
 
 def _results(runs: Sequence[Run]) -> list[str]:
     metrics = shown_metrics(runs)
-    accuracies = [m for m in metrics if m.task and m.name in ("accuracy", "accuracy_bytes")]
+    accuracies = [m for m in metrics if m.kind == "multiple_choice"]
     lines = ["## Results", "", "Value ± standard error over items.", ""]
     shown = [m for m in metrics if m not in accuracies]
     rows = []
@@ -108,13 +110,32 @@ def _results(runs: Sequence[Run]) -> list[str]:
         rows.append([*row, _summary(run, "num_steps", ","), _summary(run, "seconds", ",.0f")])
     head = ["run", *(m.label for m in shown), "mean(w)", "effective sample size", "steps", "seconds"]
     lines += _table(head, rows)
-    if any(m.name == MEAN_ACCURACY for m in shown):
-        lines += ["The mean retained accuracy is over the byte-normalised accuracies of the retained tasks below.", ""]
+    lines += _explanations(shown)
     for name, words in (("accuracy_bytes", "byte-normalised"), ("accuracy", "highest log-likelihood")):
         shown = [m for m in accuracies if m.name == name]
         if shown:
             rows = [[run.name, *(_cell(cell(run, m, runs), m) for m in shown)] for run in runs]
             lines += [f"Multiple-choice accuracy in %, {words}:", "", *_table(["run", *(m.task for m in shown)], rows)]
+    return lines
+
+
+def _explanations(shown: Sequence[Metric]) -> list[str]:
+    """What the worked-out columns are, of those that are there."""
+    lines = []
+    if any(m.name == COMMONSENSE for m in shown):
+        lines += [f"The commonsense average is the mean accuracy over {', '.join(derived.COMMONSENSE)}.", ""]
+    if any(m.name == MEAN_ACCURACY for m in shown):
+        lines += [
+            "The mean retained accuracy is over the retained tasks, each counting the same; of multiple-choice tasks it "
+            "takes the byte-normalised accuracy.",
+            "",
+        ]
+    if any(m.hardest for m in shown):
+        lines += [
+            "The hardest 10 % are the items of the target on which the pre-trained model loses most, the same for every "
+            "run. It was the one they were picked by, so compare the trained runs.",
+            "",
+        ]
     return lines
 
 

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from flow_finetune import derived
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import EVALUATION_FILE, read_items
 from flow_finetune.statistics import Difference, Items, paired_difference, paired_mean_difference
 
 SUMMARY_FILE, LOG_FILE = "train/summary.json", "train/log.jsonl"
 MEAN_ACCURACY = "mean retained accuracy"
+COMMONSENSE = "commonsense average"
+OVERALL = "mean of retained and target accuracy"
+# What is worked out from several tasks, in this order.
+_MEANS = {COMMONSENSE: derived.commonsense, MEAN_ACCURACY: derived.retained_mean, OVERALL: derived.overall_mean}
 # What is shown of each kind of task, in this order: metric, its words, whether higher is better.
 _SHOWN = {
     "qa": (("nats_per_token", "loss (nats/token)", False), ("exact_match", "exact match (%)", True),
            ("token_accuracy", "token accuracy (%)", True)),
     "perplexity": (("perplexity", "perplexity", False),),
+    "completion": (("nats_per_byte", "loss (nats/byte)", False), ("accuracy", "accuracy (%)", True)),
+    "classification": (("accuracy", "accuracy (%)", True), ("nats", "loss (nats)", False)),
     "multiple_choice": (("accuracy_bytes", "accuracy, byte-normalised (%)", True), ("accuracy", "accuracy (%)", True)),
 }  # fmt: skip
+# Of a target's hardest items: metric, its words, whether higher is better.
+_HARDEST = {
+    "qa": (("nats_per_token", "loss (nats/token)", False), ("exact_match", "exact match (%)", True)),
+    "completion": (("nats_per_byte", "loss (nats/byte)", False), ("accuracy", "accuracy (%)", True)),
+    "classification": (("nats", "loss (nats)", False), ("accuracy", "accuracy (%)", True)),
+}
 
 
 @dataclass(frozen=True)
@@ -44,20 +56,22 @@ class Run:
 class Metric:
     """One measured quantity, as it is shown."""
 
-    task: str
+    task: str  # empty for a mean over tasks
     name: str
     role: str
     label: str
     higher_is_better: bool
+    kind: str = ""
+    hardest: bool = False  # over the hardest items only
 
     @property
     def scale(self) -> float:
-        """Accuracies are shown in per cent."""
-        return 100.0 if self.higher_is_better else 1.0
+        """What a value is multiplied by to have the unit of the label."""
+        return 100.0 if self.label.endswith("(%)") else 1.0
 
     @property
     def digits(self) -> int:
-        return 3 if self.name == "nats_per_token" else 2
+        return 2 if self.scale == 100 or self.name == "perplexity" else 3
 
 
 @dataclass(frozen=True)
@@ -115,19 +129,37 @@ def _parse(text: str, path: Path) -> dict:
 
 
 def shown_metrics(runs: Sequence[Run]) -> list[Metric]:
-    """Every metric that any run has, target tasks first."""
+    """Every metric that any run has, target tasks first, then what is worked out from them."""
     tasks = {}
     for run in runs:
         for name, task in run.tasks.items():
-            tasks.setdefault(name, (task["kind"], task["role"]))
+            tasks.setdefault(name, task)
     metrics = []
-    for name, (kind, role) in sorted(tasks.items(), key=lambda item: item[1][1] != "target"):
-        for metric, words, higher in _SHOWN[kind]:
+    for name, task in sorted(tasks.items(), key=lambda item: item[1]["role"] != "target"):
+        for metric, words, higher in _SHOWN.get(task["kind"]) or _named_by_the_harness(task):
             if any(metric in run.tasks.get(name, {"metrics": {}})["metrics"] for run in runs):
-                metrics.append(Metric(name, metric, role, f"{name} {words}", higher))
-    if _mean_accuracy_tasks(runs):
-        metrics.append(Metric("", MEAN_ACCURACY, "retained", f"{MEAN_ACCURACY} (%)", True))
+                metrics.append(Metric(name, metric, task["role"], f"{name} {words}", higher, task["kind"]))
+        if task["role"] == "target":
+            metrics += _hardest_metrics(runs, name, task["kind"])
+    for name, parts in _MEANS.items():
+        # A mean over one task is that task's accuracy, which stands there already.
+        if len(parts(runs)) > 1:
+            metrics.append(Metric("", name, "both" if name == OVERALL else "retained", f"{name} (%)", True))
     return metrics
+
+
+def _named_by_the_harness(task: dict) -> list[tuple[str, str, bool]]:
+    """Metrics of a task of lm-evaluation-harness: losses are nats, everything else is better the higher it is."""
+    return [(metric, metric, not metric.startswith("nats")) for metric in task["metrics"]]
+
+
+def _hardest_metrics(runs: Sequence[Run], task: str, kind: str) -> list[Metric]:
+    pretrained = find_pretrained(runs)
+    return [
+        Metric(task, metric, "hardest", f"{task} hardest 10 %: {words}", higher, kind, hardest=True)
+        for metric, words, higher in _HARDEST.get(kind, ())
+        if derived.has_hardest(pretrained, task, metric)
+    ]
 
 
 def first_metric(metrics: Sequence[Metric], role: str, name: str) -> Metric | None:
@@ -135,43 +167,40 @@ def first_metric(metrics: Sequence[Metric], role: str, name: str) -> Metric | No
     return next((m for m in metrics if m.role == role and m.name == name), None)
 
 
-def _mean_accuracy_tasks(runs: Sequence[Run]) -> list[str]:
-    """Retained multiple-choice tasks that every run has; a mean over fewer than two is not shown."""
-
-    def has(run: Run, name: str) -> bool:
-        task = run.tasks.get(name, {})
-        return task.get("kind") == "multiple_choice" and task["role"] == "retained"
-
-    names = [name for name in runs[0].tasks if all(has(run, name) for run in runs)]
-    return names if len(names) > 1 else []
-
-
 def cell(run: Run, metric: Metric, runs: Sequence[Run]) -> Cell | None:
-    """What one run shows of one metric; `runs` are all runs, over which the mean retained accuracy is defined."""
-    if metric.name == MEAN_ACCURACY:
-        parts = [run.tasks[name]["metrics"]["accuracy_bytes"] for name in _mean_accuracy_tasks(runs)]
-        errors = [part["standard_error"] for part in parts]
-        error = None if None in errors else metric.scale * math.sqrt(sum(e**2 for e in errors)) / len(parts)
-        return Cell(metric.scale * sum(part["value"] for part in parts) / len(parts), error)
-    found = run.tasks.get(metric.task, {"metrics": {}})["metrics"].get(metric.name)
-    if found is None:
-        return None
-    error = found["standard_error"]
-    return Cell(metric.scale * found["value"], None if error is None else metric.scale * error)
+    """What one run shows of one metric; `runs` are all runs, which say what means are over and which items are hard."""
+    if not metric.task:
+        value, error = derived.mean_and_error(run, _MEANS[metric.name](runs))
+    elif metric.hardest:
+        items = derived.hardest(run, find_pretrained(runs), metric.task, metric.name)
+        if items is None:
+            return None
+        value, error = derived.value_and_error(items)
+    else:
+        found = run.tasks.get(metric.task, {"metrics": {}})["metrics"].get(metric.name)
+        if found is None:
+            return None
+        value, error = found["value"], found["standard_error"]
+    return Cell(metric.scale * value, None if error is None else metric.scale * error)
 
 
 def compare(run: Run, other: Run, metric: Metric, runs: Sequence[Run]) -> Difference | None:
     """`run` minus `other` on one metric over the items of both, in the units of its label; None if one lacks it."""
-    if metric.name == MEAN_ACCURACY:
-        keys = [(name, "accuracy_bytes") for name in _mean_accuracy_tasks(runs)]
-        difference = paired_mean_difference([(run.items[key], other.items[key]) for key in keys])
+    if not metric.task:
+        shares, keys = zip(*_MEANS[metric.name](runs), strict=True)
+        difference = paired_mean_difference([(run.items[key], other.items[key]) for key in keys], shares=shares)
     else:
-        key = (metric.task, "nats_per_token" if metric.name == "perplexity" else metric.name)
-        if key not in run.items or key not in other.items:
+        pair = [_compared_items(r, metric, runs) for r in (run, other)]
+        if None in pair:
             return None
-        transform = np.exp if metric.name == "perplexity" else None
-        difference = paired_difference(run.items[key], other.items[key], transform=transform)
+        difference = paired_difference(*pair, transform=np.exp if metric.name == "perplexity" else None)
     return Difference(*(metric.scale * value for value in difference))
+
+
+def _compared_items(run: Run, metric: Metric, runs: Sequence[Run]) -> Items | None:
+    if metric.hardest:
+        return derived.hardest(run, find_pretrained(runs), metric.task, metric.name)
+    return run.items.get((metric.task, "nats_per_token" if metric.name == "perplexity" else metric.name))
 
 
 def verdict(difference: Difference, metric: Metric) -> str:

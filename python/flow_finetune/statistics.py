@@ -91,12 +91,21 @@ def paired_difference(
 
 
 def paired_mean_difference(
-    pairs: Sequence[tuple[Items, Items]], *, num_resamples: int = 10_000, seed: int = 0, level: float = 0.95
+    pairs: Sequence[tuple[Items, Items]],
+    *,
+    shares: Sequence[float] | None = None,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Difference:
-    """`paired_difference` of the unweighted mean over tasks; items are drawn within each task, which stay as they are."""
+    """`paired_difference` of a mean over tasks; items are drawn within each task, which stay as they are.
+
+    `shares` are what each task counts in the mean, all the same by default.
+    """
     parts = [_bootstrap(a, b, None, num_resamples, seed + index) for index, (a, b) in enumerate(pairs)]
-    resampled = np.mean([resampled for _, resampled in parts], axis=0)
-    return Difference(float(np.mean([difference for difference, _ in parts])), *_interval(resampled, level))
+    shares = np.full(len(parts), 1 / len(parts)) if shares is None else np.asarray(shares, np.float64)
+    resampled = shares @ np.stack([resampled for _, resampled in parts])
+    return Difference(float(shares @ [difference for difference, _ in parts]), *_interval(resampled, level))
 
 
 def _bootstrap(a: Items, b: Items, transform, num_resamples: int, seed: int) -> tuple[float, np.ndarray]:

@@ -9,6 +9,7 @@ import typer
 
 from flow_finetune.commands.messages import messages
 from flow_finetune.commands.options import (
+    DATA_PANEL,
     Backend,
     BatchTokens,
     Device,
@@ -21,7 +22,6 @@ from flow_finetune.commands.options import (
     PromptField,
     ResponseField,
     Revision,
-    Template,
     TrustRemoteCode,
 )
 from flow_finetune.config import ModelConfig, TaskConfig
@@ -37,6 +37,20 @@ def evaluate(
     perplexity: Annotated[list[Path] | None, typer.Option(help="Text file; may be given again.")] = None,
     qa: Annotated[list[Path] | None, typer.Option(help="Question/answer file: target loss and exact match.")] = None,
     multiple_choice: Annotated[list[Path] | None, typer.Option(help="File with context, choices, answer.")] = None,
+    completion: Annotated[
+        list[Path] | None, typer.Option(help="File of texts and what follows: loss per byte, all tokens right.")
+    ] = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option("--lm-eval", help="Task of lm-evaluation-harness, by name; may be given again.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Directory with lm-eval YAML tasks of your own.")] = None,
+    num_shots: Annotated[
+        int | None,
+        typer.Option(min=0, help="Solved items before each of --qa, --multiple-choice (see --shots) and --lm-eval."),
+    ] = None,
+    shots: Annotated[
+        Path | None, typer.Option(help="File whose first items, of a question's own subject, are the shots.")
+    ] = None,
     limit: Limit = None,
     num_generate: Annotated[int | None, typer.Option(min=0, help="How many questions are answered in full.")] = None,
     answer_pattern: Annotated[
@@ -44,7 +58,20 @@ def evaluate(
     ] = TaskConfig.answer_pattern,
     prompt_field: PromptField = "prompt",
     response_field: ResponseField = "response",
-    template: Template = "alpaca",
+    completion_prompt_field: Annotated[
+        str, typer.Option(help="Field that holds the text before a completion.", rich_help_panel=DATA_PANEL)
+    ] = "prompt",
+    completion_response_field: Annotated[
+        str, typer.Option(help="Field that holds the completion.", rich_help_panel=DATA_PANEL)
+    ] = "response",
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --qa: alpaca, chat (the tokenizer's own) or a text with {prompt}; alpaca without shots, "
+            "'Question: {prompt}\\nAnswer:' with them.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
     max_length: MaxLength = 1024,
     batch_tokens: BatchTokens = 4096,
     revision: Revision = None,
@@ -57,27 +84,38 @@ def evaluate(
 ) -> None:
     """What a model can do: perplexity, target loss and exact match, multiple-choice accuracy, with standard errors.
 
-    **Example**
+    **Examples**
 
         flow-finetune evaluate -m flow --perplexity wikitext.txt --multiple-choice arc_easy.jsonl.gz -o flow-eval
+
+        flow-finetune evaluate -m flow --multiple-choice mmlu.jsonl.gz --num-shots 5 --shots mmlu_dev.jsonl.gz -o mmlu
+
+        flow-finetune evaluate -m flow --completion mbpp.jsonl.gz --completion-response-field code -o code
     """
     with messages():
         from flow_finetune import models
         from flow_finetune.evaluate import evaluate as run_evaluation
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
-        common = {"limit": limit, "prompt_field": prompt_field, "response_field": response_field,
-                  "template": template, "max_length": max_length, "num_generate": num_generate, "answer_pattern": answer_pattern}  # fmt: skip
+        given = {"limit": limit, "max_length": max_length}
+        solved = {"num_shots": num_shots or None, "shots_source": None if shots is None else str(shots)}
+        answers = {"prompt_field": prompt_field, "response_field": response_field, "template": template,
+                   "num_generate": num_generate, "answer_pattern": answer_pattern, **solved}  # fmt: skip
+        completed = {"prompt_field": completion_prompt_field, "response_field": completion_response_field}
+        harness = {"num_shots": num_shots, "include_path": None if include_path is None else str(include_path)}
         tasks = [
-            TaskConfig(kind, str(path), role=role, **common)
-            for kind, role, paths in (
-                ("perplexity", "retained", perplexity), ("qa", "target", qa),
-                ("multiple_choice", "retained", multiple_choice),
+            TaskConfig(kind, str(source), role=role, **given, **options)
+            for kind, role, sources, options in (
+                ("perplexity", "retained", perplexity, {}), ("qa", "target", qa, answers),
+                ("multiple_choice", "retained", multiple_choice, solved),
+                ("completion", "retained", completion, completed), ("lm_eval", "retained", lm_eval, harness),
             )
-            for path in paths or []
+            for source in sources or []
         ]  # fmt: skip
         if not tasks:
-            raise InputError("nothing to evaluate; give --perplexity, --qa or --multiple-choice")
+            raise InputError(
+                "nothing to evaluate; give --perplexity, --qa, --multiple-choice, --completion or --lm-eval"
+            )
         lm, tokenizer = models.load_model(model_config)
         result = run_evaluation(
             lm, tokenizer, tasks, output,
@@ -85,4 +123,5 @@ def evaluate(
         )  # fmt: skip
         for task in result["tasks"]:
             for metric, found in task["metrics"].items():
-                say(f"{task['name']} {metric}: {found['value']:.4f} ± {found['standard_error']:.4f}")
+                error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.4f}"
+                say(f"{task['name']} {metric}: {found['value']:.4f}{error}")

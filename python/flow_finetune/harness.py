@@ -1,0 +1,148 @@
+"""Any task of EleutherAI's lm-evaluation-harness by name, or one of your own YAML files. Needs the `eval` extra.
+
+The harness makes the requests and judges the answers (https://github.com/EleutherAI/lm-evaluation-harness); its
+per-item values become items here, so that two models are compared on them in pairs as on any other task.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import numbers
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flow_finetune.config import TaskConfig
+from flow_finetune.errors import InputError
+from flow_finetune.progress import say
+from flow_finetune.statistics import Items
+
+# The harness's own, so that its randomly drawn shots are the same here (its --seed).
+_SHOTS_SEED = 1234
+# Metrics whose per-item values are log-likelihoods, alone or with a count, and what `Σ -value / Σ count` is called here.
+_LIKELIHOODS = {"perplexity": "nats", "word_perplexity": "nats_per_word", "byte_perplexity": "nats_per_byte"}
+
+
+@dataclass
+class HarnessTasks:
+    """The tasks that one name stands for (several, where it is a group or a tag), their requests made."""
+
+    loaded: dict  # of the harness's TaskManager
+    num_items: int
+    requests: list[bytes]  # what is asked and what is right, for the fingerprint
+    num_truncated: int = 0  # known once they are run
+
+
+def load_harness(config: TaskConfig) -> HarnessTasks:
+    """Find the tasks, read their data and make their requests.
+
+    Raises:
+        InputError: the harness is not installed, has no task of that name, or cannot read its data.
+    """
+    wanted = config.source or config.name
+    if not wanted:
+        raise InputError("an lm_eval task lacks its name")
+    if config.include_path is not None and not Path(config.include_path).is_dir():
+        raise InputError(f"include_path of {wanted!r} is not a directory: {config.include_path}")
+    manager = task_manager(config.include_path)
+    if wanted not in manager.all_tasks:
+        close = difflib.get_close_matches(wanted, manager.all_tasks, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "give include_path for YAML tasks of your own"
+        raise InputError(f"lm-evaluation-harness has no task {wanted!r}; {hint}")
+    try:
+        loaded = manager.load([wanted])
+        _build(loaded, config)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a task's own code or the hub raises
+        detail = str(error).strip().splitlines()
+        raise InputError(
+            f"lm_eval task {wanted!r} could not be made ready: {detail[0] if detail else type(error).__name__} (its data "
+            "must be on this machine or its hub within reach)"
+        ) from error
+    instances = [instance for task in loaded["tasks"].values() for instance in task.instances]
+    requests = [json.dumps([i.doc_id, i.args, i.doc], default=str, sort_keys=True).encode() for i in instances]
+    return HarnessTasks(loaded, len({(i.task_name, i.doc_id) for i in instances}), requests)
+
+
+@functools.lru_cache(maxsize=4)
+def task_manager(include_path: str | None):
+    """The harness's index of all tasks; kept, because it reads thousands of files.
+
+    Raises:
+        InputError: the harness is not installed.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f"lm_eval tasks need lm-evaluation-harness ({error}): pip install flow-kernels[eval]"
+        ) from error
+    # It warns of every default that a task file relies on.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=include_path)
+
+
+def _build(loaded: dict, config: TaskConfig) -> None:
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise InputError(f"lm_eval task {name!r} runs code that the model writes; this is not done here")
+        if config.num_shots is not None:
+            task.set_config(key="num_fewshot", value=config.num_shots)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        # Also when requests are made again: its generator goes on from call to call.
+        task.set_fewshot_seed(seed=_SHOTS_SEED)
+        task.build_all_requests(limit=config.limit, rank=0, world_size=1)
+
+
+def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> dict[str, Items]:
+    """Items of every metric of a prepared task that is a ratio over items."""
+    from lm_eval.evaluator import evaluate
+
+    from flow_finetune.harness_model import HarnessModel
+
+    model = HarnessModel(lm, tokenizer, task.name, task.config.max_length, batch_tokens, precision)
+    for part in task.harness.loaded["tasks"].values():
+        part.set_fewshot_seed(seed=_SHOTS_SEED)
+    results = evaluate(model, task.harness.loaded, limit=task.config.limit, bootstrap_iters=0, log_samples=True)
+    task.harness.num_truncated = model.num_truncated
+    columns, dropped = defaultdict(list), set()
+    for part, samples in results["samples"].items():
+        for sample in sorted(samples, key=lambda s: s["doc_id"]):
+            id = str(sample["doc_id"]) if len(results["samples"]) == 1 else f"{part}/{sample['doc_id']}"
+            for metric in sample["metrics"]:
+                name, value, weight = _item(metric, sample["filter"], sample[metric])
+                if value is None:
+                    dropped.add(metric)
+                else:
+                    columns[name].append((id, value, weight))
+    if dropped:
+        say(
+            f"{task.name}: {', '.join(sorted(dropped))} left out, which {'is' if len(dropped) == 1 else 'are'} no mean over items"
+        )
+    if not columns:
+        raise InputError(f"lm_eval task {task.name!r} has no metric that is a mean over items")
+    return {name: _items(rows) for name, rows in columns.items()}
+
+
+def _item(metric: str, filter: str, found: object) -> tuple[str, float | None, float]:
+    """Name, value and weight of one item's metric; no value where it is not one of a ratio over items."""
+    name = _LIKELIHOODS.get(metric, metric)
+    name = name if filter == "none" else f"{name},{filter}"
+    sign = -1.0 if metric in _LIKELIHOODS else 1.0
+    if isinstance(found, numbers.Real | np.bool_):
+        return name, sign * float(found), 1.0
+    if metric in _LIKELIHOODS and isinstance(found, tuple) and len(found) == 2:
+        return name, sign * float(found[0]), float(found[1])
+    return name, None, 1.0
+
+
+def _items(rows: list[tuple[str, float, float]]) -> Items:
+    ids, values, weights = zip(*rows, strict=True)
+    return Items(ids, np.asarray(values, np.float64), np.asarray(weights, np.float64))

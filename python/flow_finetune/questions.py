@@ -1,0 +1,139 @@
+"""Texts whose continuations are scored: the choices of a question, or the one response of a prompt.
+
+Text and continuation are tokenised together; a token that holds the end of the one and the start of the other counts as
+the continuation's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from flow_finetune.config import TaskConfig
+from flow_finetune.data import Sample, read_rows, render_prompts, starts_with_bos, text_column
+from flow_finetune.errors import InputError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice item: its choices are `num_choices` consecutive samples."""
+
+    id: str
+    answer: int
+    num_bytes: tuple[int, ...]  # UTF-8 length of each choice
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a multiple-choice file."""
+
+    context: str
+    choices: list[str]
+    answer: int
+    subject: str | None = None
+
+
+def read_questions(source: str, limit: int | None = None, context_field: str = "context") -> list[Row]:
+    """The rows of a multiple-choice file, each checked.
+
+    Raises:
+        InputError: a field that is not there, choices that are no list of texts, or an answer that is none of them.
+    """
+    rows = read_rows(source, limit=limit)
+    contexts = text_column(rows, context_field, source)
+    for name in ("choices", "answer"):
+        if name not in rows.column_names:
+            raise InputError(f"{source} has no field {name!r}; it has {', '.join(rows.column_names)}")
+    field = next((name for name in ("subtask", "subject") if name in rows.column_names), None)
+    subjects = text_column(rows, field, source) if field else [None] * len(contexts)
+    questions = []
+    for index, row in enumerate(zip(contexts, rows["choices"], rows["answer"], subjects, strict=True)):
+        _, choices, answer, _ = row
+        if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+            raise InputError(f"{source}: choices of row {index} must be a list of non-empty texts, got {choices!r:.80}")
+        if len(choices) < 2:
+            raise InputError(f"{source}: row {index} has {len(choices)} choice; give at least 2 or leave the row out")
+        if not isinstance(answer, int | float) or answer not in range(len(choices)):
+            raise InputError(
+                f"{source}: answer of row {index} is {answer!r}, which is not the index of one of its {len(choices)} "
+                "choices; the first is 0"
+            )
+        questions.append(Row(*row))
+    return [replace(row, answer=int(row.answer)) for row in questions]
+
+
+def choice_samples(
+    rows: Sequence[Row], config: TaskConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Sample], list[Question]]:
+    """One sample for each choice of each row, and the questions that they belong to."""
+    questions = [
+        Question(str(index), row.answer, tuple(len(c.encode()) for c in row.choices)) for index, row in enumerate(rows)
+    ]
+    pairs = [(f"{index}:{number}", row.context, choice)
+             for index, row in enumerate(rows) for number, choice in enumerate(row.choices)]  # fmt: skip
+    return continuations(pairs, config, tokenizer), questions
+
+
+def completions(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """The response of each row as the continuation of its prompt, without an end-of-sequence token."""
+    prompts, responses = read_pairs(config.source, config, config.limit)
+    texts = render_prompts(prompts, config.template or "{prompt}", tokenizer)
+    for index, response in enumerate(responses):
+        if not response:
+            raise InputError(f"{config.source}: {config.response_field!r} of row {index} is empty; leave the row out")
+    pairs = zip(map(str, range(len(texts))), texts, responses, strict=True)
+    return continuations(list(pairs), config, tokenizer)
+
+
+def read_pairs(source: str, config: TaskConfig, limit: int | None) -> tuple[list[str], list[str]]:
+    """Prompts and responses of a file, in the fields that `config` names."""
+    rows = read_rows(source, limit=limit)
+    return tuple(text_column(rows, name, source) for name in (config.prompt_field, config.response_field))
+
+
+def continuations(
+    pairs: Sequence[tuple[str, str, str]], config: TaskConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Sample]:
+    """Samples of (id, text, continuation) whose targets are the continuations.
+
+    A text that does not fit into `max_length` loses its beginning, unless solved examples stand there.
+    """
+    if not tokenizer.is_fast:
+        raise InputError("this tokenizer gives no character offsets, which show where a choice starts; use a fast one")
+    encoded = tokenizer(
+        [context + choice for _, context, choice in pairs],
+        add_special_tokens=False, return_offsets_mapping=True, verbose=False,
+    )  # fmt: skip
+    bos = starts_with_bos(tokenizer)
+    samples = []
+    for (id, context, choice), ids, offsets in zip(pairs, encoded.input_ids, encoded.offset_mapping, strict=True):
+        start = next((i for i, (_, end) in enumerate(offsets) if end > len(context)), len(ids))
+        samples.append(_sample(id, context, choice, ids, start, bos, config, tokenizer))
+    return samples
+
+
+def _sample(id, context, choice, ids, start, bos, config, tokenizer) -> Sample:
+    row, _, number = id.partition(":")
+    what = f"{config.source}: {f'choice {number}' if number else 'the response'} of row {row}"
+    if start == len(ids):
+        raise InputError(f"{what} has no token")
+    # Nothing would predict a first token that is a target, so something stands in front of it in any case.
+    prefix = []
+    if bos or start == 0:
+        prefix = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    excess = len(prefix) + len(ids) - config.max_length
+    truncated = excess > 0
+    if truncated:
+        if excess > start or (excess == start and not prefix):
+            raise InputError(f"{what} alone fills max_length={config.max_length}; raise it")
+        if config.num_shots:
+            raise InputError(
+                f"{what} with its {config.num_shots} shots is {excess + config.max_length} tokens long, more than "
+                f"max_length={config.max_length}; raise it or ask for fewer shots"
+            )
+        # The end of a context says most about what follows.
+        ids, start = ids[excess:], start - excess
+    return Sample(id, np.asarray(prefix + ids, dtype=np.int32), len(prefix) + start, context, choice, truncated)

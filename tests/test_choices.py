@@ -1,0 +1,123 @@
+"""Multiple choice against plain loops over the full logits of a tiny model; bad questions."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from evaluation_cases import MC, TEXT, metrics_of, run, sliding_window_model, target_log_probabilities, write_rows
+from flow_finetune import choices, tasks
+from flow_finetune.config import TaskConfig
+from flow_finetune.data import Sample
+from flow_finetune.errors import InputError
+from flow_finetune.evaluation_files import read_items
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_multiple_choice(tiny, files, tmp_path):
+    lm, tokenizer = tiny
+    config = TaskConfig("multiple_choice", files["mc"])
+    result = run(tiny, [config], tmp_path / "out")
+    expected, plain, by_bytes = [], [], []
+    for row in MC:
+        sums = []
+        for choice in row["choices"]:
+            ids = tokenizer(row["context"] + choice, add_special_tokens=False).input_ids
+            # Characters covered by the first k tokens; these texts split no character at the boundary.
+            start = next(k for k in range(len(ids)) if len(tokenizer.decode(ids[: k + 1])) > len(row["context"]))
+            front = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+            if tokenizer.bos_token_id is None and row["context"]:
+                front = []
+            sums.append(sum(target_log_probabilities(lm, front + ids, len(front) + start)[0]))
+        expected += sums
+        lengths = [len(c.encode()) for c in row["choices"]]
+        plain.append(int(np.argmax(sums)) == row["answer"])
+        by_bytes.append(int(np.argmax(np.divide(sums, lengths))) == row["answer"])
+    # Both metrics are tried: neither is all right or all wrong, and they differ.
+    assert 0 < sum(plain) < len(MC)
+    assert 0 < sum(by_bytes) < len(MC)
+    assert plain != by_bytes
+    items = read_items(tmp_path / "out")
+    assert items["choices", "accuracy"].value.tolist() == plain
+    assert items["choices", "accuracy_bytes"].value.tolist() == by_bytes
+    assert metrics_of(result, "choices")["accuracy"]["value"] == pytest.approx(np.mean(plain))
+    task = tasks.prepare([config], tokenizer)[0]
+    found = choices.score_groups(lm, task.groups(), tokenizer.pad_token_id, 100, "full", "choices")
+    np.testing.assert_allclose(-found.loss_sum, expected, rtol=1e-5)
+
+
+def test_contexts_are_run_once(tiny, files):
+    lm, tokenizer = tiny
+    groups = tasks.prepare([TaskConfig("multiple_choice", files["mc"])], tokenizer)[0].groups()
+    assert [len(group) for group in groups] == [len(row["choices"]) for row in MC]
+    _, num_tokens = choices.score_choices(lm, groups, tokenizer.pad_token_id)
+    # The last token of a context is run with each choice, because it predicts the choice's first.
+    once = sum(
+        g[0].start - 1 + sum(len(c.input_ids) - c.start + 1 for c in g)
+        for g in groups
+        if len({c.start for c in g}) == 1
+    )
+    rest = [g for g in groups if len({c.start for c in g}) > 1]
+    assert len(rest) <= 1
+    assert num_tokens <= once + sum(len(c.input_ids) for g in rest for c in g)
+    assert num_tokens < 0.8 * sum(len(c.input_ids) for g in groups for c in g)
+
+
+def test_choices_of_a_sliding_window_model():
+    sliding = sliding_window_model()
+    rng = np.random.default_rng(0)
+    groups, expected = [], []
+    for length in (1, 3, 9, 20, 33):
+        context = rng.integers(3, 97, length)
+        endings = [rng.integers(3, 97, n) for n in (1, 4, 11)]
+        groups.append(
+            [Sample("", np.concatenate([context, e]).astype(np.int32), length, "", "", False) for e in endings]
+        )
+    for sample in itertools.chain.from_iterable(groups):
+        expected.append(-sum(target_log_probabilities(sliding, sample.input_ids.tolist(), sample.start)[0]))
+    scores, _ = choices.score_choices(sliding, groups, 0)
+    np.testing.assert_allclose(scores.loss_sum, expected, rtol=1e-5)
+
+
+def test_straddling_token_belongs_to_the_choice(tiny, files):
+    _, tokenizer = tiny
+    sample = tasks.prepare([TaskConfig("multiple_choice", files["mc"])], tokenizer)[0].samples[3]
+    assert sample.id == "1:0"
+    assert tokenizer.decode(sample.input_ids[sample.start :]) == " answer is 9"
+
+
+def test_long_contexts_lose_their_beginning(tiny, tmp_path):
+    _, tokenizer = tiny
+    source = write_rows(tmp_path / "long.jsonl", [{"context": TEXT, "choices": [" a", " the answer"], "answer": 0}])
+    samples = tasks.prepare([TaskConfig("multiple_choice", source, max_length=20)], tokenizer)[0].samples
+    assert all(s.truncated and len(s.input_ids) == 20 for s in samples)
+    assert tokenizer.decode(samples[1].input_ids[samples[1].start :]) == " the answer"
+    assert (samples[0].input_ids[0] == tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
+    with pytest.raises(InputError, match="choice 1 of row 0 alone fills max_length=2"):
+        tasks.prepare([TaskConfig("multiple_choice", source, max_length=2)], tokenizer)
+
+
+GOOD = {"context": "a", "choices": [" b", " c"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({**GOOD, "answer": 2}, "answer of row 1 is 2, which is not the index"),
+        ({**GOOD, "answer": -1}, "answer of row 1 is -1"),
+        ({**GOOD, "answer": "A"}, "answer of row 1 is 'A'"),
+        ({**GOOD, "answer": 0.5}, "answer of row 1 is 0.5"),
+        ({**GOOD, "choices": "bc"}, "choices of row 1 must be a list of non-empty texts, got 'bc'"),
+        ({**GOOD, "choices": [" b", 3]}, "choices of row 1 must be a list of non-empty texts"),
+        ({**GOOD, "choices": [" b", ""]}, "choices of row 1 must be a list of non-empty texts"),
+        ({**GOOD, "choices": [" b"]}, "row 1 has 1 choice; give at least 2"),
+        ({**GOOD, "context": 3}, "'context' of row 1 is int"),
+    ],
+)
+def test_bad_questions(tiny, tmp_path, bad, message):
+    source = write_rows(tmp_path / "bad.jsonl", [GOOD, bad])
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        run(tiny, [TaskConfig("multiple_choice", source)], tmp_path / "out")
+    assert source in str(caught.value)
+    assert not (tmp_path / "out").exists()

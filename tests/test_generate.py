@@ -1,0 +1,90 @@
+"""Generation against transformers, and which answers are right."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import TEXT, sliding_window_model
+from flow_finetune import generate
+from flow_finetune.config import TaskConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_generation_of_a_sliding_window_model():
+    sliding = sliding_window_model()
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 97, n) for n in (2, 5, 9, 30)]
+    expected = [
+        sliding.model.generate(torch.tensor(p)[None], max_new_tokens=15, do_sample=False, eos_token_id=-1)[
+            0, len(p) :
+        ].tolist()
+        for p in prompts
+    ]
+    found = generate.generate_greedily(
+        sliding, prompts, stop_ids=[-1], pad_id=0, max_new_tokens=15, batch_tokens=1000, precision="no"
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 1000])
+def test_generation_is_that_of_transformers(tiny, batch_tokens):
+    lm, tokenizer = tiny
+    texts = ["The", "How many apples are in", TEXT[:90], "#### 9", "Anna takes 3 of the 12", "? ?", TEXT[10:60]]
+    prompts = [tokenizer(text).input_ids for text in texts]
+
+    def alone(stop):
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            new = lm.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=stop
+            )[0, len(prompt) :].tolist()
+            found.append(new[: new.index(stop)] if stop in new else new)
+        return found
+
+    # A stop token that ends some sequences early, at different steps, and lets others go on.
+    unstopped = alone(-1)
+    stop = max(
+        sorted({t for u in unstopped for t in u}),
+        key=lambda token: len({u.index(token) for u in unstopped if token in u}),
+    )
+    expected = alone(stop)
+    assert len({len(e) for e in expected}) >= 3
+    found = generate.generate_greedily(
+        lm, prompts, stop_ids=[stop], pad_id=0, max_new_tokens=20, batch_tokens=batch_tokens, precision="full"
+    )
+    assert found == expected
+
+
+PATTERN = re.compile(TaskConfig("qa", "x").answer_pattern)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 3\n#### 1,234", "1234"), ("####12.50.", "12.50"), ("#### -7", "-7"), ("so 4 #### none", None), ("", None)
+    ],
+)  # fmt: skip
+def test_answers_by_pattern(text, answer):
+    assert generate.extract_answer(text, PATTERN) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 3 of 9", "3"), ("from 3 to $1,234.50.", "1234.50"), ("12-3", "3"), ("it is -3", "-3"), ("x=5, y=6,", "6"),
+        ("none", None),
+    ],
+)  # fmt: skip
+def test_answers_by_last_number(text, answer):
+    assert generate.extract_answer(text, PATTERN, or_last_number=True) == answer
+
+
+def test_same_answer():
+    assert generate.same_answer("3.0", "3")
+    assert generate.same_answer("yes", "yes")
+    assert not generate.same_answer("3", "4")
+    assert not generate.same_answer(None, None)
+    assert not generate.same_answer("3", "three")

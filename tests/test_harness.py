@@ -1,0 +1,205 @@
+"""lm-evaluation-harness tasks from local YAML files: values of our model class against the harness's own HFLM, offline."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from evaluation_cases import MC, QA, TEXT, metrics_of, run, write_rows
+from flow_finetune.config import TaskConfig
+from flow_finetune.errors import InputError
+from flow_finetune.evaluation_files import read_items
+from flow_finetune.harness import task_manager
+
+evaluator = pytest.importorskip("lm_eval.evaluator", reason="needs lm-evaluation-harness, the eval extra")
+
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+_DATA = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {test}, train: {train}}}
+test_split: test
+fewshot_split: train
+"""
+_CHOICES = """
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: mcc}]
+"""
+_SUMS = """
+output_type: generate_until
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["the", "\\n\\n"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list:
+  - {name: whole, filter: [{function: take_first}]}
+  - {name: first, filter: [{function: regex, regex_pattern: "(.)"}, {function: take_first}]}
+"""
+_TEXT = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+"""
+_ROWS = {
+    # Without the row whose choice starts inside a token of the context, for which the harness finds no token.
+    "flow_choices": ([r for r in MC if len(r["choices"]) == 3], [r for r in MC[5:] if len(r["choices"]) == 2]),
+    "flow_sums": (QA, [{"question": "Which?", "answer": "9"}, {"question": "Who?", "answer": "Anna"}]),
+    "flow_text": ([{"text": TEXT}, {"text": TEXT[:60]}], [{"text": "a"}]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A directory of task files whose data is local."""
+    directory = tmp_path_factory.mktemp("tasks")
+    for (name, (test, train)), body in zip(_ROWS.items(), (_CHOICES, _SUMS, _TEXT), strict=True):
+        paths = (
+            write_rows(directory / f"{name}_{part}.jsonl", rows) for part, rows in (("test", test), ("train", train))
+        )
+        head = _DATA.format(name=name, **dict(zip(("test", "train"), paths, strict=True)))
+        (directory / f"{name}.yaml").write_text(head + body)
+    (directory / "sampled.yaml").write_text(
+        (directory / "flow_sums.yaml")
+        .read_text()
+        .replace("flow_sums\n", "sampled\n")
+        .replace("sample: false", "sample: true")
+    )
+    (directory / "unsafe.yaml").write_text(
+        (directory / "flow_sums.yaml").read_text().replace("flow_sums\n", "unsafe\n") + "unsafe_code: true\n"
+    )
+    group = "group: flow_group\ntask: [flow_choices, flow_sums]\n"
+    (directory / "flow_group.yaml").write_text(group)
+    return str(directory)
+
+
+def harness(name, tasks, **options) -> TaskConfig:
+    return TaskConfig("lm_eval", name=name, include_path=tasks, max_length=200, **options)
+
+
+def by_the_harness(tiny, tasks, name, shots) -> dict:
+    """What the harness itself reports with its own model class, and its records of every item."""
+    lm, tokenizer = tiny
+    # HFLM's maximum does not count the last token, which is no input.
+    model = HFLM(pretrained=lm.model, tokenizer=tokenizer, max_length=199, batch_size=3)
+    return evaluator.simple_evaluate(
+        model=model, tasks=[name], num_fewshot=shots, task_manager=task_manager(tasks), bootstrap_iters=0
+    )
+
+
+@pytest.mark.parametrize("shots", [None, 1])
+def test_choices(tiny, tasks, tmp_path, shots):
+    result = run(tiny, [harness("flow_choices", tasks, num_shots=shots)], tmp_path / "out")
+    expected = by_the_harness(tiny, tasks, "flow_choices", shots)
+    metrics = metrics_of(result, "flow_choices")
+    # The correlation is no mean over items.
+    assert set(metrics) == {"acc", "acc_norm"}
+    items = read_items(tmp_path / "out")
+    for name, metric in metrics.items():
+        assert metric["value"] == pytest.approx(expected["results"]["flow_choices"][f"{name},none"])
+        found = items["flow_choices", name]
+        samples = {str(s["doc_id"]): s[name] for s in expected["samples"]["flow_choices"]}
+        assert dict(zip(found.ids, found.value, strict=True)) == samples
+    assert result["tasks"][0]["num_items"] == len(_ROWS["flow_choices"][0])
+
+
+def test_log_likelihoods(tiny, tasks):
+    from flow_finetune.harness_model import HarnessModel
+    from lm_eval.api.instance import Instance
+
+    lm, tokenizer = tiny
+    pairs = [(row["context"], choice) for row in MC[:1] + MC[2:] for choice in row["choices"]] + [
+        (TEXT, " the answer ")
+    ]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    ours = HarnessModel(lm, tokenizer, "pairs", 100, 300, "full")
+    theirs = HFLM(pretrained=lm.model, tokenizer=tokenizer, max_length=99, batch_size=4)
+    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    found = ours.loglikelihood(requests, disable_tqdm=True)
+    np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], rtol=1e-4)
+    assert [f[1] for f in found] == [e[1] for e in expected]
+    assert ours.num_truncated == 1
+
+
+def test_answers(tiny, tasks, tmp_path):
+    result = run(tiny, [harness("flow_sums", tasks, num_shots=2)], tmp_path / "out")
+    expected = by_the_harness(tiny, tasks, "flow_sums", 2)["results"]["flow_sums"]
+    metrics = metrics_of(result, "flow_sums")
+    assert set(metrics) == {"exact_match,whole", "exact_match,first"}
+    for name, metric in metrics.items():
+        assert metric["value"] == expected[name]
+
+
+def test_generated_texts(tiny):
+    from flow_finetune.harness_model import HarnessModel
+    from lm_eval.api.instance import Instance
+
+    lm, tokenizer = tiny
+    kinds = ({"until": ["the", "\n\n"], "max_gen_toks": 12}, {"until": "a", "max_gen_toks": 20})
+    requests = [
+        Instance("generate_until", {}, (f"Question: {row['question']}", dict(kind)), 0) for row in QA for kind in kinds
+    ]
+    ours = HarnessModel(lm, tokenizer, "sums", 200, 300, "full")
+    theirs = HFLM(pretrained=lm.model, tokenizer=tokenizer, max_length=200, batch_size=1)
+    texts = ours.generate_until(requests)
+    assert texts == theirs.generate_until(requests, disable_tqdm=True)
+    assert len(set(texts)) > 2
+
+
+def test_text(tiny, tasks, tmp_path):
+    result = run(tiny, [harness("flow_text", tasks)], tmp_path / "out")
+    expected = by_the_harness(tiny, tasks, "flow_text", None)["results"]["flow_text"]
+    metrics = metrics_of(result, "flow_text")
+    assert set(metrics) == {"nats_per_word", "nats_per_byte"}
+    assert np.exp(metrics["nats_per_byte"]["value"]) == pytest.approx(expected["byte_perplexity,none"], rel=1e-4)
+    assert np.log(expected["word_perplexity,none"]) == pytest.approx(metrics["nats_per_word"]["value"], rel=1e-4)
+
+
+def test_a_group_is_one_task(tiny, tasks, tmp_path):
+    result = run(tiny, [harness("flow_group", tasks, limit=2)], tmp_path / "out")
+    assert result["tasks"][0]["num_items"] == 4
+    assert metrics_of(result, "flow_group")["acc"]["num_items"] == 2
+    assert read_items(tmp_path / "out")["flow_group", "acc"].ids == ["flow_choices/0", "flow_choices/1"]
+
+
+def test_fingerprints_hold_what_is_asked(tiny, tasks):
+    from flow_finetune.tasks import prepare
+
+    same = [prepare([harness("flow_choices", tasks, **o)], tiny[1])[0].fingerprint() for o in ({}, {"num_shots": 0})]
+    others = [
+        prepare([harness("flow_choices", tasks, **o)], tiny[1])[0].fingerprint()
+        for o in ({"num_shots": 1}, {"limit": 1})
+    ]
+    assert same[0] == same[1]
+    assert len({same[0], *others}) == 3
+
+
+def test_bad_tasks(tiny, tasks, tmp_path):
+    (tmp_path / "broken").mkdir()
+    broken = (
+        (tmp_path / "broken" / "broken.yaml"),
+        _DATA.format(name="broken", test="nowhere.jsonl", train="nowhere.jsonl") + _CHOICES,
+    )
+    broken[0].write_text(broken[1])
+    cases = [
+        (harness("flow_choicez", tasks), "has no task 'flow_choicez'; did you mean flow_choices"),
+        (TaskConfig("lm_eval"), "lacks its name"),
+        (harness("flow_choices", str(tmp_path / "none")), "include_path of 'flow_choices' is not a directory"),
+        (harness("flow_choices", tasks, shots_source="x"), "leave shots_source out"),
+        (harness("broken", str(tmp_path / "broken")), "lm_eval task 'broken' could not be made ready"),
+        (harness("unsafe", tasks), "runs code that the model writes"),
+        (harness("sampled", tasks), "samples its answers"),
+    ]
+    for config, message in cases:
+        with pytest.raises(InputError, match=re.escape(message)):
+            run(tiny, [config], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert json.dumps(metrics_of(run(tiny, [harness("flow_choices", tasks)], tmp_path / "out"), "flow_choices"))
