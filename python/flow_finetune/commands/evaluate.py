@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flow_finetune.commands.images import IMAGE_PANEL, ImageSize, TaskKind, evaluate_images, is_image
 from flow_finetune.commands.messages import messages
 from flow_finetune.commands.options import (
     DATA_PANEL,
@@ -30,6 +31,7 @@ from flow_finetune.progress import say
 
 
 def evaluate(
+    context: typer.Context,
     model: Model,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory to write evaluation.json and items.parquet to.")
@@ -81,6 +83,23 @@ def evaluate(
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    task: TaskKind = "text",
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="--task image: labelled images of the new classes.", rich_help_panel=IMAGE_PANEL),
+    ] = None,
+    source_images: Annotated[
+        list[Path] | None,
+        typer.Option(help="--task image: of the pre-trained classes, retained.", rich_help_panel=IMAGE_PANEL),
+    ] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            help="--task image: the model whose head and batch-norms are put back for --source-images.",
+            rich_help_panel=IMAGE_PANEL,
+        ),
+    ] = None,
+    size: ImageSize = None,
 ) -> None:
     """What a model can do: perplexity, target loss and exact match, multiple-choice accuracy, with standard errors.
 
@@ -93,6 +112,11 @@ def evaluate(
         flow-finetune evaluate -m flow --completion mbpp.jsonl.gz --completion-response-field code -o code
     """
     with messages():
+        if is_image(task, context):
+            evaluate_images(
+                model, output, images, source_images, pretrained, size, limit, revision, precision, device, overwrite
+            )
+            return
         from flow_finetune import models
         from flow_finetune.evaluate import evaluate as run_evaluation
 

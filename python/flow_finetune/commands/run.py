@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from flow_finetune.commands.messages import messages
-from flow_finetune.config import RunConfig, from_mapping, read_yaml
+from flow_finetune.config import RunConfig, choose, from_mapping, read_yaml
 from flow_finetune.errors import InputError
 from flow_finetune.progress import print_table, say
 
@@ -31,6 +31,9 @@ def run(
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order of the samples.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="text, or image: classifiers, with the same entry in the file.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any entry of the file, as in --set train.batch_size=32.")
     ] = None,
@@ -47,11 +50,11 @@ def run(
     """
     with messages():
         from flow_finetune.methods import named_method
-        from flow_finetune.pipeline import run as run_pipeline
-        from flow_finetune.pipeline import run_directories
         from flow_finetune.report import summary_table
 
         mapping = {} if config is None else read_yaml(config)
+        if task is not None:
+            mapping["task"] = task
         fields = {"prompt_field": prompt_field, "response_field": response_field}
         for name, value in (
             ("model.source", model), ("data.source", data), ("train.learning_rate", learning_rate),
@@ -77,7 +80,19 @@ def run(
             if not equals:
                 raise InputError(f"--set takes name=value, got {assignment!r}")
             _set(mapping, name, yaml.safe_load(value))
-        run_config = from_mapping(RunConfig, mapping, str(config) if config else "the command line")
+        where = str(config) if config else "the command line"
+        if choose("task", mapping.get("task", "text"), ("text", "image")) == "image":
+            from flow_finetune.vision.config import read_image_run
+            from flow_finetune.vision.pipeline import run as run_pipeline
+            from flow_finetune.vision.pipeline import run_directories
+
+            run_config = read_image_run(mapping, where)
+        else:
+            from flow_finetune.pipeline import run as run_pipeline
+            from flow_finetune.pipeline import run_directories
+
+            mapping.pop("task", None)
+            run_config = from_mapping(RunConfig, mapping, where)
         path = run_pipeline(run_config, output)
         print_table(summary_table(run_directories(run_config, output)))
         say(f"report: {path}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flow_finetune.commands.images import ImageSize, TaskKind, is_image, score_images
 from flow_finetune.commands.messages import messages
 from flow_finetune.commands.options import (
     Backend,
@@ -32,9 +33,10 @@ from flow_finetune.progress import say
 
 
 def score(
+    context: typer.Context,
     model: Model,
     data: Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write; a directory of --task image.")],
     prompt_field: PromptField = "prompt",
     response_field: ResponseField = "response",
     id_field: IdField = None,
@@ -51,6 +53,8 @@ def score(
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    task: TaskKind = "text",
+    size: ImageSize = None,
 ) -> None:
     """Losses of the pre-trained model on every sample of a data set.
 
@@ -61,6 +65,9 @@ def score(
         flow-finetune score -m ./gemma -d train.jsonl --prompt-field question --response-field answer -o scores.parquet
     """
     with messages():
+        if is_image(task, context):
+            score_images(model, data, output, size, id_field, limit, split, revision, precision, device)
+            return
         from flow_finetune import data as data_module
         from flow_finetune import models, scores
 

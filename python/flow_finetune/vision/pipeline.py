@@ -1,0 +1,218 @@
+"""The whole path for images in one directory: probe, score, train with each method, evaluate every model, report.
+
+    DIR/run.json            what the run is; another one is refused here
+    DIR/pretrained/model/   the pre-trained body with its new head (stage 0)
+    DIR/pretrained/         its evaluation: the new classes, and the pre-trained ones with the original head
+    DIR/scores.parquet      its losses on the training images
+    DIR/<method>/           a fine-tuned model, its log and its evaluation
+    DIR/report/report.md
+
+A run that was killed continues: finished parts are not made again, an unfinished one is started again. The parts can
+be called alone: `prepare` once, then `train_and_evaluate` for one method and seed at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flow_finetune.config import MethodConfig, non_defaults
+from flow_finetune.errors import InputError
+from flow_finetune.methods import check_methods
+from flow_finetune.progress import say
+from flow_finetune.report import write_report
+from flow_finetune.storage import write_json
+from flow_finetune.vision.config import ImageRunConfig, ImageTrainConfig, check_image_run
+from flow_finetune.vision.data import ImageSet, align_labels, load_images
+from flow_finetune.vision.evaluate import ImageTask, Original, evaluate_classifier, prepare_tasks
+from flow_finetune.vision.models import ImageClassifier, classifier_fingerprint, load_classifier, save_classifier
+from flow_finetune.vision.scores import write_scores
+from flow_finetune.vision.stages import extract_features, losses_of, train_head
+from flow_finetune.vision.train import check_image_method, train_method, wise_ft_method
+
+_RESERVED = ("pretrained", "report")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every method of a run starts from."""
+
+    config: ImageRunConfig
+    output: Path
+    images: ImageSet
+    labels: np.ndarray  # [N] int64
+    size: int
+    tasks: list[ImageTask]
+    original: Original
+    fingerprints: dict[str, str]
+
+    @property
+    def probed(self) -> Path:
+        """The directory of stage 0's model."""
+        return self.output / "pretrained" / "model"
+
+    @property
+    def scores(self) -> Path:
+        return self.output / "scores.parquet"
+
+    def load(self, directory: Path) -> ImageClassifier:
+        """A model that this run saved."""
+        return load_classifier(dataclasses.replace(self.config.model, source=str(directory)))
+
+
+def run(config: ImageRunConfig, output: Path) -> Path:
+    """Do everything `config` asks for in `output`; returns the path of the report.
+
+    Raises:
+        InputError: the directory holds another run, or any part's own reason.
+    """
+    check_run(config)
+    output = Path(output)
+    _claim(config, output)
+    prepared = prepare(config, output)
+    # WiSE-FT rows average a trained row, wherever that stands.
+    for method in sorted(config.methods, key=lambda m: m.of is not None):
+        say(f"method {method.name}")
+        train_and_evaluate(prepared, method, output / method.name)
+    return write_report(run_directories(config, output), output / "report", scores=prepared.scores)
+
+
+def run_directories(config: ImageRunConfig, output: Path) -> list[Path]:
+    """The directories that a report on this run is made from, the pre-trained model's first."""
+    return [output / "pretrained", *(output / method.name for method in config.methods)]
+
+
+def check_run(config: ImageRunConfig) -> None:
+    """Raise `InputError` for anything that can be seen to be wrong before a model is loaded."""
+    check_image_run(config)
+    if not config.tasks:
+        raise InputError("a run needs at least one evaluation task, or its report would show nothing")
+    for method in config.methods:
+        if not re.fullmatch(r"[A-Za-z0-9._+-]+", method.name) or method.name in _RESERVED:
+            raise InputError(f"method name {method.name!r} must be a plain directory name other than {_RESERVED}")
+        check_image_method(method)
+    repeated = [name for name, count in Counter(m.name for m in config.methods).items() if count > 1]
+    if repeated:
+        raise InputError(f"two methods are named {repeated[0]!r}; give them different names")
+    check_methods(config.methods)
+
+
+def _claim(config: ImageRunConfig, output: Path) -> None:
+    identity = {"task": "image", **non_defaults(config)}
+    path = output / "run.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        different = sorted(name for name in {*identity, *found} if found.get(name) != identity.get(name))
+        if different:
+            raise InputError(
+                f"{output} holds another run (its {', '.join(different)} differ); choose another directory"
+            )
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is used by something else; choose an empty or new directory")
+    else:
+        write_json(path, identity)
+
+
+def prepare(config: ImageRunConfig, output: Path) -> Prepared:
+    """`probe_and_score`, and the evaluation of its model.
+
+    What `output` holds already is not made again; it must be of the same model, images and training options.
+    """
+    prepared = probe_and_score(config, output)
+    pretrained = prepared.output / "pretrained"
+    if not (pretrained / "evaluation.json").is_file():
+        _evaluate(prepared, prepared.load(prepared.probed), pretrained)
+    return prepared
+
+
+def probe_and_score(config: ImageRunConfig, output: Path) -> Prepared:
+    """Read all images, train the new head on the frozen body (stage 0) and score the training images.
+
+    Raises:
+        InputError: data, tasks or a model that cannot be used, or `output` holds another model's or data's probe.
+    """
+    output = Path(output)
+    classifier = load_classifier(config.model)
+    original = Original.of(classifier)
+    size = config.data.size or classifier.description.size
+    images = load_images(config.data, size)
+    if images.num_classes < 2:
+        raise InputError(f"{config.data.source} has one class only; a classifier needs at least 2")
+    labels = align_labels(images, images.class_names, images.num_classes)
+    # Before anything is trained: an evaluation file that cannot be used is found now.
+    tasks = prepare_tasks(config.tasks, original.description, size)
+    for task in tasks:
+        if task.config.role == "target":
+            align_labels(task.images, images.class_names, images.num_classes)
+    say(f"{config.data.source}: {len(images.ids):,} images of {images.num_classes} classes, {images.num_bad} left out")
+    prepared = Prepared(config, output, images, labels, size, tasks, original, {"images": images.fingerprint})
+    _probe(prepared, classifier)
+    prepared.fingerprints["model"] = classifier_fingerprint(prepared.load(prepared.probed))
+    return prepared
+
+
+def _probe(prepared: Prepared, classifier: ImageClassifier) -> None:
+    """Stage 0, its model and its scores, unless they are there."""
+    train = prepared.config.train
+    identity = {
+        "images": prepared.images.fingerprint, "size": prepared.size, "precision": prepared.config.model.precision,
+        "model": classifier_fingerprint(classifier), "seed": train.seed,
+        "head": [train.head_epochs, train.head_batch_size, train.head_learning_rate],
+    }  # fmt: skip
+    mark = prepared.output / "pretrained" / "probe.json"
+    if mark.is_file() and prepared.scores.is_file():
+        if json.loads(mark.read_text()) != identity:
+            raise InputError(
+                f"{prepared.output} holds another model's or other images' probe; choose another directory"
+            )
+        return
+    classifier.new_head(prepared.images.num_classes, prepared.images.class_names, train.seed)
+    labels = torch.from_numpy(prepared.labels)
+    features = extract_features(classifier, prepared.images.pixels, prepared.size, prepared.config.batch_size)
+    train_head(classifier, features, labels, train)
+    save_classifier(classifier, prepared.probed)
+    loss, predicted = losses_of(classifier.head, features, labels)
+    fingerprints = {"images": prepared.images.fingerprint, "model": classifier_fingerprint(classifier)}
+    write_scores(prepared.scores, prepared.images, prepared.labels, loss, predicted, fingerprints)
+    write_json(mark, identity)
+    accuracy = float((predicted == labels).double().mean())
+    say(f"stage 0: median loss {float(loss.median()):.4f} nats, training accuracy {100 * accuracy:.2f} %")
+
+
+def train_and_evaluate(
+    prepared: Prepared, method: MethodConfig, directory: Path, train: ImageTrainConfig | None = None
+) -> dict:
+    """Train one method into `directory` and evaluate what was saved; returns the training's summary.
+
+    Args:
+        prepared: what `prepare` returned.
+        method: a method, or a WiSE-FT row whose `of` names a finished sibling of `directory`.
+        directory: a finished one of the same configuration is left alone, an unfinished one is started again.
+        train: in place of the run's, for another seed or learning rate.
+    """
+    train = train or prepared.config.train
+    check_image_method(method)
+    if method.of is not None:
+        summary = wise_ft_method(prepared, method, directory)
+    else:
+        summary = train_method(prepared, method, directory, train)
+    if not (directory / "evaluation.json").is_file():
+        # What is measured is what was saved, not what is still in memory.
+        _evaluate(prepared, prepared.load(directory / "model"), directory)
+    return summary
+
+
+def _evaluate(prepared: Prepared, classifier: ImageClassifier, directory: Path) -> None:
+    result = evaluate_classifier(
+        classifier, prepared.original, prepared.tasks, directory,
+        batch_size=prepared.config.batch_size, source=prepared.config.model.source,
+    )  # fmt: skip
+    for task in result["tasks"]:
+        say(f"{directory.name}: {task['name']} accuracy {100 * task['metrics']['accuracy']['value']:.2f} %")

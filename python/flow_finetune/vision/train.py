@@ -1,0 +1,195 @@
+"""One method from the probed model to a saved one: stage 1, stage 2, log and summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import flow_kernels
+from flow_finetune.config import MethodConfig, non_defaults
+from flow_finetune.errors import InputError
+from flow_finetune.methods import make_weights, needs_scores, weigh
+from flow_finetune.progress import say
+from flow_finetune.storage import disk_space_errors, write_json
+from flow_finetune.vision.config import ImageTrainConfig
+from flow_finetune.vision.models import ImageClassifier, save_classifier
+from flow_finetune.vision.scores import read_scores
+from flow_finetune.vision.stages import OnlineWeights, extract_features, fine_tune, step_plan, train_head
+
+if TYPE_CHECKING:
+    from flow_finetune.vision.pipeline import Prepared
+
+
+def check_image_method(method: MethodConfig) -> None:
+    """Raise `InputError` for what has no meaning with images."""
+    if method.weights == "token":
+        raise InputError(f"method {method.name}: an image has one loss; use weights: sequence (one weight per image)")
+    if method.train == "lora":
+        raise InputError(f"method {method.name}: LoRA is for language models; use train: all or head with task: image")
+    if method.train == "head":
+        used = [n for n in ("weights", "keep_easiest", "penalty", "average_every", "learning_rate")
+                if getattr(method, n) not in (None, "none")]  # fmt: skip
+        if used:
+            raise InputError(
+                f"method {method.name}: the linear probe of an image run is stage 0 with the plain loss, so "
+                f"{', '.join(used)} would have no effect; use weights: none and train: head alone"
+            )
+
+
+class _Directory:
+    """DIR/model, DIR/train/{identity,summary}.json and DIR/train/log.jsonl of one method."""
+
+    def __init__(self, path: Path, identity: dict) -> None:
+        self.path, self._identity = Path(path), json.loads(json.dumps(identity))
+        self._train = self.path / "train"
+
+    def open(self) -> dict | None:
+        """Claim the directory; returns the summary if it is finished already, else leaves nothing of an earlier try."""
+        identity = self._train / "identity.json"
+        if self.path.exists() and any(self.path.iterdir()):
+            if not identity.is_file():
+                raise InputError(f"{self.path} is used by something else; choose an empty or new directory")
+            found = json.loads(identity.read_text())
+            different = sorted(n for n in {*found, *self._identity} if found.get(n) != self._identity.get(n))
+            if different:
+                raise InputError(
+                    f"{self.path} holds another run (its {', '.join(different)} differ); choose another directory"
+                )
+            if (self._train / "summary.json").is_file():
+                return json.loads((self._train / "summary.json").read_text())
+            shutil.rmtree(self.path)
+        self._train.mkdir(parents=True)
+        write_json(identity, self._identity)
+        return None
+
+    def log(self, line: dict) -> None:
+        with disk_space_errors(self.path), open(self._train / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def finish(self, classifier: ImageClassifier, summary: dict) -> dict:
+        save_classifier(classifier, self.path / "model")
+        write_json(self._train / "summary.json", summary)
+        return summary
+
+
+def train_method(prepared: Prepared, method: MethodConfig, directory: Path, config: ImageTrainConfig) -> dict:
+    """Train `method` from the probed model into `directory/model`; returns the summary, also in `train/summary.json`.
+
+    `train: head` is the linear probe: stage 0's model as it is.
+    """
+    identity = {
+        "method": non_defaults(method), "train": non_defaults(config), "size": prepared.size,
+        "precision": prepared.config.model.precision, "fingerprints": prepared.fingerprints,
+    }  # fmt: skip
+    run = _Directory(directory, identity)
+    summary = run.open()
+    if summary is not None:
+        say(f"{directory} holds this run already, finished")
+        return summary
+    start = time.perf_counter()
+    classifier = prepared.load(prepared.probed)
+    steps = step_plan(len(prepared.images.ids), config.epochs, config.batch_size, config.seed)
+    summary = {
+        **identity, "method": dataclasses.asdict(method), "train": dataclasses.asdict(config),
+        "model": prepared.config.model.source, "num_samples": len(prepared.images.ids), "num_steps": 0,
+        "temperature": None, "mean_weight": 1.0, "effective_sample_size": float(len(prepared.images.ids)),
+        "final_loss": None,
+    }  # fmt: skip
+    if method.train == "all":
+        summary["num_steps"] = len(steps)
+        summary |= _stages_1_and_2(prepared, method, config, classifier, run)
+    summary["seconds"] = time.perf_counter() - start
+    return run.finish(classifier, summary)
+
+
+def _stages_1_and_2(
+    prepared: Prepared, method: MethodConfig, config: ImageTrainConfig, classifier: ImageClassifier, run: _Directory
+) -> dict:
+    images, size, labels = prepared.images, prepared.size, torch.from_numpy(prepared.labels)
+    weights_of, describe = _weights(prepared, method, labels)
+    start = time.perf_counter()
+    last = fine_tune(
+        classifier, images.pixels, labels, size, weights_of, method, config, run.log, run.path / "train"
+    )  # fmt: skip
+    rate = len(labels) * config.epochs / (time.perf_counter() - start)
+    features = extract_features(classifier, images.pixels, size, prepared.config.batch_size)
+    head_loss = train_head(classifier, features, labels, config)
+    return {**describe(), "final_loss": last["loss"], "head_loss": head_loss, "images_per_second": rate}
+
+
+def _weights(prepared: Prepared, method: MethodConfig, labels: Tensor) -> tuple[Callable, Callable[[], dict]]:
+    """The weights of a batch, and after training what the summary says of them."""
+    scores = None
+    if needs_scores(method) or method.online:
+        scores = read_scores(prepared.scores, prepared.images, prepared.fingerprints)
+    if method.online:
+        tau = method.temperature
+        if tau is None:
+            tau = float(flow_kernels.temperature(scores.loss, quantile=method.quantile))
+        frozen = prepared.load(prepared.probed)
+        online = OnlineWeights(frozen, labels.to(frozen.device), lambda losses: weigh(method, losses, tau)[0])
+
+        def describe() -> dict:
+            made = torch.cat(online.made).double()
+            # Each image was weighted once an epoch: the size is that of one epoch.
+            share = float(flow_kernels.effective_sample_size(made)) / len(made)
+            return {"temperature": tau, "mean_weight": float(made.mean()), "effective_sample_size": share * len(labels)}
+
+        return online, describe
+    weights = make_weights(method, len(labels), scores)
+    return lambda inputs, indices: weights.of(indices).to(inputs.device), lambda: {
+        "temperature": weights.temperature, "mean_weight": weights.mean,
+        "effective_sample_size": weights.effective_sample_size,
+    }  # fmt: skip
+
+
+def wise_ft_method(prepared: Prepared, method: MethodConfig, directory: Path) -> dict:
+    """WiSE-FT of the probed model and the finished row `directory.parent / method.of`; returns the summary.
+
+        theta = (1 - alpha) * probed + alpha * fine-tuned      # every parameter and running statistic, the head's too
+
+    Raises:
+        InputError: that row is not finished.
+    """
+    tuned = directory.parent / method.of
+    if not (tuned / "train" / "summary.json").is_file():
+        raise InputError(f"method {method.name}: {tuned} is not a finished run; train {method.of} first")
+    of = json.loads((tuned / "train" / "summary.json").read_text())
+    identity = {"method": non_defaults(method), "of": of["method"], "train": of["train"],
+                "fingerprints": prepared.fingerprints}  # fmt: skip
+    run = _Directory(directory, identity)
+    summary = run.open()
+    if summary is not None:
+        say(f"{directory} holds this run already, finished")
+        return summary
+    start = time.perf_counter()
+    classifier = prepared.load(prepared.probed)
+    average_state(classifier, prepared.load(tuned / "model").state_dict(), method.wise_ft)
+    summary = {
+        **of, **identity, "method": dataclasses.asdict(method), "num_steps": 0, "mean_weight": None,
+        "effective_sample_size": None, "temperature": None, "final_loss": None, "head_loss": None,
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+    return run.finish(classifier, summary)
+
+
+@torch.no_grad()
+def average_state(classifier: ImageClassifier, tuned: dict[str, Tensor], alpha: float) -> None:
+    """Replace every floating entry of the state by `(1 - alpha) * itself + alpha * tuned`; counters become tuned's."""
+    for name, tensor in classifier.state_dict().items():
+        if tensor.shape != tuned[name].shape:
+            raise InputError(
+                f"{name} has shapes {tuple(tensor.shape)} and {tuple(tuned[name].shape)}; nothing to average"
+            )
+        if tensor.is_floating_point():
+            tensor.mul_(1.0 - alpha).add_(tuned[name], alpha=alpha)
+        else:
+            tensor.copy_(tuned[name])

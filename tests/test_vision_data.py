@@ -1,0 +1,145 @@
+"""Labelled images: folders, Parquet and the hub agree, bytes are decoded once, and what is no image is counted."""
+
+import datasets
+import numpy as np
+import pytest
+import tiny_images
+from flow_finetune.errors import InputError
+from flow_finetune.vision import data as data_module
+from flow_finetune.vision.config import ImageDataConfig
+from flow_finetune.vision.data import align_labels, load_images
+
+NAMES = ("ant", "bee", "cat")
+
+
+@pytest.fixture
+def images():
+    return tiny_images.make_images(12, 3, 10, 0)
+
+
+def _folder(root, encoded, labels):
+    for index, (content, label) in enumerate(zip(encoded, labels, strict=True)):
+        (root / NAMES[label]).mkdir(parents=True, exist_ok=True)
+        (root / NAMES[label] / f"{index:03d}.png").write_bytes(content)
+    (root / "bee/notes.txt").write_text("no image")
+    return root
+
+
+def test_folder_parquet_and_hub_agree(images, tmp_path, monkeypatch):
+    encoded, labels = images
+    folder = load_images(ImageDataConfig(str(_folder(tmp_path / "folder", encoded, labels))), 32)
+    assert folder.class_names == NAMES
+    assert folder.ids[0] == "ant/000.png"
+    # A folder is in the order of its classes.
+    order = np.argsort(labels, kind="stable")
+    numbers = load_images(ImageDataConfig(str(tiny_images.write_parquet(tmp_path / "n.parquet", encoded, labels))), 32)
+    words = [NAMES[label] for label in labels]
+    named = load_images(ImageDataConfig(str(tiny_images.write_parquet(tmp_path / "w.parquet", encoded, words))), 32)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
+    rows = {"image": [{"bytes": content, "path": None} for content in encoded], "label": labels}
+    hub = datasets.Dataset.from_dict(rows, features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
+    from_hub = load_images(ImageDataConfig("someone/images"), 32)
+    # Squares of one side are kept as they are, to be enlarged on the device.
+    assert numbers.pixels.shape == (12, 10, 10, 3)
+    for other in (named, from_hub):
+        assert np.array_equal(other.pixels, numbers.pixels)
+        assert other.class_names == NAMES
+    assert numbers.class_names is None
+    assert np.array_equal(folder.pixels, numbers.pixels[order])
+    for found in (numbers, named, from_hub):
+        assert found.labels.tolist() == labels
+    assert folder.labels.tolist() == sorted(labels)
+
+
+def test_images_of_several_sizes_are_cropped_to_the_wanted_one(tmp_path):
+    wide, tall = tiny_images.make_images(2, 2, 40, 0)[0], tiny_images.make_images(1, 1, 24, 1)[0]
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", wide + tall, [0, 1, 0])
+    found = load_images(ImageDataConfig(str(path)), 16)
+    assert found.pixels.shape == (3, 16, 16, 3)
+    half = load_images(ImageDataConfig(str(path), crop=0.5), 16)
+    assert not np.array_equal(half.pixels, found.pixels)
+    means = found.pixels.mean((1, 2))
+    # Noise of standard deviation 50 over 1600 pixels: the colour of the class within 5 standard errors.
+    np.testing.assert_allclose(half.pixels[:2].mean((1, 2)), means[:2], atol=13)
+
+
+def test_an_image_that_does_not_decode_stops_or_is_counted(images, tmp_path, capsys):
+    encoded, labels = images
+    damaged = [*encoded]
+    damaged[2], damaged[7] = encoded[2][: len(encoded[2]) // 2], b"<html>404</html>"
+    path = tiny_images.write_parquet(tmp_path / "damaged.parquet", damaged, labels)
+    with pytest.raises(InputError, match=r"2 of 12 images do not decode, the first: 2, 7; .* bad_images: skip"):
+        load_images(ImageDataConfig(str(path)), 16)
+    found = load_images(ImageDataConfig(str(path), bad_images="skip"), 16)
+    assert "2 of 12 images do not decode" in capsys.readouterr().err
+    assert found.num_bad == 2
+    assert found.ids == [str(i) for i in range(12) if i not in (2, 7)]
+    whole = load_images(ImageDataConfig(str(tiny_images.write_parquet(tmp_path / "w.parquet", encoded, labels))), 16)
+    kept = [i for i in range(12) if i not in (2, 7)]
+    assert np.array_equal(found.pixels, whole.pixels[kept])
+    assert found.labels.tolist() == [labels[i] for i in kept]
+    nothing = tiny_images.write_parquet(tmp_path / "none.parquet", [b"", b"x"], [0, 1])
+    with pytest.raises(InputError, match="none is left"):
+        load_images(ImageDataConfig(str(nothing), bad_images="skip"), 16)
+
+
+def test_a_cache_is_decoded_once_and_mapped(images, tmp_path, monkeypatch):
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", *images)
+    config = ImageDataConfig(str(path), cache=str(tmp_path / "cache"))
+    first = load_images(config, 16)
+    assert isinstance(first.pixels, np.memmap)
+    monkeypatch.setattr(data_module, "_decode_into", None)
+    second = load_images(config, 16)
+    assert second.fingerprint == first.fingerprint == _uncached(path, monkeypatch)
+
+
+def _uncached(path, monkeypatch):
+    monkeypatch.undo()
+    return load_images(ImageDataConfig(str(path)), 16).fingerprint
+
+
+def test_parts_are_disjoint_and_together_everything(images, tmp_path):
+    path = str(tiny_images.write_parquet(tmp_path / "a.parquet", *images))
+    parts = [load_images(ImageDataConfig(path, part=part, holdout=0.25), 16) for part in ("train", "validation")]
+    assert [len(part.ids) for part in parts] == [9, 3]
+    assert {id for part in parts for id in part.ids} == {str(i) for i in range(12)}
+    assert load_images(ImageDataConfig(path, limit=4), 16).ids == ["0", "1", "2", "3"]
+
+
+def test_labels_are_matched_by_name(images, tmp_path):
+    encoded, labels = images
+    words = [NAMES[label] for label in labels]
+    found = load_images(ImageDataConfig(str(tiny_images.write_parquet(tmp_path / "w.parquet", encoded, words))), 16)
+    assert align_labels(found, ("cat", "dog", "bee", "ant"), 4).tolist() == [(3, 2, 0)[label] for label in labels]
+    with pytest.raises(InputError, match="has the class 'cat', which the model was not trained on"):
+        align_labels(found, ("ant", "bee"), 2)
+    with pytest.raises(InputError, match="3 classes by name, the model 5 without names"):
+        align_labels(found, None, 5)
+    numbers = load_images(ImageDataConfig(str(tiny_images.write_parquet(tmp_path / "n.parquet", encoded, labels))), 16)
+    with pytest.raises(InputError, match="image 2 has label 2, but the model has 2 classes, 0 to 1"):
+        align_labels(numbers, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([0, -1], {}, "image 1 has the label -1"),
+        ([0.5, 1.0], {}, "image 0 has the label 0.5"),
+        ([0, 1], {"label_field": "wnid"}, "has no column 'wnid'; it has image, label"),
+        ([0, 0], {"id_field": "label"}, "ids are repeated"),
+    ],
+)
+def test_bad_columns_are_named(images, tmp_path, labels, options, message):
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", images[0][:2], labels)
+    with pytest.raises(InputError, match=message):
+        load_images(ImageDataConfig(str(path), **options), 16)
+
+
+def test_sources_that_hold_no_images_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.parquet").write_text("no Parquet")
+    for source, message in (("empty", "has no folder per class"), ("text.parquet", "is not a Parquet file"),
+                            ("a.jsonl", "neither a folder with a folder per class nor a .parquet file")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            load_images(ImageDataConfig(str(tmp_path / source)), 16)
