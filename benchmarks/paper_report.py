@@ -123,12 +123,18 @@ def _protocol(results: Results, command: str) -> list[str]:
 
 
 def _groups(metrics: Sequence[Metric]) -> list[tuple[str, list[Metric]]]:
-    """Metrics by the table that shows them: what the paper is about, each retained task, and the rest."""
-    main = [m for m in metrics if m.role == "target" or not m.task or m.name == "perplexity"]
-    accuracy = [m for m in metrics if m not in main and m.name == "accuracy_bytes"]
-    rest = [m for m in metrics if m not in main and m not in accuracy]
-    titles = ("Learned and kept", "Retained tasks, byte-normalised accuracy in %", "Other measures of retained tasks")
-    return [(title, shown) for title, shown in zip(titles, (main, accuracy, rest), strict=True) if shown]
+    """Metrics by the table that shows them."""
+    choices = {m.task for m in metrics if m.name == "accuracy_bytes"}
+    groups = {
+        "What was learned": lambda m: m.role in ("target", "hardest"),
+        "What was kept": lambda m: m.task not in choices,
+        "Retained tasks, byte-normalised accuracy in %": lambda m: m.name == "accuracy_bytes",
+        "Retained tasks, accuracy by the highest log-likelihood in %": lambda m: True,
+    }
+    found = {title: [] for title in groups}
+    for metric in metrics:
+        found[next(title for title, holds in groups.items() if holds(metric))].append(metric)
+    return [(title, shown) for title, shown in found.items() if shown]
 
 
 def _label(metric: Metric) -> str:

@@ -1,10 +1,13 @@
 """`run`: everything in one directory, continued where it stopped, from a file or from options."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from flow_finetune import pipeline as pipeline_module
 from flow_finetune.cli import app
@@ -12,6 +15,7 @@ from flow_finetune.config import RunConfig, from_mapping
 from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
 from flow_finetune.pipeline import run
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,6 +34,7 @@ def mapping(tiny_model_dir, qa_file, tmp_path):
         "methods": [
             {"name": "standard", "weights": "none"}, {"name": "flow"},
             {"name": "token", "weights": "token", "quantile": 0.8, "clip_low": 0.1, "normalize": "mean"},
+            {"name": "averaged", "of": "flow", "wise_ft": 0.25},
         ],
         "train": {"epochs": 1, "learning_rate": 1e-3},
         "tasks": [
@@ -46,7 +51,7 @@ def test_a_run_makes_everything_and_a_second_call_makes_nothing_again(mapping, t
     result = CliRunner().invoke(app, ["run", str(tmp_path / "run.yaml"), "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "report: " in " ".join(result.output.split())
-    for name in ("pretrained", "standard", "flow", "token"):
+    for name in ("pretrained", "standard", "flow", "token", "averaged"):
         found = json.loads((tmp_path / "out" / name / "evaluation.json").read_text())
         assert {task["kind"] for task in found["tasks"]} == {"qa", "perplexity", "multiple_choice"}
     weights = {
@@ -57,7 +62,15 @@ def test_a_run_makes_everything_and_a_second_call_makes_nothing_again(mapping, t
     assert 0.2 < weights["flow"] < 0.6
     assert weights["token"] == pytest.approx(1.0, rel=1e-5)
     page = (tmp_path / "out/report/report.md").read_text()
-    assert all(name in page for name in ("pretrained", "standard", "flow", "token"))
+    assert all(name in page for name in ("pretrained", "standard", "flow", "token", "averaged"))
+    before, tuned, averaged = (
+        load_file(Path(d) / "model.safetensors")["lm_head.weight"]
+        for d in (mapping["model"]["source"], tmp_path / "out/flow", tmp_path / "out/averaged")
+    )
+    torch.testing.assert_close(averaged, 0.75 * before + 0.25 * tuned)
+    # What an older version stored, with every default spelled out, is the same run.
+    identity = json.loads(json.dumps(dataclasses.asdict(from_mapping(RunConfig, mapping, "test"))))
+    (tmp_path / "out/run.json").write_text(json.dumps(identity))
 
     for name in ("train", "score", "evaluate"):
         original = getattr(pipeline_module, name)

@@ -70,9 +70,10 @@ def plot_tradeoff(runs: Sequence[Run], path: Path) -> bool:
     ):
         for run, x, y in points:
             index = runs.index(run)
+            # Beyond seven runs a colour comes again, with another marker.
             axes.errorbar(
                 x.value, y.value, xerr=x.standard_error, yerr=y.standard_error, color=_COLOURS[index % 7],
-                marker=_MARKERS[index % 7], markersize=9, capsize=3, elinewidth=1, linestyle="none", label=run.name,
+                marker=_MARKERS[(index + index // 7) % 7], markersize=9, capsize=3, elinewidth=1, linestyle="none", label=run.name,
             )  # fmt: skip
         _tidy(axes, x_label, y_label)
         axes.set_title("better: " + ("up and right" if higher else "down and left"), fontsize=11, color="0.35")
