@@ -6,7 +6,9 @@
 //   words of the next products, then dinput += P W and dweight[tile] = P^T input while P is in cache. A tile's dweight
 //   is complete after its last row, so it is rounded once and never needs a second buffer the size of the head.
 //
-// Blocks measured at N=1024, D=640, V=262144 on a Zen 4 core (1 MiB of L2).
+// Blocks measured at N=1024, D=640, V=262144 on a Zen 4 core (1 MiB of L2). On one such core (V=16384, CPU time) the
+// forward pass multiplies at 205 of the 234 GFLOP/s that vdpbf16ps reaches from registers, exponentials included, and
+// loss, dinput and dweight take 2.98 times as long as the forward pass where everything is kept.
 #pragma once
 #include "api.h"
 
