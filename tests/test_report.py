@@ -38,7 +38,7 @@ def make_items(task, kind, seed, shift) -> dict[str, Items]:
             "exact_match": Items(ids[:20], right[:20], np.ones(20))}  # fmt: skip
 
 
-def make_run(directory, seed, shifts, weights=None, fingerprint="f", skip=()) -> dict:
+def make_run(directory, seed, shifts, weights=None, fingerprint="f", skip=(), **options) -> dict:
     """A run directory as `evaluate` and `train` leave it; returns its items."""
     directory.mkdir(parents=True)
     records, rows, kept = [], [], {}
@@ -63,7 +63,7 @@ def make_run(directory, seed, shifts, weights=None, fingerprint="f", skip=()) ->
     pq.write_table(pa.table({n: list(c) for n, c in zip(names, columns, strict=True)}), directory / "items.parquet")
     if weights is not None:
         (directory / "train").mkdir()
-        summary = {"method": {"name": directory.name, "weights": weights}, "train": {}, "num_steps": 48,
+        summary = {"method": {"name": directory.name, "weights": weights, **options}, "train": {}, "num_steps": 48,
                    "num_samples": 256, "temperature": 1.5, "mean_weight": 0.3721, "effective_sample_size": 228.4,
                    "seconds": 1234.5, "tokens_per_second": 500.0, "final_loss": 0.8, "model": "the/base"}  # fmt: skip
         (directory / "train" / "summary.json").write_text(json.dumps(summary))
@@ -201,6 +201,13 @@ def test_baseline_by_name(runs, tmp_path):
     assert "plain - flow" in text
     with pytest.raises(InputError, match=r"no run 'x' to compare with; there are untrained, plain, flow"):
         write_report(runs[0], tmp_path, baseline="x")
+
+
+def test_a_method_without_weights_is_no_baseline_unless_it_is_plain(runs, tmp_path):
+    make_run(tmp_path / "l2", 6, {"target": 0.0, "retained": 0.0}, "none", penalty="l2")
+    text = write_report([tmp_path / "l2", *runs[0]], tmp_path / "report").read_text()
+    assert "### Against plain" in text
+    assert "### Against l2" not in text
 
 
 def test_untrained_runs_alone(runs, tmp_path):

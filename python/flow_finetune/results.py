@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flow_finetune import derived
+from flow_finetune.config import MethodConfig, without_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import EVALUATION_FILE, read_items
 from flow_finetune.statistics import Difference, Items, paired_difference, paired_mean_difference
@@ -211,13 +212,20 @@ def verdict(difference: Difference, metric: Metric) -> str:
 
 
 def find_baseline(runs: Sequence[Run], name: str | None = None) -> Run | None:
-    """The run of that name, else the first that was trained without weights."""
+    """The run of that name, else the first of plain fine-tuning: no weights, and nothing else of a method either."""
     if name is not None:
         found = [run for run in runs if run.name == name]
         if not found:
             raise InputError(f"there is no run {name!r} to compare with; there are {', '.join(r.name for r in runs)}")
         return found[0]
-    return next((run for run in runs if run.summary and run.summary["method"]["weights"] == "none"), None)
+    return next((run for run in runs if run.summary and _is_plain(run.summary["method"])), None)
+
+
+def _is_plain(method: dict) -> bool:
+    options = without_defaults(MethodConfig, method)
+    return {name: value for name, value in options.items() if name not in ("name", "learning_rate")} == {
+        "weights": "none"
+    }
 
 
 def find_pretrained(runs: Sequence[Run]) -> Run | None:
