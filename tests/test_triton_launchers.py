@@ -193,6 +193,15 @@ class TestBackend:
         ):
             flow_kernels.cross_entropy(logits, target, backend="triton")
 
+    def test_tensors_on_different_devices_are_refused(self):
+        logits, target = torch.zeros(2, 5, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+        with pytest.raises(ValueError, match=f"target is on meta but input is on {DEVICE}"):
+            flow_kernels.cross_entropy(logits, target.to("meta"), backend="triton")
+        for elsewhere in ({"linear_weight": torch.zeros(5, 5, device="meta")}, {"linear_bias": logits[0].to("meta")}):
+            arguments = {"linear_weight": torch.zeros(5, 5, device=DEVICE), **elsewhere}
+            with pytest.raises(ValueError, match=f"{next(iter(elsewhere))} is on meta but input is on {DEVICE}"):
+                flow_kernels.linear_cross_entropy(logits, target=target, backend="triton", **arguments)
+
     def test_other_devices_are_refused(self):
         assert "no Triton kernels for mps" in backends.status("triton", "mps").reason
 
