@@ -14,8 +14,11 @@ What each launch reads and writes per logit of b bytes:
 
 The target's own exponential is kept out of the sum: `others = sum_{j != y} exp(z_j - max)` gives p_y - 1 as
 -others / sum, and log_sum as log1p(others) where y is the maximum, both exact to fp32 however confident the row is.
-FLOW weights confident rows most, and bf16 gradients lose them first. Only the block that covers the target compares its
-columns with it.
+FLOW weights confident rows most, and bf16 gradients lose them first. Only the block that covers the target, or in a row
+kept in registers its 16 bytes, compares its columns with it.
+
+p_j is exp(z_j - max) / sum wherever the row's maximum is at hand; exp(z_j - lse) carries the rounding of lse, which only
+the backward pass from a saved lse cannot avoid.
 
 A row whose target is `ignore_index`, or whose weight is 0, writes zeros and reads no logits. A target outside [0, V)
 raises on the CPU; on a GPU, where looking would synchronise, its row gets loss and lse NaN, gradient 0, and nothing is
