@@ -14,6 +14,9 @@ AMD) it reads:
 
 Loops that compute no exponential (they write the zeros of a skipped row) are left out. Narrow accesses outside loops are
 the row's scalars, one per block and not one per thread, up to the number the kernel's source has (MAX_ROW_SCALARS).
+flow_weights_kernel reads row losses, 4 bytes each from offsets that need not be aligned; its accesses are narrow, and its
+bytes a V-th of the logits'.
+
 "all" is soft-cap, smoothing, z-loss and class weights together, with a bias in our kernels. Liger's cross-entropy kernel,
 where `liger-kernel` is installed, is measured beside them at the launch parameters that its own launcher would choose;
 its rows "gradient" and "loss only" are the counterparts of ours that make a gradient and that do not.
@@ -41,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import machine_code
 from machine_code import Binary, is_exponential, read_amd, read_cuda, trip_length
 
-from flow_kernels.kernels import configs
+from flow_kernels.kernels import configs, softmax_row
 from flow_kernels.kernels import cross_entropy as kernels
 from flow_kernels.kernels.flow_weights import BLOCK_SAMPLES, BLOCK_TOKENS, NUM_WARPS, flow_weights_kernel
 
@@ -115,7 +118,11 @@ class Case:
 
     def digest(self) -> str:
         """What the row depends on: the kernel with all it calls, its launch parameters, the compiler and this program."""
-        parts = (self.source().hash(), self.threads, self.num_classes, triton.__version__, COUNTING)
+        # Not the compiler's own key, which changes with a line above the kernel.
+        helpers = [f.src for f in vars(softmax_row).values() if isinstance(f, triton.JITFunction)]
+        code = (self.kernel.src, *(helpers if self.kernel.__module__.startswith("flow_kernels") else ()))
+        launch = (sorted(self.constants.items(), key=str), self.threads, self.num_classes, self.dtype)
+        parts = (code, launch, triton.__version__, COUNTING)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     def compile(self, target: GPUTarget) -> Binary:

@@ -135,9 +135,10 @@ def test_public_functions_trace_with_fake_tensors(reduction):
 
 def test_scoring_traces_with_fake_tensors():
     def score(logits, hidden, linear_weight, target):
-        samples = flow_kernels.score_samples(logits, target, backend="triton")
-        linear = flow_kernels.linear_score_samples(hidden, linear_weight, target, backend="triton")
-        return *samples, *linear
+        given = [f(logits, target, backend="triton") for f in (flow_kernels.score_samples, flow_kernels.score_tokens)]
+        linear = (flow_kernels.linear_score_samples, flow_kernels.linear_score_tokens)
+        of_head = [f(hidden, linear_weight, target, backend="triton") for f in linear]
+        return tuple(tensor for scores in (*given, *of_head) for tensor in scores)
 
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator).to(DEVICE) for shape in ((2, 3, 50), (2, 3, 8), (50, 8))]
