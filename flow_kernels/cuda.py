@@ -21,6 +21,8 @@ LIBRARY = HERE / "_cuda.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # cp.async, which every kernel uses, came with compute capability 8.0.
 MIN_CAPABILITY = (8, 0)
+# Column arithmetic is int32 and looks one unit past the row (csrc/cuda/cross_entropy.cu).
+MAX_CLASSES = 2**31 - 66
 
 _is_loaded = False
 
@@ -59,13 +61,19 @@ def why_not() -> str | None:
         return "torch finds no usable NVIDIA driver or GPU"
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
-        return f"{torch.cuda.get_device_name()} has compute capability {capability}, the kernels need {MIN_CAPABILITY}"
+        found, needed = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
+        return f"{torch.cuda.get_device_name()} has compute capability {found}, the kernels need {needed}"
     return None
 
 
 def _check(logits) -> None:
     if logits.dtype not in DTYPES:
         raise NotImplementedError(f"the cuda backend takes float32, bfloat16 and float16 logits, got {logits.dtype}")
+    if logits.shape[1] > MAX_CLASSES:
+        raise ValueError(
+            f"the CUDA kernels take rows of at most {MAX_CLASSES} logits, got {logits.shape[1]}; "
+            "backend='reference' serves any length"
+        )
 
 
 def _absent(operator: str):

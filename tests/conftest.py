@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import device_shuttle
 import hypothesis
 import pytest
 import tiny_model
@@ -14,6 +15,10 @@ from flow_finetune.config import ModelConfig
 from flow_finetune.models import load_model
 
 from flow_kernels import backends
+
+# `make test DEVICE=cuda`: the Triton kernels of the operator tests run on the GPU, compiled; the tests stay on the CPU.
+if os.environ.get("DEVICE") == "cuda":
+    device_shuttle.serve_the_cpu_from("cuda", "triton")
 
 # A backend that can serve this machine's CPU joins every operator test by itself. Triton's interpreter is a hundred times
 # slower than a kernel: `make test` gives it its own tests, `make test-triton` this matrix, by naming it here.
@@ -32,8 +37,12 @@ def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
 
 FLOAT64_BACKENDS = [name for name in BACKENDS if torch.float64 in dtypes_of(name)]
 
-# Fixed examples, so that a failure is reproducible and a green run stays green.
-hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30, database=None)
+# Fixed examples, so that a failure is reproducible and a green run stays green. Fewer of them where an example takes
+# seconds.
+INTERPRETS = "triton" in BACKENDS and os.environ.get("TRITON_INTERPRET") == "1"
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, deadline=None, max_examples=8 if INTERPRETS else 30, database=None
+)
 hypothesis.settings.load_profile("fixed")
 
 

@@ -288,3 +288,36 @@ def test_what_the_backend_lacks_is_named():
         cuda.cross_entropy_fwd(logits, target, *Options())
     with pytest.raises(NotImplementedError, match=r"the cuda backend has no linear head; backend='auto'"):
         cuda.linear_cross_entropy_fwd(logits, logits, target)
+
+
+def test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch):
+    monkeypatch.setattr(cuda, "MAX_CLASSES", 9)
+    logits, target = torch.zeros(1, 10), torch.zeros(1, dtype=torch.long)
+    for operator in (cuda.cross_entropy_fwd, lambda z, y, *o: cuda.cross_entropy_fwd_bwd(z, y, torch.ones(1), *o)):
+        with pytest.raises(ValueError, match=r"at most 9 logits, got 10; backend='reference'"):
+            operator(logits, target, *Options())
+
+
+@pytest.mark.parametrize(("capability", "available"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_old_gpus_are_refused(capability, available, monkeypatch):
+    """On a machine that has the kernels and a driver, the GPU's age decides."""
+    monkeypatch.setattr(cuda, "load", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = backends.status("cuda", "cuda")
+    assert found.available == available
+    if not available:
+        with pytest.raises(
+            backends.BackendUnavailable, match=r"a GPU has compute capability 7\.5, the kernels need 8\.0"
+        ):
+            backends.resolve("cuda", "cuda")
+
+
+def test_no_driver_is_named(monkeypatch):
+    monkeypatch.setattr(cuda, "load", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(backends.BackendUnavailable, match=r"no usable NVIDIA driver.*'auto' would use 'reference'"):
+        backends.resolve("cuda", "cuda")

@@ -135,9 +135,10 @@ def test_public_functions_trace_with_fake_tensors(reduction):
 
 def test_scoring_traces_with_fake_tensors():
     def score(logits, hidden, linear_weight, target):
-        samples = flow_kernels.score_samples(logits, target, backend="triton")
-        linear = flow_kernels.linear_score_samples(hidden, linear_weight, target, backend="triton")
-        return *samples, *linear
+        given = [f(logits, target, backend="triton") for f in (flow_kernels.score_samples, flow_kernels.score_tokens)]
+        linear = (flow_kernels.linear_score_samples, flow_kernels.linear_score_tokens)
+        of_head = [f(hidden, linear_weight, target, backend="triton") for f in linear]
+        return tuple(tensor for scores in (*given, *of_head) for tensor in scores)
 
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator).to(DEVICE) for shape in ((2, 3, 50), (2, 3, 8), (50, 8))]
@@ -192,6 +193,15 @@ class TestBackend:
             flow_kernels.BackendUnavailable, match=r"not torch.float64; backend='auto' would use '(cpu|reference)'"
         ):
             flow_kernels.cross_entropy(logits, target, backend="triton")
+
+    def test_tensors_on_different_devices_are_refused(self):
+        logits, target = torch.zeros(2, 5, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+        with pytest.raises(ValueError, match=f"target is on meta but input is on {DEVICE}"):
+            flow_kernels.cross_entropy(logits, target.to("meta"), backend="triton")
+        for elsewhere in ({"linear_weight": torch.zeros(5, 5, device="meta")}, {"linear_bias": logits[0].to("meta")}):
+            arguments = {"linear_weight": torch.zeros(5, 5, device=DEVICE), **elsewhere}
+            with pytest.raises(ValueError, match=f"{next(iter(elsewhere))} is on meta but input is on {DEVICE}"):
+                flow_kernels.linear_cross_entropy(logits, target=target, backend="triton", **arguments)
 
     def test_other_devices_are_refused(self):
         assert "no Triton kernels for mps" in backends.status("triton", "mps").reason

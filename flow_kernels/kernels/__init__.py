@@ -1,7 +1,7 @@
 """Triton kernels and their launchers, under the names and signatures of `flow_kernels.reference`, for fp32, bf16, fp16.
 
-Performance model. One row of V logits of b bytes; about 8 instructions and one exponential a logit forward, about 23
-and two with the gradient (`python benchmarks/gpu_static.py`). The kernels move
+Performance model. One row of V logits of b bytes; in 16 bits about 7 instructions and one exponential a logit forward,
+about 17 and two with the gradient (`python benchmarks/gpu_static.py`). The kernels move
 
     scoring    b V read                       2 V bytes in bf16
     training   b V read, b V written          4 V bytes while a row fits in registers (128 KiB), else 6 V
@@ -11,18 +11,18 @@ its instructions (128 lanes a cycle and multiprocessor, 64 on MI300X) take longe
 
              scoring, V = 151936       training, V = 65536       training, V = 151936
     device   bytes    exponentials     bytes    instructions     bytes
-    A100     152       62              131       77              456            2.0 TB/s, 108 x 1.41 GHz
-    H100      91       41               78       51              272            3.35 TB/s, 132 x 1.755 GHz
-    H200      63       41               55       51              190            4.8 TB/s, 132 x 1.755 GHz
-    B200      38       35               33       43              114            8.0 TB/s, 148 x 1.85 GHz
-    MI300X    57       15               49       37              172            5.3 TB/s, 304 x 2.1 GHz
+    A100     152       62              131       57              456            2.0 TB/s, 108 x 1.41 GHz
+    H100      91       41               78       39              272            3.35 TB/s, 132 x 1.755 GHz
+    H200      63       41               55       39              190            4.8 TB/s, 132 x 1.755 GHz
+    B200      38       35               33       31              114            8.0 TB/s, 148 x 1.85 GHz
+    MI300X    57       15               49       32              172            5.3 TB/s, 304 x 2.1 GHz
 
 A good streaming kernel reaches 85 to 90 % of the bandwidth where the rest hides behind it. To be expected: that on A100,
-H100 and MI300X; less on H200, where instructions nearly fill a one-pass row's time; on B200 instructions, not bytes,
-bound the one-pass kernel (about 75 % of the bandwidth at best), and exponentials nearly fill the time of scoring. A
-second read may hit L2, but the rows in flight are near its size, so no gain is counted. Under the linear head the row
-kernel is a small part: on H100 three products of 2 D flops a logit take 4.7 us a row of V = 151936 with D = 4096 at
-800 TFLOP/s, the row kernel 0.3 us.
+H100 and MI300X; a little less on H200, where instructions fill 70 % of a one-pass row's time; on B200 instructions take
+as long as the bytes of a one-pass row and exponentials nearly as long as those of scoring, so 75 to 80 %. A second read
+may hit L2, but the rows in flight are near its size, so no gain is counted. Under the linear head the row kernel is a
+small part: on H100 three products of 2 D flops a logit take 4.7 us a row of V = 151936 with D = 4096 at 800 TFLOP/s, the
+row kernel 0.3 us.
 
 Nothing here has been timed on a GPU; these are floors on paper.
 """

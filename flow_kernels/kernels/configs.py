@@ -20,16 +20,22 @@ MAX_CLASSES = 2**31 - 2**17
 
 @dataclass(frozen=True)
 class Config:
-    """`block_v` columns at a time by `threads` threads; `num_blocks` of them make a row that is kept in registers."""
+    """`block_v` columns at a time by `threads` threads.
+
+    `num_blocks` of them make a row that is kept in registers. In a row that is walked a thread reduces its `depth` groups
+    of 16 bytes of a block together.
+    """
 
     block_v: int
     threads: int
     num_blocks: int = 0
+    depth: int = 0
 
     @property
     def constants(self) -> dict[str, int]:
         """The kernel's compile-time sizes."""
-        return {"BLOCK_V": self.block_v} | ({"NUM_BLOCKS": self.num_blocks} if self.num_blocks else {})
+        sizes = {"BLOCK_V": self.block_v, "NUM_BLOCKS": self.num_blocks, "DEPTH": self.depth}
+        return {name: size for name, size in sizes.items() if size}
 
     def num_warps(self, warp_size: int) -> int:
         """Triton counts warps, whose size differs between vendors."""
@@ -46,16 +52,16 @@ ONE_PASS = {
         2048: Config(1024, 128, 2),
         4096: Config(2048, 256, 2),
         8192: Config(2048, 256, 4),
-        16384: Config(4096, 512, 4),
+        16384: Config(2048, 256, 8),
         32768: Config(2048, 256, 16),
         65536: Config(4096, 512, 16),
     },
     4: {
-        1024: Config(1024, 128, 1),
-        2048: Config(1024, 128, 2),
-        4096: Config(2048, 256, 2),
-        8192: Config(2048, 256, 4),
-        16384: Config(4096, 512, 4),
+        1024: Config(512, 128, 2),
+        2048: Config(512, 128, 4),
+        4096: Config(1024, 256, 4),
+        8192: Config(1024, 256, 8),
+        16384: Config(2048, 512, 8),
         32768: Config(2048, 512, 16),
     },
 }
@@ -66,12 +72,15 @@ ONE_PASS_ROW_BYTES_WITH_OPTIONS = 32 * 2**10
 # Rows walked block by block. Four 16-byte loads in flight a thread, 64 KiB a multiprocessor at four blocks of 256
 # threads: bandwidth times latency of an H100 is 20 KiB. Short rows take a smaller block so that fewer lanes idle.
 WALK = {
-    2: {2048: Config(2048, 128), MAX_CLASSES: Config(8192, 256)},
-    4: {1024: Config(1024, 128), MAX_CLASSES: Config(4096, 256)},
+    2: {2048: Config(2048, 128, depth=2), MAX_CLASSES: Config(8192, 256, depth=4)},
+    4: {1024: Config(1024, 128, depth=2), MAX_CLASSES: Config(4096, 256, depth=4)},
 }
 
 # One block of one row each: no reduction, only enough work to pay for reading the row's scalars.
-ELEMENTWISE = WALK
+ELEMENTWISE = {
+    2: {2048: Config(2048, 128), MAX_CLASSES: Config(8192, 256)},
+    4: {1024: Config(1024, 128), MAX_CLASSES: Config(4096, 256)},
+}
 
 
 def lookup(table: dict, dtype: torch.dtype, num_classes: int) -> Config | None:

@@ -14,8 +14,11 @@ What each launch reads and writes per logit of b bytes:
 
 The target's own exponential is kept out of the sum: `others = sum_{j != y} exp(z_j - max)` gives p_y - 1 as
 -others / sum, and log_sum as log1p(others) where y is the maximum, both exact to fp32 however confident the row is.
-FLOW weights confident rows most, and bf16 gradients lose them first. Only the block that covers the target compares its
-columns with it.
+FLOW weights confident rows most, and bf16 gradients lose them first. Only the block that covers the target, or in a row
+kept in registers its 16 bytes, compares its columns with it.
+
+p_j is exp(z_j - max) / sum wherever the row's maximum is at hand; exp(z_j - lse) carries the rounding of lse, which only
+the backward pass from a saved lse cannot avoid.
 
 A row whose target is `ignore_index`, or whose weight is 0, writes zeros and reads no logits. A target outside [0, V)
 raises on the CPU; on a GPU, where looking would synchronise, its row gets loss and lse NaN, gradient 0, and nothing is
@@ -33,19 +36,20 @@ from torch import Tensor
 
 from flow_kernels.kernels import configs
 from flow_kernels.kernels.softmax_row import (
-    LOWEST,
     accumulate,
     columns,
     expm1,
+    group_of,
     keep_raw,
     load_logits,
-    merge_groups,
     merge_target,
+    merge_threads,
     others_gradient,
     place_target,
     row_loss,
     row_terms,
     smoothing_sum,
+    start_threads,
     store_zeros,
     target_gradient,
     through_head,
@@ -57,7 +61,8 @@ from flow_kernels.reference import check_target
 @triton.jit
 def cross_entropy_fwd_kernel(
     logits_ptr, target_ptr, bias_ptr, class_weight_ptr, loss_ptr, lse_ptr, correct_ptr,
-    logits_row_stride, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_row_stride, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Loss, lse and correctness of one row a program."""
     ignore_index, label_smoothing, softcap, z_loss = options
@@ -68,9 +73,9 @@ def cross_entropy_fwd_kernel(
         row_ptr = logits_ptr + row * logits_row_stride
         z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
         z_max, others, weighted, max_before = walk_row(
-            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
+            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V, DEPTH
         )
-        nll, lse, _ = merge_target(z_max, others, z_target)
+        nll, lse, _, _ = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
         tl.store(lse_ptr + row, lse)
@@ -98,23 +103,28 @@ def cross_entropy_fwd_bwd_kernel(
     is_kept = (target != ignore_index) & (scale != 0)
     if is_kept & (target >= 0) & (target < V):
         y = target.to(tl.int32)
-        lanes = columns(row_ptr, BLOCK_V)
-        group_max = tl.max(tl.full(lanes.shape, LOWEST, tl.float32), 1)
-        group_sum = tl.zeros_like(group_max)
-        weighted = tl.zeros_like(group_max)
+        lanes = columns(row_ptr, BLOCK_V, 1)
+        thread = tl.arange(0, lanes.shape[1])
         z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        # The target's 16 bytes are taken out of the blocks and handled on their own: one comparison a group, not one a
+        # logit.
+        y_group, y_cols = group_of(row_ptr, y)
+        z_group = load_logits(row_ptr, bias_ptr, y_cols, V, softcap, HAS_SOFTCAP)
+        running = start_threads(tl.where(y_cols == y, -float("inf"), z_group), thread)
+        weighted = tl.zeros_like(running[0])
         blocks = ()
         for block in tl.static_range(NUM_BLOCKS):
-            cols = block * BLOCK_V + lanes
+            cols = lanes + block * BLOCK_V
             x = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf"))
             # Triton reads no starred expression.
             blocks = blocks + (x,)  # noqa: RUF005
             z = through_head(x, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
             if HAS_SMOOTHING:
                 weighted += smoothing_sum(z, class_weight_ptr, cols, V)
-            group_max, group_sum = accumulate(tl.where(cols == y, -float("inf"), z), group_max, group_sum)
-        z_max, others = merge_groups(group_max, group_sum, z_target)
-        nll, lse, p_minus_1 = merge_target(z_max, others, z_target)
+            is_counted = thread + block * lanes.shape[1] != y_group
+            running = accumulate(z, running, is_counted)
+        z_max, others = merge_threads(running, z_target)
+        nll, lse, p_minus_1, softmax = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, tl.sum(weighted, 0), terms, z_loss, HAS_SMOOTHING))
         dz_target = target_gradient(
@@ -122,11 +132,18 @@ def cross_entropy_fwd_bwd_kernel(
         )
         dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
         for block in tl.static_range(NUM_BLOCKS):
-            cols = block * BLOCK_V + lanes
+            cols = lanes + block * BLOCK_V
             z = through_head(keep_raw(blocks[block], others), bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-            dz = others_gradient(z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
-            dz = tl.where(cols == y, dz_target, dz).to(dlogits_ptr.dtype.element_ty)
-            tl.store(dlogits_row_ptr + cols, dz, mask=cols < V)
+            dz = others_gradient(
+                z, cols, softmax, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            )
+            is_stored = (thread + block * lanes.shape[1] != y_group)[None, :, None] & (cols < V)
+            tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=is_stored)
+        dz = others_gradient(
+            z_group, y_cols, softmax, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+        )
+        dz = tl.where(y_cols == y, dz_target, dz).to(dlogits_ptr.dtype.element_ty)
+        tl.store(dlogits_row_ptr + y_cols, dz, mask=y_cols < V)
     else:
         tl.store(loss_ptr + row, tl.where(is_kept, float("nan"), 0.0))
         store_zeros(dlogits_ptr + row * row_strides[1], V, BLOCK_V)
@@ -135,7 +152,8 @@ def cross_entropy_fwd_bwd_kernel(
 @triton.jit
 def cross_entropy_walk_kernel(
     logits_ptr, target_ptr, row_weight_ptr, bias_ptr, class_weight_ptr, loss_ptr, dlogits_ptr,
-    row_strides, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    row_strides, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """`cross_entropy_fwd_bwd_kernel` for a row of any length: read once for the loss, once more for the gradient."""
     ignore_index, label_smoothing, softcap, z_loss = options
@@ -149,19 +167,21 @@ def cross_entropy_walk_kernel(
         y = target.to(tl.int32)
         z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
         z_max, others, weighted, _ = walk_row(
-            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V
+            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V, DEPTH
         )
-        nll, lse, p_minus_1 = merge_target(z_max, others, z_target)
+        nll, lse, p_minus_1, softmax = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
         dz_target = target_gradient(
             z_target, p_minus_1, y, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
         )
-        lanes = columns(row_ptr, BLOCK_V)
+        lanes = columns(row_ptr, BLOCK_V, DEPTH)
         for start in range(0, V, BLOCK_V):
             cols = start + lanes
             z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-            dz = others_gradient(z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+            dz = others_gradient(
+                z, cols, softmax, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            )
             dz = place_target(dz, cols, y, dz_target, start, BLOCK_V)
             tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
     else:
@@ -178,7 +198,7 @@ def cross_entropy_bwd_kernel(
     ignore_index, label_smoothing, softcap, z_loss = options
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK_V
-    cols = start + columns(logits_ptr, BLOCK_V)
+    cols = start + columns(logits_ptr, BLOCK_V, 1)
     row_ptr = logits_ptr + row * row_strides[0]
     dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
     target = tl.load(target_ptr + row)
@@ -188,7 +208,9 @@ def cross_entropy_bwd_kernel(
         lse = tl.load(lse_ptr + row)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
-        dz = others_gradient(z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+        dz = others_gradient(
+            z, cols, (lse, 1.0), terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+        )
         if (y >= start) & (y < start + BLOCK_V):
             # Every column as if it were the target, rather than a second read of a logit that is being overwritten.
             dz_target = target_gradient(

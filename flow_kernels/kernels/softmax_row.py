@@ -20,10 +20,23 @@ LOWEST = tl.constexpr(-1.7e38)
 
 
 @triton.jit
-def columns(ptr, BLOCK_V: tl.constexpr):
-    """Columns [BLOCK_V / G, G] in groups G of 16 bytes, so that a thread owns whole groups and reduces them alone."""
+def columns(ptr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr):
+    """Columns [DEPTH, threads, G] in groups G of 16 bytes: a thread owns DEPTH whole groups and reduces them alone."""
     GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    return tl.arange(0, BLOCK_V // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    THREADS: tl.constexpr = BLOCK_V // GROUP // DEPTH
+    group = tl.arange(0, DEPTH)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
+    return group[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+
+
+@triton.jit
+def thread_max(z):
+    """The maximum of each thread's columns, without a word to the others."""
+    return tl.max(tl.max(z, 2), 0)
+
+
+@triton.jit
+def thread_sum(z):
+    return tl.sum(tl.sum(z, 2), 0)
 
 
 @triton.jit
@@ -61,49 +74,75 @@ def keep_raw(x, total):
 
 @triton.jit
 def smoothing_sum(z, class_weight_ptr, cols, V):
-    """Sum over each group of weight_j z_j."""
+    """Sum of weight_j z_j over the columns of each thread."""
     if class_weight_ptr is not None:
         z *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
-    return tl.sum(tl.where(cols < V, z, 0.0), 1)
+    return thread_sum(tl.where(cols < V, z, 0.0))
 
 
 @triton.jit
-def accumulate(z, group_max, group_sum):
-    """Bring a block into every group's running (max, sum of exp): one exponential a logit and one a group."""
-    new_max = tl.maximum(group_max, tl.max(z, 1))
-    group_sum = group_sum * tl.exp2((group_max - new_max) * LOG2E)
-    # new_max * LOG2E is rounded before z meets it: the error of one rounding of lse, the same for the whole group.
-    return new_max, group_sum + tl.sum(tl.exp2(tl.fma(z, LOG2E, (new_max * -LOG2E)[:, None])), 1)
+def group_of(ptr, y):
+    """Number and columns [G] of the 16-byte group that column y is in."""
+    GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    return y // GROUP, y // GROUP * GROUP + tl.arange(0, GROUP)
 
 
 @triton.jit
-def merge_groups(group_max, group_sum, z_target):
-    """The groups' (max, sum) as one, in a fixed order: the row's only reduction between threads.
+def start_threads(z, thread):
+    """Every thread's running (max, shift, sum of exp) before its first block, the first thread's with logits z [G]."""
+    z_max = tl.maximum(tl.max(z, 0), LOWEST)
+    shift = z_max * -LOG2E
+    z_sum = tl.sum(tl.exp2(tl.fma(z, LOG2E, shift)), 0)
+    is_first = thread == 0
+    return tl.where(is_first, z_max, LOWEST), tl.where(is_first, shift, LOWEST * -LOG2E), tl.where(is_first, z_sum, 0.0)
+
+
+@triton.jit
+def accumulate(z, running, is_counted):
+    """Bring a block into every thread's running (max, shift, sum): one exponential a logit and one a block.
+
+    The sum is of 2^(z LOG2E + shift), with the shift -max LOG2E as it was rounded, so that its rounding is no error. A
+    minimum makes it, because a product could be fused into the difference below, unrounded. Where `is_counted`
+    [threads] is given and false, the block raises the maximum but adds nothing to the sum.
+    """
+    new_max = tl.maximum(running[0], thread_max(z))
+    shift = tl.minimum(running[1], new_max * -LOG2E)
+    block_sum = thread_sum(tl.exp2(tl.fma(z, LOG2E, shift[None, :, None])))
+    if is_counted is not None:
+        block_sum = tl.where(is_counted, block_sum, 0.0)
+    return new_max, shift, running[2] * tl.exp2(shift - running[1]) + block_sum
+
+
+@triton.jit
+def merge_threads(running, z_target):
+    """The threads' (max, shift, sum) as (max, sum of exp(z - max)), in a fixed order: the row's only reduction.
 
     `z_target` changes nothing, but every thread has then waited for its load of it before any can leave the reduction
     and overwrite it in place.
     """
-    group_max = tl.maximum(group_max, tl.minimum(z_target, LOWEST))
-    z_max = tl.max(group_max, 0)
-    return z_max, tl.sum(group_sum * tl.exp2((group_max - z_max) * LOG2E), 0)
+    z_max = tl.max(tl.maximum(running[0], tl.minimum(z_target, LOWEST)), 0)
+    shift = tl.min(running[1], 0)
+    total = tl.sum(running[2] * tl.exp2(shift - running[1]), 0)
+    # What rounding took from the shift; the bounds are for maxima so large that an fp32 sum means nothing.
+    rest = tl.fma(z_max, -LOG2E, -shift)
+    return z_max, total * tl.exp2(tl.minimum(tl.maximum(rest, -1.0), 1.0))
 
 
 @triton.jit
 def walk_row(
     row_ptr, target, z_target, bias_ptr, class_weight_ptr, V, softcap,
-    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One read of a row: `(z_max, others, weighted, max_before)`.
 
     `z_max` and `others` leave the target out, `weighted` is sum_j weight_j z_j (with HAS_SMOOTHING), `max_before` the
     maximum of the columns before the target.
     """
-    GROUP: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
-    lanes = columns(row_ptr, BLOCK_V)
-    group_max = tl.full([BLOCK_V // GROUP], LOWEST, tl.float32)
-    group_sum = tl.zeros([BLOCK_V // GROUP], tl.float32)
-    weighted = tl.zeros([BLOCK_V // GROUP], tl.float32)
-    max_before = tl.max(group_max, 0)
+    lanes = columns(row_ptr, BLOCK_V, DEPTH)
+    lowest = tl.full([lanes.shape[1]], LOWEST, tl.float32)
+    running = (lowest, lowest * -LOG2E, tl.zeros_like(lowest))
+    weighted = tl.zeros_like(lowest)
+    max_before = tl.max(lowest, 0)
     for start in range(0, V, BLOCK_V):
         cols = start + lanes
         z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
@@ -111,24 +150,29 @@ def walk_row(
             weighted += smoothing_sum(z, class_weight_ptr, cols, V)
         # One block of a row takes this branch, so no other block pays for comparing its columns with the target.
         if (target >= start) & (target < start + BLOCK_V):
-            before = tl.max(tl.where(cols < target, z, -float("inf")), 1)
-            max_before = tl.max(tl.maximum(group_max, before), 0)
+            before = thread_max(tl.where(cols < target, z, -float("inf")))
+            max_before = tl.max(tl.maximum(running[0], before), 0)
             z = tl.where(cols == target, -float("inf"), z)
-        group_max, group_sum = accumulate(z, group_max, group_sum)
-    z_max, others = merge_groups(group_max, group_sum, z_target)
+        running = accumulate(z, running, None)
+    z_max, others = merge_threads(running, z_target)
     return z_max, others, tl.sum(weighted, 0), max_before
 
 
 @triton.jit
 def merge_target(z_max, others, z_target):
-    """Bring the target's logit into `(z_max, others)`: `(nll, lse, p_target - 1)`."""
+    """Bring the target's logit into `(z_max, others)`: `(nll, lse, p_target - 1, softmax)`.
+
+    `softmax = (shift, 1 / sum)` gives p_j = exp(z_j - shift) / sum with shift the row's maximum. exp(z_j - lse) would
+    carry the rounding of lse, some 1e-6 of every p at lse = 16, where this one carries that of z_j - shift.
+    """
     row_max = tl.maximum(z_max, z_target)
     others *= tl.exp2((z_max - row_max) * LOG2E)
     share = tl.exp2((z_target - row_max) * LOG2E)
     # log1p by its series where the target is the maximum and the rest is small; relative error below 2e-8.
     series = others * (1.0 - others * (0.5 - others * (1.0 / 3.0 - others * 0.25)))
     log_sum = tl.where((share == 1.0) & (others < 0.015625), series, tl.log2(others + share) * LN2)
-    return (row_max - z_target) + log_sum, row_max + log_sum, -others / (others + share)
+    total = others + share
+    return (row_max - z_target) + log_sum, row_max + log_sum, -others / total, (row_max, 1.0 / total)
 
 
 @triton.jit
@@ -173,13 +217,16 @@ def through_options(
 
 @triton.jit
 def others_gradient(
-    z, cols, lse, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+    z, cols, softmax, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """The gradient of every column but the target's, whose place gets a value that `place_target` replaces."""
-    # exp(z - lse) in one fused operation and one exponential a logit; what rounding took from lse * LOG2E goes into the
-    # row's factor, so the only error is that of lse itself.
-    shift = lse * -LOG2E
-    factor = scale * terms[1] * tl.exp2(tl.fma(lse, -LOG2E, -shift))
+    """The gradient of every column but the target's, whose place gets a value that somebody else must replace.
+
+    `softmax` as from `merge_target`.
+    """
+    # exp(z - shift) in one fused operation and one exponential a logit; what rounding took from shift * LOG2E goes into
+    # the row's factor.
+    shift = softmax[0] * -LOG2E
+    factor = scale * terms[1] * softmax[1] * tl.exp2(tl.fma(softmax[0], -LOG2E, -shift))
     dz = factor * tl.exp2(tl.fma(z, LOG2E, shift))
     return through_options(dz, z, cols, class_weight_ptr, V, scale * terms[2], softcap, HAS_SMOOTHING, HAS_SOFTCAP)
 
@@ -216,7 +263,7 @@ def expm1(x):
 @triton.jit
 def store_zeros(dlogits_row_ptr, V, BLOCK_V: tl.constexpr):
     """A row of zeros."""
-    lanes = columns(dlogits_row_ptr, BLOCK_V)
+    lanes = columns(dlogits_row_ptr, BLOCK_V, 1)
     for start in range(0, V, BLOCK_V):
         cols = start + lanes
         tl.store(dlogits_row_ptr + cols, tl.zeros_like(cols).to(dlogits_row_ptr.dtype.element_ty), mask=cols < V)

@@ -1,0 +1,278 @@
+"""Speed of the losses on this machine's GPU, of given logits and of a linear head, beside what a copy and a matmul do.
+
+    python benchmarks/gpu.py                                   every case, into benchmarks/results/gpu.csv
+    python benchmarks/gpu.py --case train --shape 4096x65536   one case of one shape
+    python benchmarks/gpu.py --require                         exit code 2 and the reason where there is no GPU to measure
+
+Every implementation's losses are compared with the reference first; one that is wrong is not timed. Then it runs between
+CUDA events, with the L2 cache overwritten before every run, and the median counts. GB/s is of the bytes that must move (a
+logit read, and its gradient written when training), TFLOP/s of the products that must be made (2 N V D to score, 6 N V D
+to train), both also in per cent of what a copy and a bf16 product reach on the same device in the same run. Baselines that
+are not installed are named and left out.
+
+No result of this program is committed: no GPU has been at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+
+import flow_kernels
+from flow_kernels import reference
+
+DEVICE = "cuda"
+CASES = ("score", "train", "train weighted")
+PLAIN = (None, -100, 0.0, 0.0, 0.0)
+KEYS = ("device", "case", "N", "D", "V", "dtype", "implementation")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N rows, V vocabulary, D hidden (0: the logits are given)."""
+
+    num_rows: int
+    num_classes: int
+    dim: int = 0
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        """N x V, or N x V x D."""
+        return "x".join(str(n) for n in (self.num_rows, self.num_classes, self.dim) if n)
+
+    def work(self, case: str) -> tuple[float, float]:
+        """`(bytes, flops)` that must move and be made, whoever does it."""
+        logits = self.num_rows * self.num_classes
+        passes = 1 if case == "score" else 2
+        if not self.dim:
+            return logits * self.dtype.itemsize * passes, 0.0
+        operands = (self.num_rows + self.num_classes) * self.dim
+        return operands * self.dtype.itemsize * passes, 2.0 * logits * self.dim * (1 if case == "score" else 3)
+
+
+# One pass while a row fits in registers, the longest such row, and real vocabularies above it; then heads.
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(8192, 32768), Shape(4096, 65536), Shape(4096, 128256), Shape(4096, 151936), Shape(2048, 262144),
+        Shape(8192, 49152, 576), Shape(8192, 262144, 640), Shape(8192, 151936, 1024), Shape(8192, 128256, 4096),
+    )
+}  # fmt: skip
+
+
+def rates(shape: Shape, case: str, seconds: float, copy_gb_s: float, matmul_tflop_s: float) -> dict[str, float]:
+    """GB/s, TFLOP/s and their per cent of the device's copy and matmul."""
+    moved, made = shape.work(case)
+    gb_s, tflop_s = moved / seconds / 1e9, made / seconds / 1e12
+    return {
+        "GB_s": round(gb_s, 1), "percent_of_copy": round(100 * gb_s / copy_gb_s, 1),
+        "TFLOP_s": round(tflop_s, 2), "percent_of_matmul": round(100 * tflop_s / matmul_tflop_s, 1),
+    }  # fmt: skip
+
+
+def _weighted(loss, sample_weight):
+    return loss if sample_weight is None else (sample_weight * loss).sum() / loss.numel()
+
+
+def _flow(backend):
+    def loss(shape, tensors, target, sample_weight, reduction):
+        function = flow_kernels.linear_cross_entropy if shape.dim else flow_kernels.cross_entropy
+        return function(*tensors, target, sample_weight=sample_weight, reduction=reduction, backend=backend)
+
+    return loss
+
+
+def _eager(shape, tensors, target, sample_weight, reduction):
+    """What transformers does: 16-bit logits, widened as a whole."""
+    logits = (F.linear(*tensors) if shape.dim else tensors[0]).float()
+    loss = F.cross_entropy(logits, target, reduction="none" if sample_weight is not None else reduction)
+    return _weighted(loss, sample_weight)
+
+
+def _liger(shape, tensors, target, sample_weight, reduction):
+    """Its kernel overwrites the logits it is given, so training on given logits reads a copy of them."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
+
+    reduction = "none" if sample_weight is not None else reduction
+    if shape.dim:
+        loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction)(tensors[1], tensors[0], target)
+    else:
+        loss = LigerCrossEntropyLoss(reduction=reduction)(tensors[0].clone(), target)
+    return _weighted(loss, sample_weight)
+
+
+def _cut_cross_entropy(shape, tensors, target, sample_weight, reduction):
+    from cut_cross_entropy import linear_cross_entropy
+
+    reduction = "none" if sample_weight is not None else reduction
+    return _weighted(linear_cross_entropy(*tensors, target, reduction=reduction), sample_weight)
+
+
+def _quack(shape, tensors, target, sample_weight, reduction):
+    from quack.cross_entropy import cross_entropy
+
+    reduction = "none" if sample_weight is not None else reduction
+    return _weighted(cross_entropy(tensors[0], target, reduction=reduction), sample_weight)
+
+
+# Name: function, the package it needs, and whether it takes given logits and a head.
+IMPLEMENTATIONS = {
+    "flow triton": (_flow("triton"), "triton", (True, True)),
+    "flow cuda": (_flow("cuda"), "torch", (True, False)),
+    "torch, fp32 logits": (_eager, "torch", (True, True)),
+    "torch.compile, fp32 logits": (torch.compile(_eager, dynamic=False), "torch", (True, True)),
+    "liger": (_liger, "liger_kernel", (True, True)),
+    "cut-cross-entropy": (_cut_cross_entropy, "cut_cross_entropy", (False, True)),
+    "quack": (_quack, "quack", (True, False)),
+}
+
+
+def why_not() -> str | None:
+    """What is missing for a measurement on this machine, or None."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA and ROCm; make setup TORCH=... installs another"
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False: no GPU, or no usable driver"
+    return None
+
+
+def names_for(shape: Shape) -> list[str]:
+    """The implementations that serve a shape, whether they are installed or not."""
+    return [name for name, (_, _, takes) in IMPLEMENTATIONS.items() if takes[bool(shape.dim)]]
+
+
+def problem(shape: Shape, case: str):
+    """`(tensors, target, sample_weight)` on the GPU; the tensors train unless the case only scores."""
+    torch.manual_seed(0)
+    sizes = (
+        [(shape.num_rows, shape.dim), (shape.num_classes, shape.dim)]
+        if shape.dim
+        else [(shape.num_rows, shape.num_classes)]
+    )
+    tensors = [torch.randn(size, device=DEVICE, dtype=shape.dtype) for size in sizes]
+    if shape.dim:
+        tensors[1] /= shape.dim**0.5
+    target = torch.randint(shape.num_classes, (shape.num_rows,), device=DEVICE)
+    weight = torch.rand(shape.num_rows, device=DEVICE) + 0.1 if case == "train weighted" else None
+    return [t.requires_grad_(case != "score") for t in tensors], target, weight
+
+
+def call_of(name: str, shape: Shape, case: str, inputs):
+    """A function without arguments: the losses, or the loss and its gradients."""
+    function, (tensors, target, weight) = IMPLEMENTATIONS[name][0], inputs
+
+    def call():
+        if case == "score":
+            with torch.no_grad():
+                return (function(shape, tensors, target, None, "none"),)
+        loss = function(shape, tensors, target, weight, "mean")
+        return (loss, *torch.autograd.grad(loss, tensors))
+
+    return call
+
+
+def expected_loss(shape: Shape, case: str, inputs) -> torch.Tensor:
+    """The reference's losses in fp32, or their weighted mean."""
+    tensors, target, weight = inputs
+    with torch.no_grad():
+        operator = reference.linear_cross_entropy_fwd if shape.dim else reference.cross_entropy_fwd
+        wide = [t.float() for t in tensors]
+        losses = operator(*wide, target, *((None, *PLAIN, 256) if shape.dim else PLAIN))[0]
+    return losses if case == "score" else (losses * (1.0 if weight is None else weight)).sum() / losses.numel()
+
+
+class Timer:
+    """Median seconds between CUDA events, with the L2 cache overwritten before every run."""
+
+    def __init__(self, repetitions: int) -> None:
+        self.repetitions = repetitions
+        size = 2 * getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 128 * 2**20)
+        self.flush = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+
+    def __call__(self, call) -> float:
+        for _ in range(3):
+            call()
+        pairs = []
+        for _ in range(self.repetitions):
+            self.flush.zero_()
+            pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            pairs[-1][0].record()
+            call()
+            pairs[-1][1].record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
+
+
+def device_rates(timer: Timer) -> tuple[float, float]:
+    """`(GB/s of a copy, TFLOP/s of a bf16 matmul)` of this device."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / timer(lambda: target.copy_(source)) / 1e9
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    return copy, 2 * 8192**3 / timer(lambda: a @ b) / 1e12
+
+
+def measure(shape: Shape, case: str, names: list[str], timer: Timer, copy: float, matmul: float) -> list[dict]:
+    """One row for each implementation that is installed and right."""
+    rows = []
+    for name in names:
+        if importlib.util.find_spec(IMPLEMENTATIONS[name][1]) is None:
+            print(f"{name}: not timed: {IMPLEMENTATIONS[name][1]} is not installed")
+            continue
+        inputs = problem(shape, case)
+        call = call_of(name, shape, case, inputs)
+        try:
+            wrong = float((call()[0].detach().float() - expected_loss(shape, case, inputs)).abs().max())
+            if not wrong < harness.LOSS_GATE:
+                print(f"{name}: not timed: loss off by {wrong:.2g}")
+                continue
+            seconds = timer(call)
+        except (NotImplementedError, RuntimeError) as error:
+            print(f"{name}: not timed: {str(error).splitlines()[0]}")
+            continue
+        row = {"device": torch.cuda.get_device_name(), "case": case, "N": shape.num_rows, "D": shape.dim}
+        row |= {"V": shape.num_classes, "dtype": str(shape.dtype).removeprefix("torch."), "implementation": name}
+        row |= {"ms": round(1e3 * seconds, 4), **rates(shape, case, seconds, copy, matmul)}
+        row |= {"copy_GB_s": round(copy, 1), "matmul_TFLOP_s": round(matmul, 1), "torch": torch.__version__}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", choices=CASES)
+    parser.add_argument("--shape", action="append", choices=tuple(SHAPES))
+    parser.add_argument("--implementation", action="append", choices=tuple(IMPLEMENTATIONS))
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--require", action="store_true", help="measure nothing; only say whether it could be done")
+    options = parser.parse_args(arguments)
+    if reason := why_not():
+        print(f"DEVICE=cuda needs a GPU: {reason}", file=sys.stderr)
+        return 2
+    if options.require:
+        return 0
+    timer = Timer(options.repetitions)
+    copy, matmul = device_rates(timer)
+    print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s", flush=True)
+    for shape in [SHAPES[name] for name in options.shape or SHAPES]:
+        for case in options.case or CASES:
+            names = [n for n in names_for(shape) if n in (options.implementation or IMPLEMENTATIONS)]
+            if rows := measure(shape, case, names, timer, copy, matmul):
+                harness.update_csv("gpu", rows, KEYS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
