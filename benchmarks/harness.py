@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -18,9 +19,15 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+# Where the CSV files, tables and plots go; the quick run puts its own elsewhere.
+RESULTS = ROOT / "benchmarks" / "results"
+# The programs whose change would change a figure.
+MEASURING = ("harness", "cases", "implementations", "shapes", "head", "end_to_end")
 # A bf16 loss near 14 is off by up to 2^-5, its bf16 logits by as much; a mistake is off by more.
 LOSS_GATE = 0.15
+# A bf16 log-softmax near -13 is off by up to 2^-5, so are its probabilities; a wrong scale or sign is off by more.
+GRADIENT_GATE = 0.1
 
 
 def machine() -> str:
@@ -34,6 +41,19 @@ def machine() -> str:
         flags = fields.get("flags", "").split()
         model += "".join(f" {f}" for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags)
     return f"{model}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def provenance(program: str) -> dict:
+    """The machine, the commit that is measured ("+" where tracked files differ from it) and the command."""
+    words = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*words, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    code = ["flow_kernels", "csrc", "python/flow_finetune", *(f"benchmarks/{name}.py" for name in MEASURING)]
+    changed = subprocess.run([*words, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+    return {
+        "machine": machine(),
+        "commit": (commit.stdout.strip() or "unknown") + ("+" if changed else ""),
+        "command": f"python benchmarks/{program} {shlex.join(sys.argv[1:])}",
+    }
 
 
 def interleave(calls: dict, repetitions: int, budget_s: float) -> dict:
@@ -88,7 +108,7 @@ def in_fresh_process(arguments: list[str]) -> str:
 
 def update_csv(name: str, rows: list[dict], keys: tuple[str, ...]) -> None:
     """Write rows to results/<name>.csv, in place of those with the same keys."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.csv"
     old = read_csv(name)
     fresh = {tuple(str(row[k]) for k in keys) for row in rows}
