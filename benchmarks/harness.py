@@ -43,8 +43,11 @@ def machine() -> str:
     return f"{model}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def provenance(program: str) -> dict:
-    """The machine, the commit that is measured ("+" where tracked files differ from it) and the command."""
+def provenance(program: str, arguments: list[str] | None = None) -> dict:
+    """The machine, the commit that is measured ("+" where the measured files differ from it) and the command.
+
+    `arguments` stand for those of the command line, where these would name a machine's own paths.
+    """
     words = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*words, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     code = ["flow_kernels", "csrc", "python/flow_finetune", *(f"benchmarks/{name}.py" for name in MEASURING)]
@@ -52,7 +55,7 @@ def provenance(program: str) -> dict:
     return {
         "machine": machine(),
         "commit": (commit.stdout.strip() or "unknown") + ("+" if changed else ""),
-        "command": f"python benchmarks/{program} {shlex.join(sys.argv[1:])}",
+        "command": f"python benchmarks/{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}",
     }
 
 
