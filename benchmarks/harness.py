@@ -8,6 +8,7 @@ fresh process per implementation.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import shlex
@@ -130,6 +131,29 @@ def read_csv(name: str) -> list[dict]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def find(name: str, **wanted) -> list[dict]:
+    """The rows of results/<name>.csv with these values."""
+    return [row for row in read_csv(name) if all(row.get(k) == str(v) for k, v in wanted.items())]
+
+
+def sweeps(column: str = "median_s", name: str = "sweep") -> dict:
+    """{(case, dimension, implementation): [(size, value), ...]} of a sweep's CSV file."""
+    lines = {}
+    for row in read_csv(name):
+        if row["head"][1:2] == "=":
+            dimension = row["head"][0]
+            point = (float(row[dimension]), float(row[column]))
+            lines.setdefault((row["case"], dimension, row["implementation"]), []).append(point)
+    return {key: sorted(points) for key, points in lines.items()}
+
+
+def fit_exponent(points: list[tuple[float, float]]) -> float:
+    """Slope of log time over log size by least squares."""
+    x, y = [math.log(p[0]) for p in points], [math.log(p[1]) for p in points]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
 def markdown(rows: list[dict], columns: list[str]) -> str:

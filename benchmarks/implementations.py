@@ -128,12 +128,12 @@ def matmul(input, linear_weight, target, sample_weight, softcap, reduction, chun
     return torch.mm(input, linear_weight.T)
 
 
-FLOW, REFERENCE, FLOOR = "flow cpu", "flow reference", "torch.mm"
+FLOW, REFERENCE, EAGER, FLOOR = "flow cpu", "flow reference", "eager, fp32 logits", "torch.mm"
 DEFAULT_CHUNKS = "F.linear_cross_entropy, default chunks"
 IMPLEMENTATIONS = {
     FLOW: flow("cpu"),
     REFERENCE: flow("reference"),
-    "eager, fp32 logits": eager_fp32,
+    EAGER: eager_fp32,
     "eager, 16-bit logits": eager_bf16,
     "compiled, fp32 logits": compiled_fp32,
     "compiled, 16-bit logits": compiled_bf16,
