@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from harness import GRADIENT_GATE, LOSS_GATE
@@ -32,12 +33,11 @@ def confident_input(weight: torch.Tensor, target: torch.Tensor, p: float, softca
     """
     own = weight[target].float()
     num_classes, dim = weight.shape
-    base = float(torch.logit(torch.tensor(p))) + float(torch.log(torch.tensor(num_classes - 1.0)))
+    base = math.log(p / (1 - p)) + math.log(num_classes - 1)
     margin = base
-    for _ in range(8):
-        margin = base + margin**2 / (2 * dim)
-    if softcap is not None:
-        margin = softcap * float(torch.atanh(torch.tensor(margin / softcap)))
+    for _ in range(16):
+        capped = base + margin**2 / (2 * dim)
+        margin = capped if softcap is None else softcap * math.atanh(capped / softcap)
     return (margin * own / own.square().sum(1, keepdim=True)).to(weight.dtype)
 
 
@@ -63,8 +63,8 @@ def call_of(name: str, case: str, head: Head, inputs):
         input, weight, target, sample_weight = inputs
         if case == "score" or name == FLOOR:
             with torch.no_grad():
-                return (function(input, weight, target, None, head.softcap, "none", head.chunk_rows),)
-        loss = function(input, weight, target, sample_weight, head.softcap, "mean", head.chunk_rows)
+                return (function(input, weight, target, None, head.softcap, "none", head.chunks[0]),)
+        loss = function(input, weight, target, sample_weight, head.softcap, "mean", head.chunks[1])
         return (loss, *torch.autograd.grad(loss, [t for t in (input, weight) if t.requires_grad]))
 
     return call

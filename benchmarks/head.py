@@ -103,7 +103,9 @@ def chunks(cases: list[str], head: Head, repetitions: int, budget_s: float) -> N
     name = "F.linear_cross_entropy, best chunk"
     sizes = [size for size in (64, 128, 256, 512, 1024, 2048) if size <= head.num_rows]
     for case in cases:
-        calls = {size: right_calls(case, dataclasses.replace(head, chunk_rows=size), [name])[0][name] for size in sizes}
+        calls = {
+            size: right_calls(case, dataclasses.replace(head, chunks=(size, size)), [name])[0][name] for size in sizes
+        }
         rows = [
             _about(head, case, name) | {"chunk_rows": size} | harness.summary(times) | harness.provenance("head.py")
             for size, times in harness.interleave(calls, repetitions, budget_s).items()
@@ -126,7 +128,7 @@ def accuracy(head: Head, names: list[str]) -> None:
         for name in names:
             try:
                 with torch.no_grad():
-                    losses = IMPLEMENTATIONS[name](*inputs, head.softcap, "none", head.chunk_rows)
+                    losses = IMPLEMENTATIONS[name](*inputs, head.softcap, "none", head.chunks[0])
                 actual = call_of(name, "train", head, inputs)()
             except (NotImplementedError, RuntimeError) as error:
                 print(f"{name}: {str(error).splitlines()[0]}")

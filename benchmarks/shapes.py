@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Head:
-    """N rows, D hidden, V vocabulary; `chunk_rows` is the fastest `batch_chunk_size` of `F.linear_cross_entropy` there.
+    """N rows, D hidden, V vocabulary; `chunks` are the fastest `batch_chunk_size` of `F.linear_cross_entropy` there, scoring and training.
 
     The fastest chunks come from `head.py chunks`; results/head_chunks.csv has all that were tried.
     """
@@ -18,17 +18,17 @@ class Head:
     num_classes: int
     softcap: float | None = None
     dtype: str = "bfloat16"
-    chunk_rows: int = 512
+    chunks: tuple[int, int] = (512, 1024)
 
 
 HEADS = {
     head.name: head
     for head in (
-        Head("smollm2-135m", 2048, 576, 49152, chunk_rows=1024),
+        Head("smollm2-135m", 2048, 576, 49152, chunks=(1024, 2048)),
         Head("gemma-3-270m", 1024, 640, 262144),
         Head("gemma-2-2b", 1024, 2304, 256000, softcap=30.0),
         Head("qwen3-0.6b", 1024, 1024, 151936),
-        Head("smollm2-135m-fp32", 2048, 576, 49152, dtype="float32", chunk_rows=1024),
+        Head("smollm2-135m-fp32", 2048, 576, 49152, dtype="float32", chunks=(1024, 2048)),
         Head("gemma-3-270m-fp32", 1024, 640, 262144, dtype="float32"),
         Head("small", 100, 256, 8192),
     )

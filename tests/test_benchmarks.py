@@ -63,7 +63,7 @@ def test_uncompiled_baselines_are_right(case):
     from implementations import IMPLEMENTATIONS
     from shapes import Head
 
-    head = Head(**HEAD, dtype="float32", chunk_rows=16)
+    head = Head(**HEAD, dtype="float32", chunks=(16, 16))
     inputs = cases.tensors(head, case)
     input, weight, target, sample_weight = inputs
     losses = F.cross_entropy(input @ weight.T, target, reduction="none")
