@@ -115,11 +115,11 @@ def chunks(cases: list[str], head: Head, repetitions: int, budget_s: float) -> N
         harness.update_csv("head_chunks", rows, ("case", "head", "N", "chunk_rows"))
 
 
-def accuracy(head: Head, names: list[str]) -> None:
+def accuracy(head: Head, names: list[str], kinds: list[str]) -> None:
     """Errors against fp64 of losses (largest, absolute) and gradients (relative, Frobenius), to accuracy.csv."""
-    for kind, p in CONFIDENCE.items():
+    for kind in kinds:
         rows = []
-        inputs = tensors(head, "train", p)
+        inputs = tensors(head, "train", CONFIDENCE[kind])
         wide = [t.detach().double() if t.is_floating_point() else t for t in inputs[:3]]
         scale = torch.full((head.num_rows,), 1 / head.num_rows, dtype=torch.float64)
         options = (None, None, -100, 0.0, head.softcap or 0.0, 0.0, 0)
@@ -154,7 +154,7 @@ def quick() -> None:
     memory(["train"], small, few[:2], "head_memory")
     for one in SWEEPS["N"]:
         time_cases(["train"], one, [FLOW], 3, 5, "sweep")
-    accuracy(dataclasses.replace(small, num_rows=64), few[:4])
+    accuracy(dataclasses.replace(small, num_rows=60), few[:4], list(CONFIDENCE))
 
 
 def main() -> None:
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--head", default="gemma-3-270m", help=", ".join(HEADS))
     parser.add_argument("--over", choices=tuple(SWEEPS), default="N")
+    parser.add_argument("--kind", action="append", choices=tuple(CONFIDENCE), help="accuracy: of which rows")
     parser.add_argument("--rows", type=int, help="another N for the head")
     parser.add_argument("--implementation", action="append", choices=tuple(IMPLEMENTATIONS))
     parser.add_argument("--without", action="append", choices=tuple(IMPLEMENTATIONS), default=[])
@@ -185,7 +186,7 @@ def main() -> None:
     elif options.what == "chunks":
         chunks(cases, head, *repeated)
     elif options.what == "accuracy":
-        accuracy(head, names)
+        accuracy(head, [name for name in names if name != FLOOR], options.kind or list(CONFIDENCE))
     elif options.what == "peak":
         peak(cases[0], head, names[0])
     elif options.what == "quick":
