@@ -8,7 +8,8 @@ from implementations import EAGER, FLOOR, FLOW
 
 
 def _timed(case: str, head: str, name: str) -> dict | None:
-    return next(iter(find("head", case=case, head=head, implementation=name)), None)
+    csv = "head_cases" if case.startswith("train ") else "head"
+    return next(iter(find(csv, case=case, head=head, implementation=name)), None)
 
 
 def _ratio(case: str, head: str, name: str, column: str) -> float | None:

@@ -28,6 +28,24 @@ def errors(head: str, name: str) -> dict[str, str]:
     return cells
 
 
+def case_table() -> list[str]:
+    """The fused kernels with weights, ignored rows and a frozen head beside plain training, each head in one run."""
+    rows = harness.read_csv("head_cases")
+    table = [
+        {
+            "head": row["head"],
+            "case": row["case"],
+            "median s": row["median_s"],
+            "quartiles": f"{row['q1_s']} - {row['q3_s']}",
+            "time / plain train": row["over_first_case"],
+            "n": row["repetitions"],
+        }
+        for row in rows
+    ]
+    commands = sorted({f"Commit {row['commit']}: `{row['command']}`" for row in rows})
+    return [harness.markdown(table, list(table[0])), *commands] if rows else ["Not measured yet."]
+
+
 def speed_tables() -> list[str]:
     """One table per head and case, fastest first: time, its ratios within the run, memory, error."""
     groups = {}
@@ -42,7 +60,6 @@ def speed_tables() -> list[str]:
                 "quartiles": f"{row['q1_s']} - {row['q3_s']}",
                 "time / flow cpu": row["over_flow"],
                 "time / torch.mm": row["over_mm"],
-                **({"time / plain train": row["over_first_case"]} if case.startswith("train ") else {}),
                 "peak MiB": peak_mib(row),
                 **({} if row["implementation"] == FLOOR else errors(head, row["implementation"])),
                 "n": row["repetitions"],
@@ -203,6 +220,7 @@ def write_report() -> None:
         "gradient's. Peak memory is that of a fresh process, above inputs and results."
     )
     text += ["## Goals", *goal_table(), "## Time, memory and error", *speed_tables()]
+    text += ["## Weights, ignored rows and a frozen head", *case_table()]
     text += ["## Error against fp64", *accuracy_table(), "## Peak memory", *memory_table()]
     text += ["## Growth", *sweep_table(), *(f"![{name}]({name})" for name in plots())]
     text += ["## Chunk sizes of F.linear_cross_entropy", *chunk_table()]
