@@ -22,7 +22,8 @@ struct LossOptions {
   int64_t num_classes;
 };
 
-// What a stretch of the vocabulary has added to one row: max, sum of exp(z - max), sum of class_weight * z.
+// What a stretch of the vocabulary has added to one row: max and sum of exp(z - max) over the classes other than the
+// target, sum of class_weight * z over all.
 struct RowStats {
   float max;
   float sum;
@@ -40,11 +41,14 @@ struct RowResults {
   const float* row_scale;  // g
 };
 
-// Exponentials of some vocabulary tiles, kept by the forward pass so that the backward pass need not multiply again.
+// Exponentials kept by the forward pass so that the backward pass need not multiply again. The first rows' lie where
+// dweight will be: a tile's are used up before its dweight is written. The other rows' have a buffer, for some tiles.
 struct Kept {
-  char* values;   // [num_kept, N, tile] fp16 (times 2^15) where bytes == 2, fp32 where bytes == 4
-  float* maxima;  // [num_kept, N]: what was subtracted
-  int bytes;
+  int bytes;                // 1, 2 or 4, as rows.h says
+  int64_t in_dweight;       // rows kept in dweight, in every full tile
+  float* dweight_maxima;    // [num_tiles, in_dweight]: what was subtracted
+  char* values;             // [num_kept, N - in_dweight, tile]
+  float* maxima;            // [num_kept, N - in_dweight]
   int64_t num_kept;
 };
 

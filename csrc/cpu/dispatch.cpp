@@ -124,9 +124,12 @@ LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t 
 
 RowLoss finish_row(const LossOptions& options, float max, double sum, double smooth, float target_logit,
                    float max_before, int64_t target) {
-  const double log_sum = std::log(sum);
-  const double lse = max + log_sum;
-  const double nll = (static_cast<double>(max) - target_logit) + log_sum;
+  const double margin = static_cast<double>(target_logit) - max;
+  const bool is_largest = target_logit >= max;
+  const double log_sum = is_largest ? std::log1p(sum * std::exp(-margin)) : std::log(sum + std::exp(margin));
+  const double lse = (is_largest ? target_logit : max) + log_sum;
+  // An infinite target_logit is NaN here as it is in the reference, not a loss of 0.
+  const double nll = is_largest ? log_sum + (target_logit - target_logit) : log_sum - margin;
   const double weight = options.class_weight == nullptr ? 1.0 : options.class_weight[target];
   double loss = (1.0 - options.label_smoothing) * weight * nll;
   if (options.label_smoothing > 0) {
@@ -134,7 +137,7 @@ RowLoss finish_row(const LossOptions& options, float max, double sum, double smo
   }
   if (options.z_loss > 0) loss += options.z_loss * lse * lse;
   return {static_cast<float>(loss), static_cast<float>(lse), static_cast<float>(-nll),
-          target_logit == max && !(max_before >= max)};
+          is_largest && !(max_before >= target_logit)};
 }
 
 }  // namespace flow_kernels

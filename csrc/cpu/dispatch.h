@@ -36,7 +36,8 @@ at::Tensor with_huge_pages(at::Tensor tensor);
 LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t num_classes, double label_smoothing,
                          double softcap, double z_loss);
 
-// Row results from complete statistics. log_p is that of the target, (z_y - max) - log_sum without cancellation.
+// Row results from complete statistics of the classes other than the target. log_p is that of the target, exact to
+// fp32's relative precision also near 0.
 struct RowLoss {
   float loss, lse, log_p;
   bool correct;

@@ -194,7 +194,11 @@ static inline void micro_product(int64_t k_words, const uint32_t* a, int64_t row
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[r][j] = add ? Vec::load(c + r * ldc + j * W) : Vec::zero();
+    for (int j = 0; j < NV; ++j) {
+      acc[r][j] = Vec::zero();
+      // C comes from L3: on its way while the product runs, not waited for in front of it.
+      if (add) __builtin_prefetch(c + r * ldc + j * W, 1);
+    }
   }
   for (int64_t k = 0; k < k_words; ++k) {
     I columns[NV];
@@ -212,7 +216,10 @@ static inline void micro_product(int64_t k_words, const uint32_t* a, int64_t row
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) Vec::store(c + r * ldc + j * W, acc[r][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + r * ldc + j * W;
+      Vec::store(to, add ? Vec::add(acc[r][j], Vec::load(to)) : acc[r][j]);
+    }
   }
 }
 

@@ -10,6 +10,7 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include <array>
 #include <atomic>
 #include <cmath>
 
@@ -20,10 +21,13 @@ namespace {
 // Stretches of the vocabulary that the forward pass hands to threads; also 12 bytes of statistics a row each.
 constexpr int64_t max_stretches = 64;
 
-// Bytes of exponentials a training pass keeps: each tile that fits saves one of four products. At most 256 MiB are to
-// be used at N = 1024, and 3 to 4 MiB a thread go to tiles. Not what the threads leave of a budget: which tiles are
-// kept must not depend on their number. A caller who has more memory says so with chunk_size, in rows of logits.
+// Bytes of exponentials a training pass keeps beside those in dweight's own memory: a tile that fits saves one of four
+// products. At most 256 MiB are to be used at N = 1024, and 3 to 4 MiB a thread go to tiles. Not what the threads leave
+// of a budget: which tiles are kept must not depend on their number. A caller who has more memory says so with
+// chunk_size, in rows of logits. bf16 keeps 2 bytes each, or 1 where that makes more of them fit.
 constexpr int64_t kept_budget = int64_t{224} << 20;
+// A multiple of the rows whose logits are made at a time.
+constexpr int64_t row_alignment = 64;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -145,20 +149,34 @@ struct Head {
     problem.rows.log_p = log_p_ptr;
   }
 
-  // Room for exponentials, where the backward pass can use them; call before `forward`, after the needs are set.
-  std::pair<at::Tensor, at::Tensor> keep_exponentials(int64_t chunk_size) {
-    problem.kept.bytes = problem.dtype == DType::bf16 ? 2 : 4;
-    const int64_t per_tile = problem.num_rows * (problem.tile * problem.kept.bytes + 4);
-    const int64_t fit = per_tile == 0    ? 0
-                        : chunk_size > 0 ? std::min(chunk_size, problem.num_rows) * problem.num_tiles / problem.num_rows
-                                         : kept_budget / per_tile;
+  // Room for exponentials, where the backward pass can use them; call before `forward`, after `gradients`.
+  std::array<at::Tensor, 3> keep_exponentials(int64_t chunk_size) {
+    Kept& kept = problem.kept;
+    const int64_t n = problem.num_rows, row_elements = problem.num_tiles * problem.tile;
+    const auto budget = [&] { return chunk_size > 0 ? std::min(chunk_size, n) * row_elements * kept.bytes : kept_budget; };
+    const auto in_dweight = [&] {
+      const int64_t fit = problem.dweight == nullptr ? 0 : problem.dim * (problem.dtype == DType::f32 ? 4 : 2) / kept.bytes;
+      return fit >= n ? n : fit / row_alignment * row_alignment;
+    };
+    const auto left = [&] { return (n - kept.in_dweight) * row_elements * kept.bytes; };
+    kept.bytes = problem.dtype == DType::bf16 ? 2 : 4;
+    kept.in_dweight = 0;
     // The derivative of the soft-cap needs the logits themselves.
-    problem.kept.num_kept = problem.loss.softcap > 0 ? 0 : std::min(fit, problem.num_tiles);
-    at::Tensor values = bytes(problem.kept.num_kept * problem.num_rows * problem.tile * problem.kept.bytes);
-    at::Tensor maxima = at::empty({problem.kept.num_kept * problem.num_rows}, at::kFloat);
-    problem.kept.values = static_cast<char*>(values.mutable_data_ptr());
-    problem.kept.maxima = maxima.mutable_data_ptr<float>();
-    return {values, maxima};
+    const bool keep = problem.loss.softcap == 0 && n > 0;
+    if (keep && left() > budget()) kept.in_dweight = in_dweight();
+    if (keep && left() > budget() && kept.bytes == 2 && chunk_size == 0) {
+      kept.bytes = 1;
+      kept.in_dweight = in_dweight();
+    }
+    const int64_t rest = n - kept.in_dweight;
+    kept.num_kept = !keep || rest == 0 ? 0 : std::min(budget() / (rest * problem.tile * kept.bytes), problem.num_tiles);
+    at::Tensor values = bytes(kept.num_kept * rest * problem.tile * kept.bytes);
+    at::Tensor maxima = at::empty({kept.num_kept * rest}, at::kFloat);
+    at::Tensor dweight_maxima = at::empty({problem.num_tiles * kept.in_dweight}, at::kFloat);
+    kept.values = static_cast<char*>(values.mutable_data_ptr());
+    kept.maxima = maxima.mutable_data_ptr<float>();
+    kept.dweight_maxima = dweight_maxima.mutable_data_ptr<float>();
+    return {values, maxima, dweight_maxima};
   }
 
   // Where the gradients go; zero where no row counts.

@@ -80,17 +80,14 @@ static inline float max_of(const float* z, int64_t n) {
   return largest;
 }
 
-// Exponentials are kept as fp16 times 2^15: relative error 2^-12 down to 2e-9 of the largest, far below bf16's 2^-9.
+// How an exponential is kept: as fp32, as fp16 times 2^15 (relative error 2^-12 down to 2e-9 of the largest, far below
+// bf16's 2^-9), or as a byte, the root of its ratio to the largest of its row and tile: exact for the largest, relative
+// error at most 2^-8 sqrt(largest / it), so that what matters within a tile is kept nearly as well as bf16 keeps it.
 constexpr float kept_scale = 32768.0f;
+constexpr float kept_steps = 255.0f;
 
-// Add logits z[0:n] to the row's statistics; if `kept` is given, store exp(z - stats.max) there (bytes 2 or 4).
-static inline void add_to_stats(const float* z, int64_t n, const float* class_weight, bool smoothing, RowStats& stats,
-                                void* kept, int kept_bytes) {
-  const int64_t padded = round_up(n, W);
-  const float largest = max_of(z, padded);
-  // Comparisons with NaN are false, so a NaN reaches the sum below and never the maximum.
-  const float new_max = largest > stats.max ? largest : stats.max;
-  const float shift = new_max == -INFINITY ? 0.0f : new_max;
+// sum of exp(z - shift), stored in `kept` (if any) in `bytes`.
+static inline float sum_of_exponentials(const float* z, int64_t padded, float shift, void* kept, int bytes) {
   const F vshift = Vec::set1(shift);
   F sum0 = Vec::zero(), sum1 = Vec::zero();
   if (kept == nullptr) {
@@ -100,7 +97,14 @@ static inline void add_to_stats(const float* z, int64_t n, const float* class_we
       sum1 = Vec::add(sum1, exp_(Vec::sub(Vec::load(z + j + W), vshift)));
     }
     if (j < padded) sum0 = Vec::add(sum0, exp_(Vec::sub(Vec::load(z + j), vshift)));
-  } else if (kept_bytes == 2) {
+  } else if (bytes == 1) {
+    uint8_t* out = static_cast<uint8_t*>(kept);
+    for (int64_t j = 0; j < padded; j += W) {
+      const F root = exp_(Vec::mul(Vec::sub(Vec::load(z + j), vshift), Vec::set1(0.5f)));
+      sum0 = Vec::fma(root, root, sum0);
+      Vec::store_u8(out + j, Vec::mul(root, Vec::set1(kept_steps)));
+    }
+  } else if (bytes == 2) {
     uint16_t* out = static_cast<uint16_t*>(kept);
     for (int64_t j = 0; j < padded; j += W) {
       const F e = exp_(Vec::sub(Vec::load(z + j), vshift));
@@ -115,20 +119,40 @@ static inline void add_to_stats(const float* z, int64_t n, const float* class_we
       Vec::store(out + j, e);
     }
   }
-  const float rescale = stats.max == new_max ? 1.0f : expf(stats.max - shift);
-  stats.sum = stats.sum * rescale + Vec::hsum(Vec::add(sum0, sum1));
-  stats.max = new_max;
-  if (smoothing) {
-    F smooth = Vec::zero();
-    float tail = 0;
-    int64_t j = 0;
-    for (; j + W <= n; j += W) {
-      const F zj = Vec::load(z + j);
-      smooth = class_weight == nullptr ? Vec::add(smooth, zj) : Vec::fma(Vec::load(class_weight + j), zj, smooth);
-    }
-    for (; j < n; ++j) tail += class_weight == nullptr ? z[j] : class_weight[j] * z[j];
-    stats.smooth += Vec::hsum(smooth) + tail;
+  return Vec::hsum(Vec::add(sum0, sum1));
+}
+
+static inline float weighted_sum(const float* z, int64_t n, const float* class_weight) {
+  F sum = Vec::zero();
+  float tail = 0;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) {
+    const F zj = Vec::load(z + j);
+    sum = class_weight == nullptr ? Vec::add(sum, zj) : Vec::fma(Vec::load(class_weight + j), zj, sum);
   }
+  for (; j < n; ++j) tail += class_weight == nullptr ? z[j] : class_weight[j] * z[j];
+  return Vec::hsum(sum) + tail;
+}
+
+// Add logits z[0:n] to the row's statistics, except the target's (at t, where it is among them), which becomes -inf; so
+// what is left of a confident row, the sum of the others, is not the difference of two numbers near 1.
+// If `kept` is given, store exp(z - shift) there (bytes 1, 2 or 4) and return the shift.
+static inline float add_to_stats(float* z, int64_t n, int64_t t, const float* class_weight, bool smoothing,
+                                 RowStats& stats, void* kept, int kept_bytes) {
+  const int64_t padded = round_up(n, W);
+  if (smoothing) stats.smooth += weighted_sum(z, n, class_weight);
+  if (t >= 0 && t < n) z[t] = -INFINITY;
+  const float largest = max_of(z, padded);
+  // Comparisons with NaN are false, so a NaN reaches the sum below and never the maximum.
+  const float new_max = largest > stats.max ? largest : stats.max;
+  const float base = new_max == -INFINITY ? 0.0f : new_max;
+  // Bytes reach 2^-16 only, from the largest of the tile; the others are good for the whole row.
+  const float shift = kept != nullptr && kept_bytes == 1 && largest != -INFINITY ? largest : base;
+  const float sum = sum_of_exponentials(z, padded, shift, kept, kept_bytes);
+  stats.sum = stats.sum * (stats.max == new_max ? 1.0f : expf(stats.max - base));
+  stats.sum += shift == base ? sum : sum * expf(shift - base);
+  stats.max = new_max;
+  return shift;
 }
 
 // The gradient of g * loss of one row, in terms of its target and lse.
@@ -176,11 +200,17 @@ static inline void row_gradient(float* d, int64_t n, int64_t v0, const LossOptio
     }
   } else {
     const float factor = scale * expf(kept_max - row.lse);
-    const F f16_factor = Vec::set1(factor / kept_scale), f32_factor = Vec::set1(factor);
+    const F f32_factor = Vec::set1(factor), f16_factor = Vec::set1(factor / kept_scale);
+    const F u8_factor = Vec::set1(factor / (kept_steps * kept_steps));
     for (int64_t j = 0; j < padded; j += W) {
-      const F e = kept_bytes == 2 ? Vec::mul(Vec::load_f16(static_cast<const uint16_t*>(kept) + j), f16_factor)
-                                  : Vec::mul(Vec::load(static_cast<const float*>(kept) + j), f32_factor);
-      Vec::store(d + j, e);
+      if (kept_bytes == 1) {
+        const F root = Vec::load_u8(static_cast<const uint8_t*>(kept) + j);
+        Vec::store(d + j, Vec::mul(Vec::mul(root, root), u8_factor));
+      } else if (kept_bytes == 2) {
+        Vec::store(d + j, Vec::mul(Vec::load_f16(static_cast<const uint16_t*>(kept) + j), f16_factor));
+      } else {
+        Vec::store(d + j, Vec::mul(Vec::load(static_cast<const float*>(kept) + j), f32_factor));
+      }
     }
   }
   if (has_target) d[t] = row.at_target(log_p != nullptr ? *log_p : target_logit - row.lse);

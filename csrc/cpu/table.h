@@ -100,8 +100,8 @@ static void stats_of_row(const void* logits, int64_t target, const LossOptions& 
     }
     const float old_max = stats.max;
     stats.sum = stats.smooth = 0.0f;
-    add_to_stats(z, n, loss.class_weight == nullptr ? nullptr : loss.class_weight + v0, loss.label_smoothing > 0, stats,
-                 nullptr, 0);
+    add_to_stats(z, n, t, loss.class_weight == nullptr ? nullptr : loss.class_weight + v0, loss.label_smoothing > 0,
+                 stats, nullptr, 0);
     if (stats.max != old_max) total *= expf(old_max - stats.max);
     total += stats.sum;
     smooth_total += stats.smooth;

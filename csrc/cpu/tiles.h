@@ -74,6 +74,35 @@ static inline bool is_kept(const Kept& kept, int64_t tile, int64_t num_tiles) {
   return kept_before(kept, tile, num_tiles) != kept_before(kept, tile + 1, num_tiles);
 }
 
+static inline bool is_full(const HeadProblem& problem, int64_t tile) {
+  return (tile + 1) * problem.tile <= problem.num_classes;
+}
+
+// Where the exponentials of a row in a tile are kept and what was subtracted; null if they are not kept.
+struct KeptRow {
+  char* values;
+  float* shift;
+};
+
+static inline KeptRow kept_row(const HeadProblem& problem, int64_t tile, int64_t row) {
+  const Kept& kept = problem.kept;
+  if (row < kept.in_dweight) {
+    if (!is_full(problem, tile)) return {nullptr, nullptr};
+    const int64_t start = tile * problem.tile * problem.dim * (problem.dtype == DType::f32 ? 4 : 2);
+    return {static_cast<char*>(problem.dweight) + start + row * problem.tile * kept.bytes,
+            kept.dweight_maxima + tile * kept.in_dweight + row};
+  }
+  if (!is_kept(kept, tile, problem.num_tiles)) return {nullptr, nullptr};
+  const int64_t at =
+      kept_before(kept, tile, problem.num_tiles) * (problem.num_rows - kept.in_dweight) + row - kept.in_dweight;
+  return {kept.values + at * problem.tile * kept.bytes, kept.maxima + at};
+}
+
+static inline bool all_rows_kept(const HeadProblem& problem, int64_t tile) {
+  const bool first = problem.kept.in_dweight == 0 || is_full(problem, tile);
+  return first && (problem.kept.in_dweight == problem.num_rows || is_kept(problem.kept, tile, problem.num_tiles));
+}
+
 static inline Rows tile_of_weight(const HeadProblem& problem, int64_t v0) {
   const int64_t bytes = problem.dtype == DType::f32 ? 4 : 2;
   return {static_cast<const char*>(problem.weight) + v0 * problem.weight_stride * bytes, problem.weight_stride * bytes,
@@ -104,23 +133,21 @@ static void forward_tiles(const HeadProblem& problem, int64_t first, int64_t las
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t v0 = tile * problem.tile, n = tile_classes(problem, tile), padded = round_up(n, W);
     pack_transposed<C, T>(tile_of_weight(problem, v0), n, padded, problem.dim, s.weight_transposed);
-    const bool keep = is_kept(problem.kept, tile, problem.num_tiles);
-    const int64_t slot = kept_before(problem.kept, tile, problem.num_tiles) * problem.num_rows;
     const float* weight = problem.loss.class_weight == nullptr ? nullptr : problem.loss.class_weight + v0;
     for (int64_t row = 0; row < problem.num_rows; row += logit_rows<C>) {
       const int64_t rest = problem.num_rows - row, count = rest < logit_rows<C> ? rest : logit_rows<C>;
       tile_logits<C>(problem, s, row, count, v0, n);
       for (int64_t i = row; i < row + count; ++i) {
-        const float* z = s.logits + (i - row) * padded;
+        float* z = s.logits + (i - row) * padded;
         const int64_t t = problem.rows.target[i] - v0;
         if (t >= 0 && t < n) {
           problem.rows.target_logit[i] = z[t];
           const float before = max_of(z, t);
           problem.rows.max_before[i] = before > stats[i].max ? before : stats[i].max;
         }
-        char* kept = keep ? problem.kept.values + (slot + i) * problem.tile * problem.kept.bytes : nullptr;
-        add_to_stats(z, n, weight, smoothing, stats[i], kept, problem.kept.bytes);
-        if (keep) problem.kept.maxima[slot + i] = stats[i].max;
+        const KeptRow kept = kept_row(problem, tile, i);
+        const float shift = add_to_stats(z, n, t, weight, smoothing, stats[i], kept.values, problem.kept.bytes);
+        if (kept.values != nullptr) *kept.shift = shift;
       }
     }
   }
@@ -155,21 +182,21 @@ static void tile_probabilities(const HeadProblem& problem, const Scratch<C>& s, 
                                int64_t tile) {
   const int64_t v0 = tile * problem.tile, n = tile_classes(problem, tile), padded = round_up(n, W);
   const int64_t k_words = round_up(count, Vec::MR) / C::group;
-  const bool kept = is_kept(problem.kept, tile, problem.num_tiles);
-  const int64_t slot = kept_before(problem.kept, tile, problem.num_tiles) * problem.num_rows;
   const bool dinput = problem.need_dinput, dweight = problem.dweight != nullptr;
   for (int64_t row = 0; row < count; row += logit_rows<C>) {
     const int64_t some = count - row < logit_rows<C> ? count - row : logit_rows<C>;
-    if (!kept) tile_logits<C>(problem, s, row0 + row, some, v0, n);
+    // The same for all of them: kept.in_dweight is a multiple of logit_rows or all rows.
+    const bool is_kept_block = kept_row(problem, tile, row0 + row).values != nullptr;
+    if (!is_kept_block) tile_logits<C>(problem, s, row0 + row, some, v0, n);
     for (int64_t r = 0; r < round_up(some, Vec::MR); ++r) {
       float* d = s.logits + r * padded;
       if (r < some) {
         const int64_t i = row0 + row + r;
         const RowGradient gradient(problem.loss, problem.rows.row_scale[i], problem.rows.lse[i],
                                    problem.rows.target[i]);
-        const char* values = kept ? problem.kept.values + (slot + i) * problem.tile * problem.kept.bytes : nullptr;
+        const KeptRow kept = kept_row(problem, tile, i);
         row_gradient(d, n, v0, problem.loss, gradient, problem.rows.log_p == nullptr ? nullptr : problem.rows.log_p + i,
-                     values, problem.kept.bytes, kept ? problem.kept.maxima[slot + i] : 0.0f);
+                     kept.values, problem.kept.bytes, kept.values != nullptr ? *kept.shift : 0.0f);
         if (problem.dbias != nullptr) {
           for (int64_t j = 0; j < n; ++j) problem.dbias[v0 + j] += d[j];
         }
@@ -215,7 +242,7 @@ static void backward_tiles(const HeadProblem& problem, int64_t first, int64_t la
     const int64_t v0 = tile * problem.tile, n = tile_classes(problem, tile), padded = round_up(n, W);
     const Rows weight = tile_of_weight(problem, v0);
     char* dweight = problem.dweight == nullptr ? nullptr : static_cast<char*>(problem.dweight) + v0 * dweight_stride;
-    if (!is_kept(problem.kept, tile, problem.num_tiles)) {
+    if (!all_rows_kept(problem, tile)) {
       pack_transposed<C, T>(weight, n, padded, problem.dim, s.weight_transposed);
     }
     if (problem.need_dinput) pack_straight<C, T>(weight, n, padded / C::group, problem.dim, s.weight_straight);

@@ -61,6 +61,15 @@ struct Vec {
   static inline void store_f16(uint16_t* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
+  // Values 0 ... 255 as bytes, rounded to nearest even.
+  static inline F load_u8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static inline void store_u8(uint8_t* p, F x) {
+    const __m256i words = _mm256_cvtps_epi32(x);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+  }
   // bf16 bits of x, rounded to nearest even, in the low half of each word.
   static inline I bf16_bits(F x) {
     const I bits = as_words(x);

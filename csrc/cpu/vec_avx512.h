@@ -48,6 +48,13 @@ struct Vec {
   static inline void store_f16(uint16_t* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
+  // Values 0 ... 255 as bytes, rounded to nearest even.
+  static inline F load_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static inline void store_u8(uint8_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
   // bf16 bits of x, rounded to nearest even, in the low half of each word.
   static inline I bf16_bits(F x) {
 #ifdef FLOW_HAS_BF16
