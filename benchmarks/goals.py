@@ -33,7 +33,7 @@ def _peak(case: str, rows: int) -> float | None:
 
 def _error(name: str, kind: str, column: str) -> float | None:
     found = find("accuracy", head="gemma-3-270m", implementation=name, rows=kind)
-    return float(found[0][column]) if found else None
+    return float(max(found, key=lambda row: int(row["N"]))[column]) if found else None
 
 
 def _line(goal: str, value: float | None, limit: float, at_most: bool = True, note: str = "") -> dict:
