@@ -176,6 +176,31 @@ def test_kept_exponentials(dtype, name):
             assert error(got, wanted) <= GRADIENT_ERROR[dtype]
 
 
+@pytest.mark.parametrize("need_dlinear_weight", [True, False])
+def test_exponentials_in_bytes(need_dlinear_weight):
+    """More logits than fit in two bytes each: kept in one byte, in dweight's memory and beside it, or made again."""
+    num_rows, dim, num_classes = 1100, 64, 120_001
+    input, weight, target, row_weight = head(num_rows, dim, num_classes, torch.bfloat16)
+    input *= 3  # probabilities up to 0.5
+    _, loss, *grads = cpu.linear_cross_entropy_fwd_bwd(
+        input, weight, target, row_weight, None, *PLAIN, 0, True, need_dlinear_weight, False
+    )
+    # One row of logits in the buffer: the others are made again, but for those in dweight's memory, in two bytes.
+    _, other_loss, *others = cpu.linear_cross_entropy_fwd_bwd(
+        input, weight, target, row_weight, None, *PLAIN, 1, True, need_dlinear_weight, False
+    )
+    torch.testing.assert_close(loss, other_loss, rtol=1e-6, atol=2e-6)
+    rows = torch.arange(0, num_rows, 45)
+    logits = (input[rows].float() @ weight.float().T).double()
+    dlogits = torch.softmax(logits, 1)
+    dlogits[torch.arange(len(rows)), target[rows]] -= 1
+    dlogits *= row_weight[rows, None].double()
+    expected = (dlogits.float() @ weight.float()).double()
+    assert error(grads[0][rows], expected) <= GRADIENT_ERROR[torch.bfloat16]
+    if need_dlinear_weight:
+        assert error(grads[1], others[1].double()) <= GRADIENT_ERROR[torch.bfloat16]
+
+
 @pytest.mark.parametrize("value", [-1, 40, 2**40, -(2**40)])
 def test_bad_target_is_named(value):
     input, weight, target, row_weight = head(5, 8, 40, torch.float32)
