@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import harness
 from harness import find, fit_exponent, sweeps
-from implementations import EAGER, FLOOR, FLOW
+from implementations import EAGER, FLOOR, FLOW, REFERENCE
 
 
 def _timed(case: str, head: str, name: str) -> dict | None:
@@ -18,12 +18,15 @@ def _ratio(case: str, head: str, name: str, column: str) -> float | None:
 
 
 def _fastest_baseline(case: str, head: str) -> tuple[str, float] | None:
-    rows = [
-        (float(row["over_flow"]), row["implementation"])
-        for row in find("head", case=case, head=head)
-        if row["implementation"] not in (FLOW, FLOOR, "flow reference") and row["over_flow"]
-    ]
-    return (min(rows)[1], min(rows)[0]) if rows else None
+    """The baseline nearest to us in the run that our own row is of, and its time over ours."""
+    own = _timed(case, head, FLOW)
+    if own is None:
+        return None
+    same_run = find("head", case=case, head=head, command=own["command"], commit=own["commit"])
+    others = [row for row in same_run if row["implementation"] not in (FLOW, FLOOR, REFERENCE)]
+    return min(
+        ((row["implementation"], float(row["over_flow"])) for row in others), key=lambda pair: pair[1], default=None
+    )
 
 
 def _peak(case: str, rows: int) -> float | None:
