@@ -1,7 +1,7 @@
 # make setup   the virtual environment that every other target uses (idempotent)
 # make demo    fine-tune a small language model with and without FLOW, and report what was learned and kept
 # make test    lint and the whole test suite
-# make bench   three minutes of the benchmarks; benchmarks/head.py runs each of them in full
+# make bench   three minutes of the benchmarks, to runs/bench; benchmarks/head.py runs each of them in full
 # make test-triton   the operator tests with Triton's kernels, in its interpreter where there is no GPU
 # make test-asan   the operator tests under AddressSanitizer and UBSan, with kernels compiled for it in build/asan
 # make test DEVICE=cuda, make bench DEVICE=cuda   the same on the GPU of this machine

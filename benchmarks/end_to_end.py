@@ -1,25 +1,26 @@
 """Scoring and training of a real model on real text: our loss against the path that transformers takes.
 
-    python benchmarks/end_to_end.py score --model MODEL --samples 512
-    python benchmarks/end_to_end.py train --model MODEL --steps 4
+    python benchmarks/end_to_end.py score --model MODEL --samples 512 --part 1/4     (2/4, 3/4, 4/4: minutes each)
+    python benchmarks/end_to_end.py train --model MODEL --steps 2
+    python benchmarks/end_to_end.py exact --model MODEL --samples 16
 
 Both sides are `flow_finetune`'s own scoring and training steps on the same batches, in turn, in one process; only the
 loss differs. The baseline is what `AutoModelForCausalLM` does with labels: logits of every position, in the body's
-precision, widened to fp32, then `F.cross_entropy`. Prints tokens/s of both, the ratio of their times, and how far
-their losses are apart; writes a CSV row with the machine, the versions and the command to benchmarks/results.
+precision, widened to fp32, then `F.cross_entropy`. `--baseline targets` spares it the positions without a target. `exact`
+says how far the losses of both are from fp64 arithmetic on the same hidden states.
+
+Parts are every M-th batch of one run; their sums are printed and written to results/end_to_end.csv when the last is in.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import platform
-import shlex
 import sys
 import time
 from pathlib import Path
 
+import harness
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -32,16 +33,22 @@ from torch import Tensor
 
 import flow_kernels
 
-RESULTS = Path(__file__).parent / "results" / "end_to_end.csv"
+KEYS = ("program", "baseline", "samples", "batch_tokens")
 
 
 class EagerCausalLM(CausalLM):
     """The same model with the loss of transformers: full logits, fp32, `F.cross_entropy`."""
 
+    targets_only = False
+
     def _losses(self, batch: Batch) -> Tensor:
-        logits = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits.float()
+        if self.targets_only:
+            logits = self.head(self.target_hidden(batch)).float()
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            return F.cross_entropy(logits, batch.target, reduction="none")
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        logits = self.model(**inputs, use_cache=False).logits.float()
         labels = torch.full_like(batch.input_ids, -100).reshape(-1)
         labels[batch.positions] = batch.target
         losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels, reduction="none")
@@ -57,39 +64,51 @@ class EagerCausalLM(CausalLM):
         return flow_kernels.TokenScores(losses, torch.zeros_like(losses, dtype=torch.bool))
 
 
+def _sample_means(scores: flow_kernels.TokenScores, batch: Batch) -> Tensor:
+    sums = flow_kernels.sum_samples(scores, batch.target, batch.cu_seqlens)
+    return sums.loss_sum / sums.num_targets
+
+
 def bench_score(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
-    """Every batch through both, the order swapped from batch to batch."""
-    seconds, differences, num_tokens = {"flow": 0.0, "transformers": 0.0}, [], 0
-    batches = token_batches([len(s.input_ids) for s in samples], arguments.batch_tokens)
+    """Every batch of the part through both, the order swapped from batch to batch."""
+    number, parts = (int(word) for word in arguments.part.split("/"))
+    batches = token_batches([len(s.input_ids) for s in samples], arguments.batch_tokens)[number - 1 :: parts]
     sides = [("flow", lm), ("transformers", eager)]
-    with torch.no_grad():
-        for number, indices in enumerate(batches):
-            batch = collate([samples[i] for i in indices], 0)
-            means = {}
-            for name, side in sides if number % 2 else sides[::-1]:
-                started = time.perf_counter()
-                with autocast(torch.device("cpu"), "bf16"):
-                    scores = side.score(batch)
-                sums = flow_kernels.sum_samples(scores, batch.target, batch.cu_seqlens)
-                seconds[name] += time.perf_counter() - started
-                means[name] = sums.loss_sum / sums.num_targets
-            differences.append(means["flow"] - means["transformers"])
-            num_tokens += int(batch.attention_mask.sum())
-    return _row("score", num_tokens, seconds, torch.cat(differences))
+    for _, side in sides:  # warm: thread pools, kernels made for the shapes
+        with autocast(torch.device("cpu"), "bf16"):
+            side.score(collate([samples[i] for i in batches[-1]], 0))
+    seconds, differences, num_tokens, num_targets = dict.fromkeys(dict(sides), 0.0), [], 0, 0
+    for number, indices in enumerate(batches):
+        batch = collate([samples[i] for i in indices], 0)
+        means = {}
+        for name, side in sides if number % 2 else sides[::-1]:
+            started = time.perf_counter()
+            with autocast(torch.device("cpu"), "bf16"):
+                scores = side.score(batch)
+            means[name] = _sample_means(scores, batch)
+            seconds[name] += time.perf_counter() - started
+        differences.append(means["flow"] - means["transformers"])
+        num_tokens += int(batch.attention_mask.sum())
+        num_targets += len(batch.target)
+    return _part(num_tokens, num_targets, seconds, torch.cat(differences))
 
 
 def bench_train(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
-    """Optimiser steps on a copy each, in turn; the losses are compared at the first step, from equal weights."""
+    """Optimiser steps on a copy each, the order swapped from step to step.
+
+    The losses of the first step are compared, where the weights are equal.
+    """
     config = TrainConfig(micro_batch_tokens=arguments.batch_tokens, learning_rate=1e-5)
     weights = Weights(torch.linspace(0.2, 0.6, len(samples)), None, None, 0.4, float(len(samples)))
     model_config = ModelConfig("", precision="bf16")
     accelerator = Accelerator(cpu=True)
     sides = {"flow": lm.train(), "transformers": eager.train()}
     optimizers = {name: make_optimizer(side, config, config.learning_rate) for name, side in sides.items()}
-    seconds, losses, num_tokens = dict.fromkeys(sides, 0.0), {name: [] for name in sides}, 0
-    for indices in step_plan(len(samples), config)[: arguments.steps]:
-        for name, side in sides.items():
-            meter = Meter()
+    seconds, losses = dict.fromkeys(sides, 0.0), {name: [] for name in sides}
+    num_tokens = num_targets = 0
+    for number, indices in enumerate(step_plan(len(samples), config)[: arguments.steps]):
+        for name in list(sides)[:: 1 if number % 2 else -1]:
+            side, meter = sides[name], Meter()
             started = time.perf_counter()
             accumulate_gradients(side, samples, indices, weights, accelerator, config, model_config, meter)
             torch.nn.utils.clip_grad_norm_(side.parameters(), config.max_grad_norm)
@@ -98,57 +117,113 @@ def bench_train(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
             seconds[name] += time.perf_counter() - started
             losses[name].append(float(meter.weighted_sum) / meter.num_targets)
         num_tokens += sum(len(samples[i].input_ids) for i in indices)
-    difference = torch.tensor([losses["flow"][0] - losses["transformers"][0]])
-    return _row("train", num_tokens, seconds, difference)
+        num_targets += sum(samples[i].num_targets for i in indices)
+        print(f"step {number + 1}: losses {losses}, seconds so far {seconds}", flush=True)
+    return _part(
+        num_tokens, num_targets, seconds, torch.tensor([losses["flow"][0] - losses["transformers"][0]])
+    ) | {"steps": min(arguments.steps, len(losses["flow"]))}  # fmt: skip
 
 
-def _row(name: str, num_tokens: int, seconds: dict[str, float], differences: Tensor) -> dict:
+def exact(lm: CausalLM, eager: CausalLM, samples, arguments) -> None:
+    """Print the largest error of a sample's mean loss on both sides, against fp64 of the same bf16 hidden states."""
+    errors = {"flow": [], "transformers": []}
+    weight = lm.head.weight.to(torch.bfloat16).double()
+    for indices in token_batches([len(s.input_ids) for s in samples], arguments.batch_tokens):
+        batch = collate([samples[i] for i in indices], 0)
+        with torch.no_grad(), autocast(torch.device("cpu"), "bf16"):
+            hidden = lm.target_hidden(batch).to(torch.bfloat16)
+            found = {"flow": lm.score(batch), "transformers": eager.score(batch)}
+        rows = [
+            F.cross_entropy(h.double() @ weight.T, t, reduction="none")
+            for h, t in zip(hidden.split(64), batch.target.split(64), strict=True)
+        ]
+        truth = _sample_means(flow_kernels.TokenScores(torch.cat(rows), torch.zeros(len(batch.target))), batch)
+        for name, scores in found.items():
+            errors[name].append(_sample_means(scores, batch) - truth)
+    row = {"model": Path(arguments.model).name, "samples": len(samples)}
+    for name, parts in errors.items():
+        row[f"{name}_largest_error"] = f"{float(torch.cat(parts).abs().max()):.1e}"
+        row[f"{name}_mean_error"] = f"{float(torch.cat(parts).mean()):.1e}"
+    row |= _source(arguments)
+    print(row)
+    harness.update_csv("end_to_end_exact", [row], ("model", "samples"))
+
+
+def _part(num_tokens: int, num_targets: int, seconds: dict[str, float], differences: Tensor) -> dict:
     return {
-        "program": name,
         "tokens": num_tokens,
-        "flow_tokens_per_second": round(num_tokens / seconds["flow"], 1),
-        "transformers_tokens_per_second": round(num_tokens / seconds["transformers"], 1),
-        "ratio": round(seconds["transformers"] / seconds["flow"], 3),
-        # The baseline rounds its logits to bf16: single samples move by that, their mean hardly.
-        "mean_loss_difference": f"{abs(float(differences.mean())):.2e}",
-        "largest_loss_difference": f"{float(differences.abs().max()):.2e}",
+        "targets": num_targets,
+        "flow_seconds": round(seconds["flow"], 2),
+        "transformers_seconds": round(seconds["transformers"], 2),
+        "compared": len(differences),
+        "difference_sum": f"{float(differences.double().sum()):.3e}",
+        "largest_difference": f"{float(differences.abs().max()):.1e}",
     }
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+def total(parts: list[dict]) -> dict:
+    """One row for a run from the rows of its parts: tokens per second of both sides, their ratio, the losses apart."""
+
+    def sums(column):
+        return sum(float(part[column]) for part in parts)
+
+    tokens, flow_s, other_s = sums("tokens"), sums("flow_seconds"), sums("transformers_seconds")
+    return {
+        "tokens": int(tokens),
+        "targets": int(sums("targets")),
+        "flow_tokens_per_second": round(tokens / flow_s, 1),
+        "transformers_tokens_per_second": round(tokens / other_s, 1),
+        "ratio": round(other_s / flow_s, 3),
+        "ratio_of_each_part": " ".join(
+            f"{float(p['transformers_seconds']) / float(p['flow_seconds']):.2f}" for p in parts
+        ),
+        # The baseline rounds its logits to bf16: single samples move by that, their mean hardly.
+        "mean_loss_difference": f"{abs(sums('difference_sum')) / sums('compared'):.1e}",
+        "largest_loss_difference": max((p["largest_difference"] for p in parts), key=float),
+    }
+
+
+def _source(arguments) -> dict:
+    """Where the figures are from; the model by its file name, wherever it lay."""
+    words = [Path(arguments.model).name if word == arguments.model else word for word in sys.argv[1:]]
+    return harness.provenance("end_to_end.py", words)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", choices=("score", "train"))
+    parser.add_argument("program", choices=("score", "train", "exact"))
     parser.add_argument("--model", required=True, help="directory or .gguf file")
     parser.add_argument("--data", default="examples/data/gsm8k_train.jsonl.gz")
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--part", default="1/1", help="score: the K-th of M parts of the batches, K/M")
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--baseline", choices=("all", "targets"), default="all", help="positions it makes logits of")
     arguments = parser.parse_args()
     lm, tokenizer = load_model(ModelConfig(arguments.model, device="cpu"))
     config = DataConfig(arguments.data, prompt_field="question", response_field="answer", limit=arguments.samples)
     samples = load_samples(config, tokenizer).samples
     # Scoring shares the weights; training changes them, so each side has its own.
     eager = EagerCausalLM(copy.deepcopy(lm.model) if arguments.program == "train" else lm.model).eval()
-    row = {"score": bench_score, "train": bench_train}[arguments.program](lm, eager, samples, arguments)
-    row |= {
-        "model": Path(arguments.model).name, "samples": len(samples), "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "command": shlex.join(sys.argv),
+    eager.targets_only = arguments.baseline == "targets"
+    if arguments.program == "exact":
+        exact(lm, eager, samples, arguments)
+        return
+    about = {
+        "program": arguments.program, "baseline": arguments.baseline, "model": Path(arguments.model).name,
+        "samples": len(samples), "batch_tokens": arguments.batch_tokens, "part": arguments.part,
     }  # fmt: skip
-    for key, value in row.items():
-        print(f"{key}: {value}")
-    is_new = not RESULTS.exists()
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    row = {"score": bench_score, "train": bench_train}[arguments.program](lm, eager, samples, arguments)
+    print(about | row)
+    harness.update_csv("end_to_end_parts", [about | row | _source(arguments)], (*KEYS, "part"))
+    parts = [
+        part for part in harness.read_csv("end_to_end_parts")
+        if all(part[k] == str(about[k]) for k in KEYS) and part["part"].split("/")[1] == arguments.part.split("/")[1]
+    ]  # fmt: skip
+    if len(parts) == int(arguments.part.split("/")[1]):
+        about["part"] = f"all {len(parts)}"
+        print(total(parts))
+        harness.update_csv("end_to_end", [about | total(parts) | _source(arguments)], KEYS)
 
 
 if __name__ == "__main__":

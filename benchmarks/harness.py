@@ -8,8 +8,10 @@ fresh process per implementation.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -18,9 +20,15 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+# Where the CSV files, tables and plots go; the quick run puts its own elsewhere.
+RESULTS = ROOT / "benchmarks" / "results"
+# The programs whose change would change a figure.
+MEASURING = ("harness", "cases", "implementations", "shapes", "head", "end_to_end")
 # A bf16 loss near 14 is off by up to 2^-5, its bf16 logits by as much; a mistake is off by more.
 LOSS_GATE = 0.15
+# A bf16 log-softmax near -13 is off by up to 2^-5, so are its probabilities; a wrong scale or sign is off by more.
+GRADIENT_GATE = 0.1
 
 
 def machine() -> str:
@@ -34,6 +42,22 @@ def machine() -> str:
         flags = fields.get("flags", "").split()
         model += "".join(f" {f}" for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags)
     return f"{model}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def provenance(program: str, arguments: list[str] | None = None) -> dict:
+    """The machine, the commit that is measured ("+" where the measured files differ from it) and the command.
+
+    `arguments` stand for those of the command line, where these would name a machine's own paths.
+    """
+    words = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*words, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    code = ["flow_kernels", "csrc", "python/flow_finetune", *(f"benchmarks/{name}.py" for name in MEASURING)]
+    changed = subprocess.run([*words, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+    return {
+        "machine": machine(),
+        "commit": (commit.stdout.strip() or "unknown") + ("+" if changed else ""),
+        "command": f"python benchmarks/{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}",
+    }
 
 
 def interleave(calls: dict, repetitions: int, budget_s: float) -> dict:
@@ -88,7 +112,7 @@ def in_fresh_process(arguments: list[str]) -> str:
 
 def update_csv(name: str, rows: list[dict], keys: tuple[str, ...]) -> None:
     """Write rows to results/<name>.csv, in place of those with the same keys."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.csv"
     old = read_csv(name)
     fresh = {tuple(str(row[k]) for k in keys) for row in rows}
@@ -107,6 +131,29 @@ def read_csv(name: str) -> list[dict]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def find(name: str, **wanted) -> list[dict]:
+    """The rows of results/<name>.csv with these values."""
+    return [row for row in read_csv(name) if all(row.get(k) == str(v) for k, v in wanted.items())]
+
+
+def sweeps(column: str = "median_s", name: str = "sweep") -> dict:
+    """{(case, dimension, implementation): [(size, value), ...]} of a sweep's CSV file."""
+    lines = {}
+    for row in read_csv(name):
+        if row["head"][1:2] == "=":
+            dimension = row["head"][0]
+            point = (float(row[dimension]), float(row[column]))
+            lines.setdefault((row["case"], dimension, row["implementation"]), []).append(point)
+    return {key: sorted(points) for key, points in lines.items()}
+
+
+def fit_exponent(points: list[tuple[float, float]]) -> float:
+    """Slope of log time over log size by least squares."""
+    x, y = [math.log(p[0]) for p in points], [math.log(p[1]) for p in points]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
 def markdown(rows: list[dict], columns: list[str]) -> str:

@@ -1,15 +1,18 @@
 """The head alone: time, memory and error of a linear cross-entropy, against the ways it is done without one.
 
-python benchmarks/head.py time --case score --head gemma-3-270m      one case of one head
+python benchmarks/head.py time --case score --head gemma-3-270m      one case of one head, all implementations in turn
+python benchmarks/head.py memory --case train --head gemma-3-270m    peak memory, a fresh process each
 python benchmarks/head.py sweep --case train --over N                8 x range of N, V or D
+python benchmarks/head.py chunks --case train --head gemma-3-270m    chunk sizes of F.linear_cross_entropy
 python benchmarks/head.py accuracy                                   errors against fp64
-python benchmarks/head.py report                                     results/head.md and plots from the CSV files
-python benchmarks/head.py quick                                      three minutes of the above
+python benchmarks/head.py report                                     head.md and plots from the CSV files
+python benchmarks/head.py quick                                      three minutes of the above, to runs/bench
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,102 +20,76 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
-from implementations import IMPLEMENTATIONS
+from cases import CASES, call_of, relative_error, right_calls, tensors
+from implementations import DEFAULT_CHUNKS, FLOOR, FLOW, IMPLEMENTATIONS, REFERENCE
 from shapes import HEADS, SWEEPS, Head
 
 from flow_kernels import reference
 
-CASES = ("score", "train", "train weighted", "train half ignored", "train frozen head")
-COMMAND = "python benchmarks/" + " ".join(["head.py", *sys.argv[1:]])
+QUICK_RESULTS = harness.ROOT / "runs" / "bench"
+CONFIDENCE = {"random": None, "p=0.9": 0.9, "p=0.99": 0.99, "p=0.999": 0.999}
+# By default left out: the definition, and the one that takes minutes a call where V is large.
+DEFAULT_NAMES = [name for name in IMPLEMENTATIONS if name not in (REFERENCE, DEFAULT_CHUNKS)]
 
 
-def tensors(head: Head, case: str, confident: float | None = None):
-    """Input, weight, target and sample weight; `confident` is the probability of the target in every row."""
-    torch.manual_seed(0)
-    dtype = getattr(torch, head.dtype)
-    weight = (torch.randn(head.num_classes, head.dim) / head.dim**0.5).to(dtype)
-    target = torch.randint(0, head.num_classes, (head.num_rows,))
-    if confident is None:
-        input = torch.randn(head.num_rows, head.dim).to(dtype)
-    else:
-        own = weight[target].float()
-        margin = torch.logit(torch.tensor(confident)) + torch.log(torch.tensor(head.num_classes - 1.0))
-        input = (margin * own / own.square().sum(1, keepdim=True)).to(dtype)
-    if case == "train half ignored":
-        target[torch.randperm(head.num_rows)[: head.num_rows // 2]] = -100
-    sample_weight = torch.rand(head.num_rows) + 0.1 if case == "train weighted" else None
-    input.requires_grad_(case != "score")
-    weight.requires_grad_(case not in ("score", "train frozen head"))
-    return input, weight, target, sample_weight
+def _about(head: Head, case: str, name: str) -> dict:
+    shape = {"N": head.num_rows, "D": head.dim, "V": head.num_classes, "dtype": head.dtype}
+    return {"case": case, "head": head.name, **shape, "implementation": name}
 
 
-def call_of(name: str, case: str, head: Head, inputs):
-    """A function without arguments that returns the losses, or the loss and its gradients."""
-    function = IMPLEMENTATIONS[name]
-
-    def call():
-        input, weight, target, sample_weight = inputs
-        if case == "score" or name == "torch.mm":
-            with torch.no_grad():
-                return (function(input, weight, target, None, head.softcap, "none"),)
-        loss = function(input, weight, target, sample_weight, head.softcap, "mean")
-        return (loss, *torch.autograd.grad(loss, [t for t in (input, weight) if t.requires_grad]))
-
-    return call
+KEYS = ("case", "head", "N", "dtype", "implementation")
 
 
-def right_calls(case: str, head: Head, names: list[str], inputs, losses) -> dict:
-    """The calls of the implementations whose loss is right on these inputs; the check is their warm-up."""
-    expected = losses
-    if case != "score":
-        counts = inputs[2] != -100
-        expected = ((1.0 if inputs[3] is None else inputs[3]) * losses)[counts].sum() / counts.sum()
-    calls = {}
-    for name in names:
-        call = call_of(name, case, head, inputs)
-        try:
-            difference = 0.0 if name == "torch.mm" else float((call()[0].detach() - expected).abs().max())
-        except (NotImplementedError, RuntimeError) as error:
-            print(f"{name}: not timed: {str(error).splitlines()[0]}")
-            continue
-        if difference < harness.LOSS_GATE:
-            calls[name] = call
-        else:
-            print(f"{name}: not timed: loss off by {difference:.2g}")
-    return calls
+def time_cases(cases: list[str], head: Head, names: list[str], repetitions: int, budget_s: float, csv: str) -> None:
+    """Time `names` in turn and write one row each to <csv>.csv; of further cases, the first implementation only.
 
-
-def time_cases(
-    cases: list[str], head: Head, names: list[str], repetitions: int, budget_s: float, memory: bool, csv: str
-):
-    """Time `names` in turn and write one row each to results/<csv>.csv; of further cases, the fused kernels only."""
-    calls = {}
-    losses = call_of("flow reference", "score", head, tensors(head, "score"))()[0]
+    Besides the seconds a row has the ratios of its median to those of the fused kernels, of the product alone and of
+    plain training within the same run. What is left out goes to <csv>_left_out.csv with the reason.
+    """
+    calls, left_out = {}, []
     for case in cases:
-        chosen = names if case == cases[0] else names[:1]
-        right = right_calls(case, head, chosen, tensors(head, case), losses)
+        right, reasons = right_calls(case, head, names if case == cases[0] else names[:1])
         calls |= {(case, name): call for name, call in right.items()}
+        left_out += [_about(head, case, name) | {"reason": reason} for name, reason in reasons.items()]
+    for row in left_out:
+        print(f"{row['case']}, {row['implementation']}: not timed: {row['reason']}", flush=True)
     times = harness.interleave(calls, repetitions, budget_s)
     calls.clear()
+    found = {key: harness.summary(seconds) for key, seconds in times.items()}
+    source = harness.provenance("head.py")
     rows = []
-    for (case, name), seconds in times.items():
-        row = {
-            "case": case, "head": head.name, "N": head.num_rows, "D": head.dim, "V": head.num_classes,
-            "dtype": head.dtype, "implementation": name, **harness.summary(seconds),
-        }  # fmt: skip
-        if memory and name != "torch.mm":
+    for (case, name), row in found.items():
+        others = {"flow": (case, FLOW), "mm": (cases[0], FLOOR), "first_case": (cases[0], name)}
+        ratios = {
+            f"over_{label}": round(row["median_s"] / found[key]["median_s"], 3) if key in found else ""
+            for label, key in others.items()
+        }
+        rows.append(_about(head, case, name) | row | ratios | source)
+        shown = ("case", "head", "implementation", "median_s", "q1_s", "q3_s", *ratios, "repetitions")
+        print({k: rows[-1][k] for k in shown}, flush=True)
+    harness.update_csv(csv, rows, KEYS)
+    if left_out:
+        harness.update_csv(f"{csv}_left_out", [row | source for row in left_out], KEYS)
+
+
+def memory(cases: list[str], head: Head, names: list[str], csv: str) -> None:
+    """Peak memory above inputs and results in MiB, a fresh process for each, to <csv>.csv."""
+    for case in cases:
+        rows = []
+        for name in names:
             arguments = ["peak", "--case", case, "--head", head.name, "--rows", str(head.num_rows)]
-            row["peak_MiB"] = harness.in_fresh_process([__file__, *arguments, "--implementation", name])
-        row |= {"machine": harness.machine(), "command": COMMAND}
-        rows.append(row)
-        shown = ("case", "head", "implementation", "median_s", "min_s", "cpu_s", "peak_MiB", "repetitions")
-        print({k: row[k] for k in shown if k in row}, flush=True)
-        harness.update_csv(csv, rows, ("case", "head", "N", "dtype", "implementation"))
+            peak_mib = harness.in_fresh_process([__file__, *arguments, "--implementation", name])
+            rows.append(_about(head, case, name) | {"peak_MiB": peak_mib} | harness.provenance("head.py"))
+            print({k: rows[-1][k] for k in (*KEYS, "peak_MiB")}, flush=True)
+        harness.update_csv(csv, rows, KEYS)
 
 
 def peak(case: str, head: Head, name: str) -> None:
     """Print the peak memory in MiB above inputs and returned tensors."""
-    call_of(name, case, warm := Head("warm", 64, 64, 512, head.softcap, head.dtype), tensors(warm, case))()
+    small = dataclasses.replace(head, name="warm", num_rows=64, dim=64, num_classes=512)
+    # What is compiled is compiled for one shape, and the compiler's own memory is not the loss's.
+    warm = head if "compile" in name else small
+    call_of(name, case, warm, tensors(warm, case))()
     inputs = tensors(head, case)
 
     def result_bytes(result):
@@ -121,67 +98,101 @@ def peak(case: str, head: Head, name: str) -> None:
     print(round(harness.peak_above(call_of(name, case, head, inputs), result_bytes) / 2**20))
 
 
-def accuracy(head: Head, names: list[str]) -> None:
-    """Errors against fp64 of losses (largest, absolute) and gradients (relative, Frobenius), to results/accuracy.csv."""
-    rows = []
-    for kind, p in (("random", None), ("p=0.9", 0.9), ("p=0.99", 0.99), ("p=0.999", 0.999)):
-        inputs = tensors(head, "train", p)
+def chunks(cases: list[str], head: Head, repetitions: int, budget_s: float) -> None:
+    """Seconds of `F.linear_cross_entropy` with every chunk size from 64 rows to all of them, to head_chunks.csv."""
+    name = "F.linear_cross_entropy, best chunk"
+    sizes = [size for size in (64, 128, 256, 512, 1024, 2048) if size <= head.num_rows]
+    for case in cases:
+        calls = {
+            size: right_calls(case, dataclasses.replace(head, chunks=(size, size)), [name])[0][name] for size in sizes
+        }
+        rows = [
+            _about(head, case, name) | {"chunk_rows": size} | harness.summary(times) | harness.provenance("head.py")
+            for size, times in harness.interleave(calls, repetitions, budget_s).items()
+        ]
+        for row in rows:
+            print({k: row[k] for k in ("case", "head", "chunk_rows", "median_s", "repetitions")}, flush=True)
+        harness.update_csv("head_chunks", rows, ("case", "head", "N", "chunk_rows"))
+
+
+def accuracy(head: Head, names: list[str], kinds: list[str]) -> None:
+    """Errors against fp64 of losses (largest, absolute) and gradients (relative, Frobenius), to accuracy.csv."""
+    for kind in kinds:
+        rows = []
+        inputs = tensors(head, "train", CONFIDENCE[kind])
         wide = [t.detach().double() if t.is_floating_point() else t for t in inputs[:3]]
         scale = torch.full((head.num_rows,), 1 / head.num_rows, dtype=torch.float64)
         options = (None, None, -100, 0.0, head.softcap or 0.0, 0.0, 0)
-        _, loss, *grads = reference.linear_cross_entropy_fwd_bwd(*wide, scale, *options, True, True, False)
+        _, loss, *gradients = reference.linear_cross_entropy_fwd_bwd(*wide, scale, *options, True, True, False)
+        del wide
         for name in names:
             try:
                 with torch.no_grad():
-                    losses = IMPLEMENTATIONS[name](*inputs, head.softcap, "none")
+                    losses = IMPLEMENTATIONS[name](*inputs, head.softcap, "none", head.chunks[0])
                 actual = call_of(name, "train", head, inputs)()
             except (NotImplementedError, RuntimeError) as error:
                 print(f"{name}: {str(error).splitlines()[0]}")
                 continue
-            errors = [float((a.double() - e).norm() / e.norm()) for a, e in zip(actual[1:], grads, strict=False)]
-            row = {"rows": kind, "head": head.name, "N": head.num_rows, "implementation": name}
+            errors = [relative_error(a, e) for a, e in zip(actual[1:], gradients, strict=False)]
+            row = {"rows": kind, **_about(head, "train", name)}
             row["loss_error"] = f"{float((losses.double() - loss).abs().max()):.1e}"
             row |= {"dinput_error": f"{errors[0]:.1e}", "dweight_error": f"{errors[1]:.1e}"}
-            row |= {"machine": harness.machine(), "command": COMMAND}
-            rows.append(row)
-            print({k: v for k, v in row.items() if k not in ("machine", "command")}, flush=True)
-        harness.update_csv("accuracy", rows, ("rows", "head", "implementation"))
+            rows.append(row | harness.provenance("head.py"))
+            print({k: v for k, v in row.items() if k not in ("D", "V", "dtype", "case")}, flush=True)
+            del actual
+        harness.update_csv("accuracy", rows, ("rows", "head", "N", "implementation"))
+
+
+def quick() -> None:
+    """Three minutes: every baseline's time, memory and error at SmolLM2's head, scoring at Gemma 3's, a sweep."""
+    harness.RESULTS = QUICK_RESULTS
+    small, large = HEADS["smollm2-135m"], HEADS["gemma-3-270m"]
+    few = [FLOW, "eager, fp32 logits", "compiled, fp32 logits", "TRL chunked_nll", FLOOR]
+    time_cases(["score"], small, DEFAULT_NAMES, 5, 15, "head")
+    time_cases(["train"], small, few, 5, 20, "head")
+    time_cases(list(CASES[1:]), small, few[:1], 5, 10, "head_cases")
+    time_cases(["score"], large, few, 3, 15, "head")
+    memory(["train"], small, few[:2], "head_memory")
+    for one in SWEEPS["N"]:
+        time_cases(["train"], one, [FLOW], 3, 5, "sweep")
+    accuracy(dataclasses.replace(small, num_rows=60), few[:4], list(CONFIDENCE))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "sweep", "accuracy", "peak", "report", "quick"))
+    parser.add_argument("what", choices=("time", "memory", "sweep", "chunks", "accuracy", "peak", "report", "quick"))
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--head", default="gemma-3-270m", help=", ".join(HEADS))
     parser.add_argument("--over", choices=tuple(SWEEPS), default="N")
+    parser.add_argument("--kind", action="append", choices=tuple(CONFIDENCE), help="accuracy: of which rows")
     parser.add_argument("--rows", type=int, help="another N for the head")
     parser.add_argument("--implementation", action="append", choices=tuple(IMPLEMENTATIONS))
+    parser.add_argument("--without", action="append", choices=tuple(IMPLEMENTATIONS), default=[])
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds after which no repetition starts")
-    parser.add_argument("--no-memory", action="store_true")
     options = parser.parse_args()
-    heads = HEADS | {head.name: head for heads in SWEEPS.values() for head in heads}
-    head = heads[options.head]
+    head = (HEADS | {head.name: head for heads in SWEEPS.values() for head in heads})[options.head]
     if options.rows:
-        head = Head(head.name, options.rows, head.dim, head.num_classes, head.softcap, head.dtype)
-    names = options.implementation or [n for n in IMPLEMENTATIONS if n != "flow reference"]
+        head = dataclasses.replace(head, num_rows=options.rows)
+    names = [n for n in options.implementation or DEFAULT_NAMES if n not in options.without]
     cases = options.case or ["score"]
+    repeated = (options.repetitions, options.budget)
     if options.what == "time":
-        time_cases(cases, head, names, options.repetitions, options.budget, not options.no_memory, "head")
+        # The cases beside each other go to a file of their own: "train" is then of two runs, and each row of one.
+        time_cases(cases, head, names, *repeated, "head" if len(cases) == 1 else "head_cases")
+    elif options.what == "memory":
+        memory(cases, head, [n for n in names if n != FLOOR], "head_memory")
     elif options.what == "sweep":
         for one in SWEEPS[options.over]:
-            memory = options.over == "N" and not options.no_memory
-            time_cases(cases, one, names, options.repetitions, options.budget / 4, memory, "sweep")
+            time_cases(cases[:1], one, names, options.repetitions, options.budget / 4, "sweep")
+    elif options.what == "chunks":
+        chunks(cases, head, *repeated)
     elif options.what == "accuracy":
-        accuracy(Head(head.name, options.rows or 64, head.dim, head.num_classes, head.softcap, head.dtype), names)
+        accuracy(head, [name for name in names if name != FLOOR], options.kind or list(CONFIDENCE))
     elif options.what == "peak":
         peak(cases[0], head, names[0])
     elif options.what == "quick":
-        few = ["flow cpu", "eager, fp32 logits", "compiled, fp32 logits", "torch.mm"]
-        time_cases(["score"], HEADS["smollm2-135m"], few, 3, 20, True, "head")
-        time_cases(["train", *CASES[2:]], HEADS["smollm2-135m"], few, 3, 30, True, "head")
-        time_cases(["score"], HEADS["gemma-3-270m"], few, 3, 30, False, "head")
-        accuracy(Head("smollm2-135m", 64, 576, 49152), few[:3])
+        quick()
     if options.what in ("report", "quick"):
         from report import write_report
 

@@ -1,7 +1,8 @@
 """What is compared: the fused loss and the ways it is done without it, all under one signature.
 
-`loss(input, linear_weight, target, sample_weight, softcap, reduction)` returns per-row losses for "none" and the sum
-over rows of weight * loss / N for "mean". Rows of target -100 do not count.
+`loss(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows)` returns per-row losses for "none"
+and the sum over rows of weight * loss / N for "mean". Rows of target -100 do not count. Each is a function of a name
+in `IMPLEMENTATIONS`; one that cannot serve a call raises NotImplementedError with the reason, which the harness prints.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 import flow_kernels
 
-CHUNK_ROWS = 256
+# TRL's documented chunk of rows.
+TRL_CHUNK_ROWS = 256
+# Beyond this many shapes torch.compile would go on in eager mode without a word; a sweep has more.
+torch._dynamo.config.recompile_limit = 64
 
 
 def flow(backend):
-    def loss(input, linear_weight, target, sample_weight, softcap, reduction):
+    def loss(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
         return flow_kernels.linear_cross_entropy(
             input, linear_weight, target, sample_weight=sample_weight, softcap=softcap, reduction=reduction,
             backend=backend,
@@ -33,19 +37,23 @@ def _logits(input, linear_weight, softcap):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def _mean(losses, target, sample_weight):
+    return (losses if sample_weight is None else sample_weight * losses).sum() / (target != -100).sum()
+
+
 def _reduce(logits, target, sample_weight, reduction):
     if reduction == "none" or sample_weight is not None:
-        loss = F.cross_entropy(logits, target, reduction="none")
-        return loss if reduction == "none" else (sample_weight * loss).sum() / (target != -100).sum()
+        losses = F.cross_entropy(logits, target, reduction="none")
+        return losses if reduction == "none" else _mean(losses, target, sample_weight)
     return F.cross_entropy(logits, target)
 
 
-def eager_fp32(input, linear_weight, target, sample_weight, softcap, reduction):
+def eager_fp32(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
     """What transformers does: bf16 logits, widened as a whole."""
     return _reduce(_logits(input, linear_weight, softcap).float(), target, sample_weight, reduction)
 
 
-def eager_bf16(input, linear_weight, target, sample_weight, softcap, reduction):
+def eager_bf16(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
     return _reduce(_logits(input, linear_weight, softcap), target, sample_weight, reduction)
 
 
@@ -62,57 +70,84 @@ def compiled_bf16(*arguments):
     return _compiled(eager_bf16)(*arguments)
 
 
-def torch_chunked(input, linear_weight, target, sample_weight, softcap, reduction):
-    """`F.linear_cross_entropy` with chunks of 256 rows; its default took 140 s a call on the Gemma 3 head."""
-    if softcap is not None or sample_weight is not None:
-        raise NotImplementedError("F.linear_cross_entropy has no soft-cap and no sample weights")
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_ROWS)
-    return F.linear_cross_entropy(input, linear_weight, target, reduction=reduction, options=options)
+def torch_linear(options_of):
+    """`F.linear_cross_entropy` with the options that `options_of(chunk_rows)` gives."""
+
+    def loss(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
+        if softcap is not None:
+            raise NotImplementedError("F.linear_cross_entropy has no soft-cap")
+        options = options_of(chunk_rows)
+        if sample_weight is None:
+            return F.linear_cross_entropy(input, linear_weight, target, reduction=reduction, options=options)
+        losses = F.linear_cross_entropy(input, linear_weight, target, reduction="none", options=options)
+        return losses if reduction == "none" else _mean(losses, target, sample_weight)
+
+    return loss
 
 
-def chunked_checkpoint(input, linear_weight, target, sample_weight, softcap, reduction):
-    """Chunks of 256 rows, each made again in the backward pass: TRL's chunked loss as documented."""
-    parts = []
-    for rows in torch.arange(input.shape[0]).split(CHUNK_ROWS):
-        some = slice(int(rows[0]), int(rows[-1]) + 1)
+def trl_chunked(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
+    """TRL's `loss_type="chunked_nll"` as its pull request 5575 and the notes of release 1.13 describe it.
 
-        def part(h, w, some=some):
-            return F.cross_entropy(_logits(h, w, softcap).float(), target[some], reduction="none")
+    Ignored rows are dropped before the head; chunks of 256 rows, bf16 logits widened chunk by chunk, every chunk made
+    again in the backward pass. Without its accuracy and entropy sums, which would make it slower.
+    """
+    kept = (target != -100).nonzero()[:, 0]
+    losses = []
+    for rows in kept.split(TRL_CHUNK_ROWS):
 
-        inputs = (input[some], linear_weight)
+        def part(h, w, labels):
+            return F.cross_entropy(_logits(h, w, softcap).float(), labels, reduction="none")
+
+        inputs = (input[rows], linear_weight, target[rows])
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        parts.append(checkpoint(part, *inputs, use_reentrant=False) if wants_grad else part(*inputs))
-    loss = torch.cat(parts)
+        losses.append(checkpoint(part, *inputs, use_reentrant=False) if wants_grad else part(*inputs))
+    losses = torch.cat(losses)
     if reduction == "none":
-        return loss
-    return (loss if sample_weight is None else sample_weight * loss).sum() / (target != -100).sum()
+        return losses.new_zeros(target.shape).index_put((kept,), losses)
+    return (losses if sample_weight is None else sample_weight[kept] * losses).sum() / kept.numel()
 
 
-def matmul(input, linear_weight, target, sample_weight, softcap, reduction):
-    """The floor: the product alone."""
+def cut_cross_entropy(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
+    """The package's one CPU path: torch.compile of the eager expression, with shapes left dynamic."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    losses = linear_cross_entropy(input, linear_weight, target, softcap=softcap, reduction="none", impl="torch_compile")
+    return losses if reduction == "none" else _mean(losses, target, sample_weight)
+
+
+def liger(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
+    """Liger's fused linear cross-entropy; Triton kernels only, so on a CPU it ends with Triton's error."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(softcap=softcap, reduction=reduction)
+    return loss(linear_weight, input, target)
+
+
+def matmul(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
+    """The floor of scoring: the product alone, its result written once."""
     return torch.mm(input, linear_weight.T)
 
 
+FLOW, REFERENCE, EAGER, FLOOR = "flow cpu", "flow reference", "eager, fp32 logits", "torch.mm"
+DEFAULT_CHUNKS = "F.linear_cross_entropy, default chunks"
 IMPLEMENTATIONS = {
-    "flow cpu": flow("cpu"),
-    "flow reference": flow("reference"),
-    "eager, fp32 logits": eager_fp32,
+    FLOW: flow("cpu"),
+    REFERENCE: flow("reference"),
+    EAGER: eager_fp32,
     "eager, 16-bit logits": eager_bf16,
     "compiled, fp32 logits": compiled_fp32,
     "compiled, 16-bit logits": compiled_bf16,
-    "F.linear_cross_entropy, 256 rows": torch_chunked,
-    "chunks of 256, checkpointed": chunked_checkpoint,
-    "torch.mm": matmul,
+    "F.linear_cross_entropy": torch_linear(lambda chunk_rows: None),
+    DEFAULT_CHUNKS: torch_linear(lambda chunk_rows: torch.nn.LinearCrossEntropyOptions()),
+    "F.linear_cross_entropy, best chunk": torch_linear(
+        lambda chunk_rows: torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
+    ),
+    "TRL chunked_nll": trl_chunked,
+    "cut-cross-entropy, torch_compile": cut_cross_entropy,
+    "Liger": liger,
+    FLOOR: matmul,
 }
-
-# cut-cross-entropy's CPU path is torch.compile of the eager expression; the package imports only beside triton.
-if importlib.util.find_spec("cut_cross_entropy") and importlib.util.find_spec("triton"):
-    from cut_cross_entropy import linear_cross_entropy as _cce
-
-    def cut_cross_entropy(input, linear_weight, target, sample_weight, softcap, reduction):
-        loss = _cce(input, linear_weight, target, softcap=softcap, reduction="none", impl="torch_compile")
-        if reduction == "none":
-            return loss
-        return (loss if sample_weight is None else sample_weight * loss).sum() / (target != -100).sum()
-
-    IMPLEMENTATIONS["cut-cross-entropy, torch_compile"] = cut_cross_entropy
+# Both import triton and come with `pip install --no-deps cut-cross-entropy liger-kernel`.
+for _name, _package in (("cut-cross-entropy, torch_compile", "cut_cross_entropy"), ("Liger", "liger_kernel")):
+    if not (importlib.util.find_spec(_package) and importlib.util.find_spec("triton")):
+        del IMPLEMENTATIONS[_name]

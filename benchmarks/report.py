@@ -1,134 +1,230 @@
-"""results/head.md and the plots, from the CSV files that the benchmarks have written."""
+"""head.md, end_to_end.md and the plots, from the CSV files that the benchmarks have written."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import harness
-
-FLOW = "flow cpu"
-
-
-def _number(row: dict, column: str) -> float:
-    return float(row[column])
+from goals import goal_table
+from harness import find, fit_exponent, sweeps
+from implementations import FLOOR
 
 
-def fit_exponent(points: list[tuple[float, float]]) -> float:
-    """Slope of log time over log size by least squares."""
-    x, y = [math.log(p[0]) for p in points], [math.log(p[1]) for p in points]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+def peak_mib(row: dict) -> str:
+    """The peak memory of a timed row, measured by its own program."""
+    keys = ("case", "head", "N", "dtype", "implementation")
+    found = find("head_memory", **{key: row[key] for key in keys})
+    return found[0]["peak_MiB"] if found else ""
+
+
+def errors(head: str, name: str) -> dict[str, str]:
+    """Loss and dW error on random and on confident rows, of the head's largest N that was measured."""
+    cells = {}
+    for kind in ("random", "p=0.99"):
+        found = sorted(find("accuracy", head=head, implementation=name, rows=kind), key=lambda row: int(row["N"]))
+        cells[f"loss error, {kind}"] = found[-1]["loss_error"] if found else ""
+        cells[f"dW error, {kind}"] = found[-1]["dweight_error"] if found else ""
+    return cells
+
+
+def case_table() -> list[str]:
+    """The fused kernels with weights, ignored rows and a frozen head beside plain training, each head in one run."""
+    rows = harness.read_csv("head_cases")
+    table = [
+        {
+            "head": row["head"],
+            "case": row["case"],
+            "median s": row["median_s"],
+            "quartiles": f"{row['q1_s']} - {row['q3_s']}",
+            "time / plain train": row["over_first_case"],
+            "n": row["repetitions"],
+        }
+        for row in rows
+    ]
+    commands = sorted({f"Commit {row['commit']}: `{row['command']}`" for row in rows})
+    return [harness.markdown(table, list(table[0])), *commands] if rows else ["Not measured yet."]
 
 
 def speed_tables() -> list[str]:
-    """One table per head and case, fastest first, with each time over that of the fused kernels."""
-    parts = []
+    """One table per head and case, fastest first: time, its ratios within the run, memory, error."""
     groups = {}
     for row in harness.read_csv("head"):
         groups.setdefault((row["head"], row["N"], row["D"], row["V"], row["dtype"], row["case"]), []).append(row)
+    parts = []
     for (head, n, d, v, dtype, case), rows in sorted(groups.items()):
-        own = next(((_number(r, "median_s"), _number(r, "cpu_s")) for r in rows if r["implementation"] == FLOW), None)
         table = [
             {
                 "implementation": row["implementation"],
                 "median s": row["median_s"],
                 "quartiles": f"{row['q1_s']} - {row['q3_s']}",
-                "min s": row["min_s"],
-                "CPU s": row["cpu_s"],
-                "time / flow cpu": f"{_number(row, 'median_s') / own[0]:.2f}" if own else "",
-                "CPU / flow cpu": f"{_number(row, 'cpu_s') / own[1]:.2f}" if own else "",
-                "peak MiB": row.get("peak_MiB", ""),
+                "time / flow cpu": row["over_flow"],
+                "time / torch.mm": row["over_mm"],
+                "peak MiB": peak_mib(row),
+                **({} if row["implementation"] == FLOOR else errors(head, row["implementation"])),
                 "n": row["repetitions"],
             }
-            for row in sorted(rows, key=lambda row: _number(row, "median_s"))
+            for row in sorted(rows, key=lambda row: float(row["median_s"]))
         ]
-        parts.append(f"### {head}, {case}: N={n}, D={d}, V={v}, {dtype}\n\n" + harness.markdown(table, list(table[0])))
-        parts.append(f"`{rows[0]['command']}`")
+        parts.append(f"### {head}, {case}: N={n}, D={d}, V={v}, {dtype}")
+        parts.append(harness.markdown(table, list(dict.fromkeys(c for row in table for c in row))))
+        parts += [
+            f"Not timed: {r['implementation']} ({r['reason']})" for r in find("head_left_out", head=head, case=case)
+        ]
+        parts += sorted({f"Commit {row['commit']}: `{row['command']}`" for row in rows})
     return parts
 
 
 def accuracy_table() -> list[str]:
     """Errors against fp64."""
-    rows = harness.read_csv("accuracy")
-    columns = ["head", "N", "rows", "implementation", "loss_error", "dinput_error", "dweight_error"]
-    return [harness.markdown(rows, columns)] if rows else ["Not measured yet."]
+    rows = sorted(
+        harness.read_csv("accuracy"), key=lambda row: (row["head"], int(row["N"]), row["rows"] != "random", row["rows"])
+    )
+    columns = ["head", "N", "rows", "implementation", "loss_error", "dinput_error", "dweight_error", "commit"]
+    commands = sorted({f"`{row['command']}`" for row in rows})
+    note = (
+        "N is no power of two: with one, 1/N times a bf16 number is a bf16 number, and every dW of random rows, nearly all of "
+        "which is -h/N in the targets' rows, looks 20 times as exact as it is."
+    )
+    return [note, harness.markdown(rows, columns), *commands] if rows else ["Not measured yet."]
 
 
-def sweeps() -> dict:
-    """{(case, dimension, implementation): [(size, seconds, MiB), ...]} of results/sweep.csv."""
-    lines = {}
-    for row in harness.read_csv("sweep"):
-        dimension = row["head"][0]
-        memory = row.get("peak_MiB", "")
-        # CPU seconds: the wall clock of a shared machine would fit a slope to what else ran.
-        point = (_number(row, dimension), _number(row, "cpu_s"), float(memory) if memory.isdigit() else None)
-        lines.setdefault((row["case"], dimension, row["implementation"]), []).append(point)
-    return {key: sorted(points) for key, points in lines.items()}
+def memory_table() -> list[str]:
+    """Peak memory of every implementation, head, case and N."""
+    rows = sorted(harness.read_csv("head_memory"), key=lambda r: (r["head"], r["case"], int(r["N"])))
+    columns = ["head", "dtype", "case", "N", "implementation", "peak_MiB", "commit"]
+    commands = sorted({f"`{row['command']}`" for row in rows})
+    return [harness.markdown(rows, columns), *commands] if rows else ["Not measured yet."]
 
 
 def sweep_table() -> list[str]:
-    """Growth exponents of CPU seconds over an 8 x range."""
+    """Growth exponents of seconds over an 8 x range."""
     rows = [
         {
             "case": case,
             "over": f"{dimension} = {points[0][0]:.0f} ... {points[-1][0]:.0f}",
             "implementation": name,
-            "exponent": f"{fit_exponent([p[:2] for p in points]):.2f}",
-            "CPU seconds": ", ".join(f"{p[1]:.3f}" for p in points),
-            "peak MiB": ", ".join("" if p[2] is None else f"{p[2]:.0f}" for p in points),
+            "exponent": f"{fit_exponent(points):.2f}",
+            "seconds": ", ".join(f"{p[1]:.3f}" for p in points),
         }
         for (case, dimension, name), points in sorted(sweeps().items())
         if len(points) > 2
     ]
-    return [harness.markdown(rows, list(rows[0]))] if rows else ["Not measured yet."]
+    commands = sorted({f"Commit {row['commit']}: `{row['command']}`" for row in harness.read_csv("sweep")})
+    return [harness.markdown(rows, list(rows[0])), *commands] if rows else ["Not measured yet."]
 
 
-def plots() -> list[str]:
-    """Time against N and V, memory against N, error against fp64; PNG files beside the tables."""
+def _log_plot(path: str, title: str, unit: str, panels: dict[str, dict[str, list]]) -> list[str]:
+    """One log-log panel for each case; [name of the file], or [] where nothing was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figures = []
-    for dimension, column, label in (("N", 1, "time"), ("V", 1, "time"), ("N", 2, "memory")):
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-        for (case, over, name), points in sorted(sweeps().items()):
-            chosen = [(p[0], p[column]) for p in points if p[column]]
-            if over == dimension and case == "train" and chosen:
-                axes.plot(*zip(*chosen, strict=True), marker="o", label=name)
-        unit = "CPU seconds" if column == 1 else "MiB above inputs and results"
-        axes.set(xlabel=dimension, ylabel=unit, xscale="log", yscale="log", title=f"train: {label} against {dimension}")
-        if axes.lines:
-            axes.legend(fontsize=7)
-            figures.append(f"head_{label}_{dimension}.png")
-            figure.savefig(harness.RESULTS / figures[-1], dpi=110)
-        plt.close(figure)
-    rows = harness.read_csv("accuracy")
-    if rows:
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-        kinds = list(dict.fromkeys(row["rows"] for row in rows))
-        for name in dict.fromkeys(row["implementation"] for row in rows):
-            found = {row["rows"]: _number(row, "dinput_error") for row in rows if row["implementation"] == name}
-            axes.plot(kinds, [found.get(kind) for kind in kinds], marker="o", label=name)
-        axes.set(yscale="log", ylabel="relative error of the input gradient", title="error against fp64")
+    panels = {case: lines for case, lines in panels.items() if lines}
+    if not panels:
+        return []
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axes, (case, lines) in zip(all_axes[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set(xlabel=title.split()[-1], ylabel=unit, xscale="log", yscale="log", title=f"{case}: {title}")
         axes.legend(fontsize=7)
-        figures.append("head_accuracy.png")
-        figure.savefig(harness.RESULTS / figures[-1], dpi=110)
-        plt.close(figure)
-    return figures
+    figure.savefig(harness.RESULTS / path, dpi=100)
+    plt.close(figure)
+    return [path]
+
+
+def plots() -> list[str]:
+    """Time against N and V, memory against N, error against fp64; PNG files beside the tables."""
+
+    def panels(lines, dimension):
+        return {
+            case: {name: points for (c, over, name), points in sorted(lines.items()) if (c, over) == (case, dimension)}
+            for case in ("score", "train")
+        }
+
+    figures = []
+    for dimension in ("N", "V", "D"):
+        figures += _log_plot(
+            f"head_time_{dimension}.png", f"time against {dimension}", "seconds", panels(sweeps(), dimension)
+        )
+    memory = sweeps("peak_MiB", "head_memory")
+    figures += _log_plot("head_memory_N.png", "memory against N", "MiB above inputs and results", panels(memory, "N"))
+    return figures + accuracy_plot()
+
+
+def accuracy_plot() -> list[str]:
+    """Errors of dH over the confidence of the rows, one panel for each head."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = harness.read_csv("accuracy")
+    heads = sorted({row["head"] for row in rows})
+    if not rows:
+        return []
+    figure, all_axes = plt.subplots(1, len(heads), figsize=(5 * len(heads), 4), layout="constrained", squeeze=False)
+    for axes, head in zip(all_axes[0], heads, strict=True):
+        kinds = sorted({r["rows"] for r in rows}, key=lambda kind: (kind != "random", kind))
+        for name in dict.fromkeys(r["implementation"] for r in rows if r["head"] == head):
+            found = {
+                r["rows"]: float(r["dinput_error"]) for r in rows if (r["head"], r["implementation"]) == (head, name)
+            }
+            axes.plot(kinds, [found.get(kind, math.nan) for kind in kinds], marker="o", label=name)
+        axes.set(yscale="log", ylabel="relative error of dH against fp64", title=head)
+        axes.legend(fontsize=6)
+    figure.savefig(harness.RESULTS / "head_accuracy.png", dpi=100)
+    plt.close(figure)
+    return ["head_accuracy.png"]
+
+
+def chunk_table() -> list[str]:
+    """Seconds of F.linear_cross_entropy by chunk size."""
+    rows = sorted(harness.read_csv("head_chunks"), key=lambda r: (r["head"], r["case"], int(r["chunk_rows"])))
+    columns = ["head", "case", "chunk_rows", "median_s", "repetitions", "commit"]
+    return [harness.markdown(rows, columns)] if rows else ["Not measured yet."]
+
+
+def write_end_to_end() -> None:
+    """Write end_to_end.md."""
+    rows, parts = harness.read_csv("end_to_end"), harness.read_csv("end_to_end_parts")
+    if not rows:
+        return
+    columns = ["program", "baseline", "model", "samples", "tokens", "targets", "flow_tokens_per_second",
+               "transformers_tokens_per_second", "ratio", "ratio_of_each_part", "mean_loss_difference",
+               "largest_loss_difference"]  # fmt: skip
+    text = ["# End to end", *sorted({row["machine"] for row in rows})]
+    text.append(
+        "Whole `score` and `train` steps of `flow_finetune` with our loss and with that of transformers, batch by batch in "
+        'turn in one process. Baseline "all": logits of every position, as `AutoModelForCausalLM` makes them; "targets": only '
+        "of the positions that predict a target. Losses: of a sample's mean loss (score), of the first step (train)."
+    )
+    text += [harness.markdown(rows, columns), *sorted({f"Commit {r['commit']}: `{r['command']}`" for r in parts})]
+    if exact := harness.read_csv("end_to_end_exact"):
+        text += ["## Error of a sample's mean loss against fp64 on the same hidden states"]
+        text += [harness.markdown(exact, [c for c in exact[0] if c not in ("machine", "command")])]
+        text += [f"`{row['command']}`" for row in exact]
+    (harness.RESULTS / "end_to_end.md").write_text("\n\n".join(text) + "\n")
 
 
 def write_report() -> None:
-    """Write results/head.md."""
-    machines = sorted({row["machine"] for row in (*harness.read_csv("head"), *harness.read_csv("sweep"))})
-    parts = [
-        "# The head alone",
-        *machines,
-        "Medians of repetitions in turn. Some rows were measured while the machine was shared: where the two disagree, CPU "
-        "seconds tell more than the wall clock.",
-    ]
-    parts += ["## Time and memory", *speed_tables(), "## Error against fp64", *accuracy_table()]
-    parts += ["## Growth", *sweep_table(), *(f"![{name}]({name})" for name in plots())]
-    (harness.RESULTS / "head.md").write_text("\n\n".join(parts) + "\n")
-    print(f"wrote {harness.RESULTS / 'head.md'}")
+    """Write head.md, end_to_end.md and the plots."""
+    names = ("head", "sweep", "head_memory", "accuracy")
+    machines = sorted({row["machine"] for name in names for row in harness.read_csv(name)})
+    text = ["# The head alone", *machines]
+    text.append(
+        "Medians of repetitions in turn within one process, which had the machine to itself by real-time priority; every "
+        "ratio is within the run that measured the row (a table may name two). Errors are against fp64: the largest of a row's loss, the relative Frobenius norm of a "
+        "gradient's. Peak memory is that of a fresh process, above inputs and results."
+    )
+    text += ["## Goals", *goal_table(), "## Time, memory and error", *speed_tables()]
+    text += ["## Weights, ignored rows and a frozen head", *case_table()]
+    text += ["## Error against fp64", *accuracy_table(), "## Peak memory", *memory_table()]
+    text += ["## Growth", *sweep_table(), *(f"![{name}]({name})" for name in plots())]
+    text += ["## Chunk sizes of F.linear_cross_entropy", *chunk_table()]
+    path: Path = harness.RESULTS / "head.md"
+    path.write_text("\n\n".join(text) + "\n")
+    write_end_to_end()
+    print(f"wrote {path}")

@@ -1,0 +1,135 @@
+"""The goals that the CPU kernels were given, each with the figure that was measured. Those are for 2 cores with AMX."""
+
+from __future__ import annotations
+
+import harness
+from harness import find, fit_exponent, sweeps
+from implementations import EAGER, FLOOR, FLOW, REFERENCE
+
+
+def _timed(case: str, head: str, name: str) -> dict | None:
+    csv = "head_cases" if case.startswith("train ") else "head"
+    return next(iter(find(csv, case=case, head=head, implementation=name)), None)
+
+
+def _ratio(case: str, head: str, name: str, column: str) -> float | None:
+    row = _timed(case, head, name)
+    return float(row[column]) if row and row[column] else None
+
+
+def _fastest_baseline(case: str, head: str) -> tuple[str, float] | None:
+    """The baseline nearest to us in the run that our own row is of, and its time over ours."""
+    own = _timed(case, head, FLOW)
+    if own is None:
+        return None
+    same_run = find("head", case=case, head=head, command=own["command"], commit=own["commit"])
+    others = [row for row in same_run if row["implementation"] not in (FLOW, FLOOR, REFERENCE)]
+    return min(
+        ((row["implementation"], float(row["over_flow"])) for row in others), key=lambda pair: pair[1], default=None
+    )
+
+
+def _peak(case: str, rows: int) -> float | None:
+    found = find("head_memory", case=case, head="gemma-3-270m", N=rows, implementation=FLOW)
+    return float(found[0]["peak_MiB"]) if found else None
+
+
+def _error(name: str, kind: str, column: str) -> float | None:
+    found = find("accuracy", head="gemma-3-270m", implementation=name, rows=kind)
+    return float(max(found, key=lambda row: int(row["N"]))[column]) if found else None
+
+
+def _line(goal: str, value: float | None, limit: float, at_most: bool = True, note: str = "") -> dict:
+    if value is None:
+        return {"goal": goal, "limit": limit, "measured": "not measured", "reached": ""}
+    is_reached = value <= limit if at_most else value >= limit
+    shown = f"{value:.2g}" if value < 0.1 else f"{value:.3g}"
+    return {"goal": goal, "limit": f"{'≤' if at_most else '≥'} {limit:.3g}", "measured": shown + note,
+            "reached": "yes" if is_reached else "no"}  # fmt: skip
+
+
+def _speed() -> list[dict]:
+    gemma, smol = "gemma-3-270m", "smollm2-135m"
+    lines = [
+        _line(f"score, {head}: time / torch.mm", _ratio("score", head, FLOW, "over_mm"), limit)
+        for head, limit in ((gemma, 1.15), (smol, 1.2), (f"{gemma}-fp32", 1.2), (f"{smol}-fp32", 1.2))
+    ]
+    for case, fast, eager in (("score", 1.25, 2.5), ("train", 1.2, 2.3)):
+        if best := _fastest_baseline(case, gemma):
+            lines.append(_line(f"{case}, {gemma}: fastest baseline / ours", best[1], fast, False, f" ({best[0]})"))
+        lines.append(
+            _line(f"{case}, {gemma}: fp32-upcast eager / ours", _ratio(case, gemma, EAGER, "over_flow"), eager, False)
+        )
+    for case, limit, what in (
+        ("train weighted", 0.03, "weighted / plain - 1"),
+        ("train half ignored", 0.6, "half ignored / dense"),
+        ("train frozen head", 0.8, "frozen head / with dW"),
+    ):
+        for head in (gemma, smol):
+            value = _ratio(case, head, FLOW, "over_first_case")
+            if value is not None and case == "train weighted":
+                value = abs(value - 1)
+            lines.append(_line(f"{what}, {head}", value, limit))
+    return lines
+
+
+def _memory() -> list[dict]:
+    lines = []
+    for case, limit in (("score", 64), ("train", 256)):
+        small, large = _peak(case, 1024), _peak(case, 8192)
+        lines.append(_line(f"{case}, gemma-3-270m: peak MiB at N = 1024", small, limit))
+        # Packed rows in bf16 (for dW once more), dH in fp32 for each of two threads; 64 statistics of 12 bytes a row.
+        linear = (8192 - 1024) * (640 * (2 if case == "score" else 2 + 2 + 2 * 4) + 64 * 12) / 2**20
+        growth = None if small is None or large is None else (large - linear) / small
+        note = (
+            ""
+            if growth is None
+            else f" (peak {large:.0f} MiB, {linear:.0f} more than at N = 1024 is linear in N·D or N)"
+        )
+        lines.append(_line(f"{case}: peak at N = 8192 / at N = 1024", growth, 1.1, note=note))
+    return lines
+
+
+def _accuracy() -> list[dict]:
+    lines = [_line("loss error, bf16, V = 262144", _error(FLOW, "random", "loss_error"), 1e-5)]
+    for kind, share in (("random", 1.0), ("p=0.9", 0.5), ("p=0.99", 0.5), ("p=0.999", 0.5)):
+        for column in ("dinput_error", "dweight_error"):
+            ours, eager = _error(FLOW, kind, column), _error("eager, 16-bit logits", kind, column)
+            value = ours / eager if ours is not None and eager else None
+            note = "" if value is None else f" ({ours:.1e} against {eager:.1e})"
+            lines.append(_line(f"{column} / that of bf16 eager, {kind} rows", value, share, note=note))
+    return lines
+
+
+def _growth() -> list[dict]:
+    lines = []
+    for (case, dimension, name), points in sorted(sweeps().items()):
+        if name == FLOW and len(points) > 2:
+            value = fit_exponent(points)
+            limit = "0.9 - 1.1" if dimension != "D" else ""
+            is_reached = ("yes" if 0.9 <= value <= 1.1 else "no") if limit else ""
+            lines.append(
+                {
+                    "goal": f"{case}: exponent over {dimension}",
+                    "limit": limit,
+                    "measured": f"{value:.2f}",
+                    "reached": is_reached,
+                }
+            )
+    return lines
+
+
+def _end_to_end() -> list[dict]:
+    lines = []
+    for program, limit in (("score", 1.8), ("train", 1.5)):
+        if row := next(iter(find("end_to_end", program=program, baseline="all")), None):
+            what = f"{program}, Gemma 3 270M, GSM8K"
+            lines.append(_line(f"{what}: tokens/s over transformers' loss", float(row["ratio"]), limit, False))
+            lines.append(_line(f"{what}: mean losses apart", float(row["mean_loss_difference"]), 1e-3))
+    return lines
+
+
+def goal_table() -> list[str]:
+    """A Markdown table of goals, limits and figures."""
+    lines = [*_speed(), *_memory(), *_accuracy(), *_growth(), *_end_to_end()]
+    return [harness.markdown(lines, ["goal", "limit", "measured", "reached"])]
