@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -151,3 +154,8 @@ IMPLEMENTATIONS = {
 for _name, _package in (("cut-cross-entropy, torch_compile", "cut_cross_entropy"), ("Liger", "liger_kernel")):
     if not (importlib.util.find_spec(_package) and importlib.util.find_spec("triton")):
         del IMPLEMENTATIONS[_name]
+# Without a GPU the Triton kernels run in their interpreter, which can be asked for errors but not for times.
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    sys.path.append(str(Path(__file__).parent.parent))
+    importlib.import_module("conftest")  # makes the interpreter round to bf16 as a GPU does
+    IMPLEMENTATIONS["flow triton, interpreted"] = flow("triton")
