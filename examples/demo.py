@@ -14,9 +14,10 @@ from pathlib import Path
 
 from flow_finetune.config import RunConfig, from_mapping, read_yaml
 from flow_finetune.errors import InputError
-from flow_finetune.pipeline import run, run_directories
+from flow_finetune.pipeline import run
 from flow_finetune.progress import print_table
 from flow_finetune.report import summary_table
+from flow_finetune.run_directory import run_directories
 
 # The learning rate is the model's: one at which plain fine-tuning of it forgets visibly in so few steps.
 LEARNING_RATE = {"smollm2-135m": 5e-4, "gemma-3-270m": 3e-5}

@@ -276,7 +276,7 @@ def test_l2_pulls_towards_stage_0_and_eval_mode_keeps_statistics(finished, tmp_p
         ({"train": {"augment": "mixup"}}, "augment must be one of none, flip, crop_flip"),
         ({"train": {"batch_size": 0}}, "batch_size must be at least 1"),
         ({"data": {"source": "missing.parquet"}}, "no such file: missing.parquet"),
-        ({"task": "sound"}, "task must be one of text, image"),
+        ({"task": "sound"}, "task must be one of language, image"),
     ],
 )
 def test_bad_input_is_named(mapping, tmp_path, change, message):
@@ -364,7 +364,7 @@ def test_score_and_evaluate_alone_say_what_the_run_says(finished, mapping, tmp_p
     alone, whole = (json.loads((d / "evaluation.json").read_text()) for d in (tmp_path / "e", finished.output / "flow"))
     assert [t["metrics"] for t in alone["tasks"]] == [t["metrics"] for t in whole["tasks"]]
     for wrong, message in ((["--tokens"], "--tokens has no meaning with --task image"),
-                           (["--task", "text", "--size", "8"], "--size has no meaning with --task text")):  # fmt: skip
+                           (["--task", "language", "--size", "8"], "--size has no meaning with --task language")):  # fmt: skip
         result = CliRunner().invoke(app, ["score", "-m", model, "-d", data, "-o", "x", *common, *wrong])
         assert result.exit_code == 2
         assert message in result.output

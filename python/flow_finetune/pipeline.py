@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,24 +24,19 @@ from flow_finetune.config import (
     RunConfig,
     TaskConfig,
     TrainConfig,
-    non_defaults,
-    without_defaults,
 )
 from flow_finetune.data import SampleSet, load_samples
-from flow_finetune.errors import InputError
 from flow_finetune.evaluate import evaluate
 from flow_finetune.evaluation_files import EVALUATION_FILE
-from flow_finetune.methods import check_methods, needs_scores
+from flow_finetune.methods import needs_scores
 from flow_finetune.models import load_model, save_model
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
+from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.scores import score
-from flow_finetune.storage import write_json
 from flow_finetune.tasks import prepare
 from flow_finetune.train import train
 from flow_finetune.wise_ft import wise_ft
-
-_RESERVED = ("pretrained", "report")
 
 
 def run(config: RunConfig, output: Path) -> Path:
@@ -53,8 +45,8 @@ def run(config: RunConfig, output: Path) -> Path:
     Raises:
         InputError: the directory holds another run, or any part's own reason.
     """
-    _check(config)
-    _claim(config, output)
+    check_rows(config, [task.name for task in config.tasks])
+    claim(config, output)
     pretrained, scores = output / "pretrained", _scores_path(config, output)
     base = base_model(config.model, pretrained)
     samples = _score_and_evaluate(config, base, pretrained, scores)
@@ -68,11 +60,6 @@ def run(config: RunConfig, output: Path) -> Path:
             train_into(directory, base, samples, method, config.train, scores=used)
         evaluate_saved(directory, base, config.tasks, batch_tokens=config.batch_tokens)
     return write_report(run_directories(config, output), output / "report", scores=scores)
-
-
-def run_directories(config: RunConfig, output: Path) -> list[Path]:
-    """The directories that a report on this run is made from, the pre-trained model's first."""
-    return [output / "pretrained", *(output / method.name for method in config.methods)]
 
 
 def base_model(config: ModelConfig, directory: Path) -> ModelConfig:
@@ -147,36 +134,6 @@ def evaluate_saved(
 
 def _scores_path(config: RunConfig, output: Path) -> Path | None:
     return output / "scores.parquet" if any(needs_scores(m) for m in config.methods) else None
-
-
-def _check(config: RunConfig) -> None:
-    if not config.tasks:
-        raise InputError("a run needs at least one evaluation task, or its report would show nothing")
-    for method in config.methods:
-        if not re.fullmatch(r"[A-Za-z0-9._+-]+", method.name) or method.name in _RESERVED:
-            raise InputError(f"method name {method.name!r} must be a plain directory name other than {_RESERVED}")
-    for kind, names in (("method", [m.name for m in config.methods]), ("task", [t.name for t in config.tasks])):
-        repeated = [name for name, count in Counter(names).items() if count > 1 and name is not None]
-        if repeated:
-            raise InputError(f"two {kind}s are named {repeated[0]!r}; give them different names")
-    check_methods(config.methods)
-
-
-def _claim(config: RunConfig, output: Path) -> None:
-    identity = non_defaults(config)
-    path = output / "run.json"
-    if path.is_file():
-        # Without defaults on both sides: an option that came later, left at its default, does not disown a run.
-        found = without_defaults(RunConfig, json.loads(path.read_text()))
-        different = [name for name in sorted({*identity, *found}) if found.get(name) != identity.get(name)]
-        if different:
-            raise InputError(
-                f"{output} holds another run (its {', '.join(different)} differ); choose another directory"
-            )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} is used by something else; choose an empty or new directory")
-    else:
-        write_json(path, identity)
 
 
 def _saved_model(config: ModelConfig, pretrained: Path) -> ModelConfig:

@@ -83,7 +83,7 @@ def evaluate(
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
-    task: TaskKind = "text",
+    task: TaskKind = "language",
     images: Annotated[
         list[Path] | None,
         typer.Option(help="--task image: labelled images of the new classes.", rich_help_panel=IMAGE_PANEL),

@@ -14,7 +14,8 @@ from flow_finetune.progress import say
 IMAGE_PANEL = "Images"
 
 TaskKind = Annotated[
-    str, typer.Option("--task", help="text, or image: classifiers and labelled images.", rich_help_panel=IMAGE_PANEL)
+    str,
+    typer.Option("--task", help="language, or image: classifiers and labelled images.", rich_help_panel=IMAGE_PANEL),
 ]
 ImageSize = Annotated[
     int | None,
@@ -30,7 +31,7 @@ _OF_IMAGES = {"size", "images", "source_images", "pretrained"}
 
 def is_image(task: str, context: typer.Context) -> bool:
     """Whether the call is about images; an option that was given and belongs to the other task is refused."""
-    image = choose("--task", task, ("text", "image")) == "image"
+    image = choose("--task", task, ("language", "image")) == "image"
     for name in context.params:
         source = context.get_parameter_source(name)
         is_given = source is not None and source.name == "COMMANDLINE"

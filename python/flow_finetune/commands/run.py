@@ -51,6 +51,7 @@ def run(
     with messages():
         from flow_finetune.methods import named_method
         from flow_finetune.report import summary_table
+        from flow_finetune.run_directory import run_directories
 
         mapping = {} if config is None else read_yaml(config)
         if task is not None:
@@ -81,15 +82,13 @@ def run(
                 raise InputError(f"--set takes name=value, got {assignment!r}")
             _set(mapping, name, yaml.safe_load(value))
         where = str(config) if config else "the command line"
-        if choose("task", mapping.get("task", "text"), ("text", "image")) == "image":
+        if choose("task", mapping.get("task", "language"), ("language", "image")) == "image":
             from flow_finetune.vision.config import read_image_run
             from flow_finetune.vision.pipeline import run as run_pipeline
-            from flow_finetune.vision.pipeline import run_directories
 
             run_config = read_image_run(mapping, where)
         else:
             from flow_finetune.pipeline import run as run_pipeline
-            from flow_finetune.pipeline import run_directories
 
             mapping.pop("task", None)
             run_config = from_mapping(RunConfig, mapping, where)

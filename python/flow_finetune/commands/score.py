@@ -53,7 +53,7 @@ def score(
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
-    task: TaskKind = "text",
+    task: TaskKind = "language",
     size: ImageSize = None,
 ) -> None:
     """Losses of the pre-trained model on every sample of a data set.

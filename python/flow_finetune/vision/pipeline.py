@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from flow_finetune.config import MethodConfig, non_defaults
+from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
-from flow_finetune.methods import check_methods
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
+from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.storage import write_json
 from flow_finetune.vision.config import ImageRunConfig, ImageTrainConfig, check_image_run
 from flow_finetune.vision.data import ImageSet, align_labels, load_images
@@ -36,8 +34,6 @@ from flow_finetune.vision.models import ImageClassifier, classifier_fingerprint,
 from flow_finetune.vision.scores import write_scores
 from flow_finetune.vision.stages import extract_features, losses_of, train_head
 from flow_finetune.vision.train import check_image_method, train_method, wise_ft_method
-
-_RESERVED = ("pretrained", "report")
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ def run(config: ImageRunConfig, output: Path) -> Path:
     """
     check_run(config)
     output = Path(output)
-    _claim(config, output)
+    claim(config, output)
     prepared = prepare(config, output)
     # WiSE-FT rows average a trained row, wherever that stands.
     for method in sorted(config.methods, key=lambda m: m.of is not None):
@@ -84,40 +80,12 @@ def run(config: ImageRunConfig, output: Path) -> Path:
     return write_report(run_directories(config, output), output / "report", scores=prepared.scores)
 
 
-def run_directories(config: ImageRunConfig, output: Path) -> list[Path]:
-    """The directories that a report on this run is made from, the pre-trained model's first."""
-    return [output / "pretrained", *(output / method.name for method in config.methods)]
-
-
 def check_run(config: ImageRunConfig) -> None:
     """Raise `InputError` for anything that can be seen to be wrong before a model is loaded."""
     check_image_run(config)
-    if not config.tasks:
-        raise InputError("a run needs at least one evaluation task, or its report would show nothing")
+    check_rows(config, [])
     for method in config.methods:
-        if not re.fullmatch(r"[A-Za-z0-9._+-]+", method.name) or method.name in _RESERVED:
-            raise InputError(f"method name {method.name!r} must be a plain directory name other than {_RESERVED}")
         check_image_method(method)
-    repeated = [name for name, count in Counter(m.name for m in config.methods).items() if count > 1]
-    if repeated:
-        raise InputError(f"two methods are named {repeated[0]!r}; give them different names")
-    check_methods(config.methods)
-
-
-def _claim(config: ImageRunConfig, output: Path) -> None:
-    identity = {"task": "image", **non_defaults(config)}
-    path = output / "run.json"
-    if path.is_file():
-        found = json.loads(path.read_text())
-        different = sorted(name for name in {*identity, *found} if found.get(name) != identity.get(name))
-        if different:
-            raise InputError(
-                f"{output} holds another run (its {', '.join(different)} differ); choose another directory"
-            )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} is used by something else; choose an empty or new directory")
-    else:
-        write_json(path, identity)
 
 
 def prepare(config: ImageRunConfig, output: Path) -> Prepared:

@@ -1,0 +1,58 @@
+"""The directory of a whole run, of language or of images: which names it may hold, and whose it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from flow_finetune.config import non_defaults, without_defaults
+from flow_finetune.errors import InputError
+from flow_finetune.methods import check_methods
+from flow_finetune.storage import write_json
+
+RUN_FILE = "run.json"
+_RESERVED = ("pretrained", "report")
+
+
+def run_directories(config, output: Path) -> list[Path]:
+    """The directories that a report on a run of `config` is made from, the pre-trained model's first."""
+    return [output / "pretrained", *(output / method.name for method in config.methods)]
+
+
+def check_rows(config, task_names: Sequence[str | None]) -> None:
+    """Raise `InputError` unless the methods and tasks of `config` can stand beside each other in one directory."""
+    if not config.tasks:
+        raise InputError("a run needs at least one evaluation task, or its report would show nothing")
+    for method in config.methods:
+        if not re.fullmatch(r"[A-Za-z0-9._+-]+", method.name) or method.name in _RESERVED:
+            raise InputError(f"method name {method.name!r} must be a plain directory name other than {_RESERVED}")
+    for kind, names in (("method", [m.name for m in config.methods]), ("task", task_names)):
+        repeated = [name for name, count in Counter(names).items() if count > 1 and name is not None]
+        if repeated:
+            raise InputError(f"two {kind}s are named {repeated[0]!r}; give them different names")
+    check_methods(config.methods)
+
+
+def claim(config, output: Path) -> None:
+    """Make `output` the directory of a run of `config`, or find that it is.
+
+    Raises:
+        InputError: it holds another run, or something else.
+    """
+    identity = non_defaults(config)
+    path = output / RUN_FILE
+    if path.is_file():
+        # Without defaults on both sides: an option that came later, left at its default, does not disown a run.
+        found = without_defaults(type(config), json.loads(path.read_text()))
+        different = [name for name in sorted({*identity, *found}) if found.get(name) != identity.get(name)]
+        if different:
+            raise InputError(
+                f"{output} holds another run (its {', '.join(different)} differ); choose another directory"
+            )
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is used by something else; choose an empty or new directory")
+    else:
+        write_json(path, identity)
