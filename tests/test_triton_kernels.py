@@ -1,8 +1,6 @@
 """The Triton kernels and launchers against the reference in fp64; without a GPU they run in Triton's interpreter."""
 
-import ast
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 import flow_kernels
 import flow_kernels.kernels.flow_weights
 from flow_kernels import kernels, reference
-from flow_kernels.kernels import configs, cross_entropy, linear_cross_entropy, softmax_row
+from flow_kernels.kernels import configs, cross_entropy, linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:.*invalid value encountered:RuntimeWarning", "ignore:All-NaN slice")
@@ -351,54 +349,3 @@ def test_losses_of_a_batch_and_their_weights_in_one_pass_over_the_logits():
     scores = flow_kernels.score_samples(logits[:4].view(2, 2, 120), target[:4].view(2, 2), backend="triton")
     expected = torch.exp(-scores.loss_sum / scores.num_targets / 1.5)
     torch.testing.assert_close(weights, expected)
-
-
-def _executable_lines(path: Path) -> set[int]:
-    """First lines of the statements inside functions and methods, docstrings aside."""
-    lines = set()
-    for function in ast.walk(ast.parse(path.read_text())):
-        if isinstance(function, ast.FunctionDef):
-            for node in ast.walk(function):
-                is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-                if isinstance(node, ast.stmt) and node is not function and not is_docstring:
-                    lines.add(node.lineno)
-    return lines
-
-
-def test_every_line_of_kernels_and_launchers_is_executed():
-    """Runs the tests above under a line tracer; only what needs a GPU's properties is left out."""
-    modules = (softmax_row, cross_entropy, linear_cross_entropy, weighting, configs)
-    paths = {module.__file__: Path(module.__file__) for module in modules}
-    seen = {path: set() for path in paths}
-
-    def trace(frame, event, argument):
-        path = frame.f_code.co_filename
-        if path not in seen:
-            return None
-        seen[path].add(frame.f_lineno)
-        return trace
-
-    previous = sys.gettrace()
-    configs.warp_size.cache_clear()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        sys.settrace(trace)
-        try:
-            for num_classes in (40, 17000):
-                for name in ("plain", "smoothing", "all"):
-                    has_class_weight, options = OPTIONS[name]
-                    logits, target, row_weight, class_weight = batch(6, num_classes, torch.bfloat16)
-                    class_weight = class_weight if has_class_weight else None
-                    check_logits_operators(logits, target, row_weight, class_weight, options)
-            for name in ("plain", "all"):
-                test_linear_operators(name, 8, torch.bfloat16)
-            test_linear_operators("plain", 8, torch.float32)
-            test_chunk_size_follows_the_budget()
-            test_flow_weights("none")
-            test_flow_weights("simplex")
-            test_few_rows(0)
-            test_products_are_added_in_fp32_where_torch_can(monkeypatch)
-            test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch)
-        finally:
-            sys.settrace(previous)
-    missing = {Path(path).name: sorted(_executable_lines(paths[path]) - seen[path]) for path in paths}
-    assert not any(missing.values()), missing

@@ -158,11 +158,38 @@ def test_weights_keep_shape_and_no_gradient():
     assert flow_weights(torch.rand(4).bfloat16()).dtype == torch.float32
 
 
-@given(weights=st.lists(st.floats(0, 100), min_size=1, max_size=30).filter(lambda w: max(w) > 1e-3))
-def test_effective_sample_size_bounds(weights):
+some_weights = st.lists(st.floats(0, 100), min_size=1, max_size=30).filter(lambda w: max(w) > 1e-3)
+
+
+@given(weights=some_weights)
+def test_effective_sample_size_is_kishs(weights):
     size = float(effective_sample_size(torch.tensor(weights, dtype=torch.float64)))
     assert size == pytest.approx(oracle.effective_sample_size(weights), rel=1e-12)
+
+
+def check_bounds(function, weights):
+    """Between one sample and all of them, to rounding, whatever the formula."""
+    size = float(function(torch.tensor(weights, dtype=torch.float64)))
     assert 1 - 1e-12 <= size <= len(weights) * (1 + 1e-12)
+
+
+@given(weights=some_weights)
+def test_effective_sample_size_bounds(weights):
+    check_bounds(effective_sample_size, weights)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "weights"),
+    [
+        (lambda w: w.sum(), [3.0, 4.0]),
+        (lambda w: w.sum() ** 2 / w.square().sum() / len(w), [1.0, 9.0]),
+        (lambda w: w.square().sum() / w.sum() ** 2, [1.0, 1.0]),
+    ],
+    ids=["not normalised", "a share", "upside down"],
+)
+def test_bounds_refuse_wrong_sizes(mistake, weights):
+    with pytest.raises(AssertionError):
+        check_bounds(mistake, weights)
 
 
 def test_effective_sample_size_extremes():
