@@ -64,6 +64,7 @@ class _Directory:
                     f"{self.path} holds another run (its {', '.join(different)} differ); choose another directory"
                 )
             if (self._train / "summary.json").is_file():
+                say(f"{self.path} holds this run already, finished")
                 return json.loads((self._train / "summary.json").read_text())
             shutil.rmtree(self.path)
         self._train.mkdir(parents=True)
@@ -92,7 +93,6 @@ def train_method(prepared: Prepared, method: MethodConfig, directory: Path, conf
     run = _Directory(directory, identity)
     summary = run.open()
     if summary is not None:
-        say(f"{directory} holds this run already, finished")
         return summary
     start = time.perf_counter()
     classifier = prepared.load(prepared.probed)
@@ -168,7 +168,6 @@ def wise_ft_method(prepared: Prepared, method: MethodConfig, directory: Path) ->
     run = _Directory(directory, identity)
     summary = run.open()
     if summary is not None:
-        say(f"{directory} holds this run already, finished")
         return summary
     start = time.perf_counter()
     classifier = prepared.load(prepared.probed)
