@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from flow_kernels import reference
+from flow_kernels import compiled, reference
 
 HERE = Path(__file__).parent
 REPORT = HERE / "build_report.txt"
@@ -39,17 +39,16 @@ def why_not() -> str | None:
     """
     global _is_loaded
     if not _is_loaded:
-        path = library_path()
-        if path is None:
-            reason = REPORT.read_text().strip() if REPORT.exists() else "not compiled"
-            return f"{reason}; pip install --no-build-isolation -e . compiles them where a C++ compiler is"
-        try:
-            torch.ops.load_library(str(path))
-        except OSError as error:
-            raise ImportError(
-                f"the compiled CPU kernels do not load ({error}); they belong to the torch they were compiled with: "
-                f"build them again with pip install --no-build-isolation -e . or delete {path.name}"
-            ) from error
+        reason = compiled.load(
+            library_path(),
+            REPORT,
+            kernels="CPU kernels",
+            how_to_build="pip install --no-build-isolation -e . compiles them where a C++ compiler is",
+            how_to_mend="they belong to the torch they were compiled with: "
+            "build them again with pip install --no-build-isolation -e .",
+        )
+        if reason is not None:
+            return reason
         _is_loaded = True
     return None if kernel_names(torch.float32) else "this CPU has no AVX2 (with FMA and F16C)"
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from flow_kernels import compiled
+
 HERE = Path(__file__).parent
 REPORT = HERE / "cuda_build_report.txt"
 LIBRARY = HERE / "_cuda.so"
@@ -36,16 +38,15 @@ def load() -> str | None:
     global _is_loaded
     if _is_loaded:
         return None
-    if not LIBRARY.exists():
-        reason = REPORT.read_text().strip() if REPORT.exists() else "not compiled"
-        return f"{reason}; FLOW_KERNELS_BUILD=cuda pip install --no-build-isolation -e . compiles them where nvcc is"
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
-        raise ImportError(
-            f"the compiled CUDA kernels do not load ({error}); they need torch 2.10 or newer: "
-            f"build them again or delete {LIBRARY.name}"
-        ) from error
+    reason = compiled.load(
+        LIBRARY,
+        REPORT,
+        kernels="CUDA kernels",
+        how_to_build="FLOW_KERNELS_BUILD=cuda pip install --no-build-isolation -e . compiles them where nvcc is",
+        how_to_mend="they need torch 2.10 or newer: build them again",
+    )
+    if reason is not None:
+        return reason
     _is_loaded = True
     return None
 

@@ -14,8 +14,9 @@ FINETUNE = sorted((ROOT / "python" / "flow_finetune").rglob("*.py"))
 ARROWS = {
     "reference": set(),
     "kernels": {"reference", "kernels"},
-    "cpu": {"reference"},
-    "cuda": set(),
+    "compiled": set(),
+    "cpu": {"compiled", "reference"},
+    "cuda": {"compiled"},
     "backends": {"reference", "kernels", "cpu", "cuda"},
     "ops": {"backends", "reference"},
     "rows": {"reference"},
