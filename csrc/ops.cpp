@@ -11,7 +11,7 @@
 namespace {
 
 std::vector<std::string> kernel_names(at::ScalarType dtype) {
-  return flow_kernels::kernel_names(flow_kernels::dtype_of(at::empty({0}, dtype), "dtype"));
+  return flow_kernels::kernel_names(flow_kernels::dtype_of(dtype, "dtype"));
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ def implementation(backend: str) -> ModuleType:
     if backend == "triton":
         # Imported at the first call: without triton, or without a use for it, nothing else depends on it.
         return importlib.import_module("flow_kernels.kernels")
-    # An operator may be called with a name that nobody resolved; the compiled file is loaded by asking for the status.
-    if backend == "cpu" and not (found := status("cpu", "cpu")).available:
-        raise BackendUnavailable(found.reason)
+    # An operator may be called with a name that nobody resolved; the compiled file is loaded by asking why not.
+    if backend == "cpu" and (reason := cpu.why_not()) is not None:
+        raise BackendUnavailable(reason)
     return {"reference": reference, "cpu": cpu, "cuda": cuda}[backend]

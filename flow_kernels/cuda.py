@@ -4,7 +4,7 @@ It holds the forward pass and the forward pass with gradient, for fp32, bf16 and
 lse (`reduction="none"`), the linear head and fp64 are not among its kernels. No GPU has run it yet, so `auto` does not
 choose it.
 
-Unlike the other backends it does not look at the targets on the host, which would synchronise: a target outside
+Unlike the reference it does not look at the targets on the host, which would synchronise: a target outside
 [0, V) that is not `ignore_index` gives NaN for the loss and the gradient of its row.
 """
 

@@ -71,7 +71,8 @@ def cross_entropy(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, by name.
-        IndexError: a target outside [0, V), with its row.
+        IndexError: a target outside [0, V), with its row. The Triton and CUDA kernels, which would have to wait for the
+            GPU to look, give NaN for the loss of such a row.
         flow_kernels.BackendUnavailable: the named backend cannot serve the call.
 
     Source: equation 2 of "Upweighting Easy Samples in Fine-Tuning Mitigates Forgetting" (arXiv 2502.02797).
@@ -118,16 +119,16 @@ def linear_cross_entropy(
 
         loss = cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)
 
-    Rows that are ignored or have weight 0 are dropped before the matrix product; a frozen head computes no
-    `linear_weight` gradient and a frozen input no `input` gradient; gradients are accumulated in fp32 and rounded
-    once. For "mean" and "sum" they are made in the forward pass (three matrix products, not four).
+    Rows that are ignored or have weight 0 are left out (before the matrix product, but for "triton"); a frozen head
+    computes no `linear_weight` gradient and a frozen input no `input` gradient; gradients are accumulated in fp32 and
+    rounded once. For "mean" and "sum" they are made in the forward pass (three matrix products, not four).
 
     Args:
         input: hidden states, `[..., D]`. Under autocast, floating inputs are cast as `F.linear` casts them.
         linear_weight: `[V, D]`, the dtype of `input`.
         target: class indices, `[...]`.
         linear_bias: `[V]`.
-        chunk_size: rows of logits held at a time; by default as many as fit in 64 MiB of fp32, at least 64.
+        chunk_size: rows of logits held at a time (for "cpu", of exponentials kept); each backend has a default.
 
     The other arguments, the result and the errors are those of `cross_entropy`. Gradients flow to `input`,
     `linear_weight`, `linear_bias` and `sample_weight`.

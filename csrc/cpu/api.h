@@ -30,8 +30,8 @@ struct RowStats {
   float smooth;
 };
 
-// The loss of the rows and what their gradients need, [N] each; log_p and target_logit are null in a backward pass
-// that only has lse.
+// The loss of the rows and what their gradients need, [N] each; log_p is null in a backward pass that only has
+// lse.
 struct RowResults {
   const int64_t* target;
   float* target_logit;
@@ -64,7 +64,7 @@ struct HeadProblem {
   LossOptions loss;
   RowResults rows;
   Kept kept;
-  // backward only
+  // for gradients; dweight holds kept exponentials during the forward pass
   bool need_dinput;
   void* dweight;   // [V, D] contiguous in dtype, or null
   float* dbias;    // [V] or null
@@ -96,7 +96,7 @@ struct Kernels {
   void (*finish_dinput)(const float* dinput, int64_t parts, int64_t part_stride, int64_t dim, const int64_t* index,
                         int64_t first, int64_t last, DType, void* out, int64_t out_stride);
   // Given logits of one row [V]: its statistics, and its gradient in dtype.
-  void (*row_stats)(const void* logits, DType, int64_t target, const LossOptions&, RowStats*, double* sum,
+  void (*row_stats)(const void* logits, DType, int64_t target, const LossOptions&, float* max, double* sum,
                     double* smooth, float* target_logit, float* max_before);
   void (*row_gradient)(const void* logits, DType, int64_t target, const LossOptions&, float lse, const float* log_p,
                        float row_scale, void* out);

@@ -1,6 +1,9 @@
 // cross_entropy of given logits [N, V]: rows are independent, each is read once per pass and stays in cache between.
 #include "operators.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "dispatch.h"
 
 namespace flow_kernels {
@@ -21,7 +24,7 @@ struct Logits {
 
   explicit Logits(const at::Tensor& logits) {
     TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape [N, V]");
-    dtype = dtype_of(logits, "logits");
+    dtype = dtype_of(logits.scalar_type(), "logits");
     tensor = logits.size(1) > 1 && logits.stride(1) != 1 ? logits.contiguous() : logits;
     base = static_cast<const char*>(tensor.const_data_ptr());
     stride_bytes = tensor.stride(0) * static_cast<int64_t>(tensor.element_size());
@@ -31,11 +34,26 @@ struct Logits {
 
 RowLoss loss_of_row(const Kernels& kernels, const Logits& logits, int64_t row, int64_t target,
                     const LossOptions& options) {
-  RowStats stats;
   double sum, smooth;
-  float target_logit, max_before;
-  kernels.row_stats(logits.row(row), logits.dtype, target, options, &stats, &sum, &smooth, &target_logit, &max_before);
-  return finish_row(options, stats.max, sum, smooth, target_logit, max_before, target);
+  float max, target_logit, max_before;
+  kernels.row_stats(logits.row(row), logits.dtype, target, options, &max, &sum, &smooth, &target_logit, &max_before);
+  return finish_row(options, max, sum, smooth, target_logit, max_before, target);
+}
+
+// dlogits [N, V]: zero where a row is left out, not yet written where one is kept. Forward and gradient of 512 bf16 rows
+// of 152064 classes, half of them ignored, took 25 to 29 ms so, and 58 ms with at::zeros (2 cores, medians of 7 in turn).
+at::Tensor empty_gradient(const at::Tensor& logits, const KeptRows& rows) {
+  at::Tensor dlogits = with_huge_pages(at::empty(logits.sizes(), logits.options()));
+  if (rows.size() == logits.size(0)) return dlogits;
+  const int64_t* index = rows.index.const_data_ptr<int64_t>();  // ascending
+  const int64_t row_bytes = logits.size(1) * static_cast<int64_t>(dlogits.element_size());
+  char* out = static_cast<char*>(dlogits.mutable_data_ptr());
+  at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!std::binary_search(index, index + rows.size(), row)) std::memset(out + row * row_bytes, 0, row_bytes);
+    }
+  });
+  return dlogits;
 }
 
 }  // namespace
@@ -72,8 +90,7 @@ at::Tensor cross_entropy_bwd_cpu(const at::Tensor& dloss, const at::Tensor& logi
   const int64_t num_classes = logits_.size(1);
   const KeptRows rows = keep_rows(target, dloss, num_classes, ignore_index);
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
-  at::Tensor dlogits = rows.size() == target.numel() ? with_huge_pages(at::empty(logits_.sizes(), logits_.options()))
-                                                     : at::zeros(logits_.sizes(), logits_.options());
+  at::Tensor dlogits = empty_gradient(logits_, rows);
   const Kernels& kernels = row_kernels();
   const at::Tensor lses = lse.contiguous();
   const float* lse_ptr = lses.const_data_ptr<float>();
@@ -100,8 +117,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_fwd_bwd_cpu(
   const KeptRows rows = keep_rows(target, row_weight, num_classes, ignore_index);
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat);
-  at::Tensor dlogits = rows.size() == target.numel() ? with_huge_pages(at::empty(logits_.sizes(), logits_.options()))
-                                                     : at::zeros(logits_.sizes(), logits_.options());
+  at::Tensor dlogits = empty_gradient(logits_, rows);
   const Kernels& kernels = row_kernels();
   const int64_t* index = rows.index.const_data_ptr<int64_t>();
   const int64_t* targets = rows.target.const_data_ptr<int64_t>();

@@ -9,7 +9,6 @@
 #endif
 
 #include <cmath>
-#include <limits>
 
 namespace flow_kernels {
 
@@ -43,12 +42,12 @@ std::vector<const Kernels*> candidates(DType dtype) {
 
 }  // namespace
 
-DType dtype_of(const at::Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
+DType dtype_of(at::ScalarType dtype, const char* name) {
+  switch (dtype) {
     case at::kFloat: return DType::f32;
     case at::kBFloat16: return DType::bf16;
     case at::kHalf: return DType::f16;
-    default: TORCH_CHECK_TYPE(false, name, " is ", tensor.scalar_type(), "; the cpu kernels take fp32, bf16 and fp16");
+    default: TORCH_CHECK_TYPE(false, name, " is ", dtype, "; the cpu kernels take fp32, bf16 and fp16");
   }
 }
 

@@ -10,7 +10,7 @@
 
 namespace flow_kernels {
 
-DType dtype_of(const at::Tensor& tensor, const char* name);
+DType dtype_of(at::ScalarType dtype, const char* name);
 
 // The kernels for products of `dtype`: the best this CPU has, or those named (tests run all of them). Null if there are
 // none, or the named ones do not exist here for this dtype.

@@ -112,7 +112,7 @@ struct Rows {
   const char* row(int64_t i) const { return base + (index == nullptr ? i : index[i]) * stride_bytes; }
 };
 
-// Columns of panel p of an operand with n (padded) columns, and the words in front of it.
+// Columns of a panel; the last one of an operand may have fewer.
 template <class C>
 constexpr int64_t panel_columns = C::NV* W;
 

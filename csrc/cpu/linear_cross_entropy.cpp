@@ -49,7 +49,7 @@ struct Head {
     TORCH_CHECK_TYPE(input_.scalar_type() == weight_.scalar_type(), "linear_weight is ", weight_.scalar_type(),
                      " but input is ", input_.scalar_type());
     TORCH_CHECK_VALUE(target.dim() == 1 && target.numel() == input_.size(0), "one target per row is needed");
-    const DType dtype = dtype_of(input_, "input");
+    const DType dtype = dtype_of(input_.scalar_type(), "input");
     kernels = kernels_for(dtype, kernels_name);
     TORCH_CHECK(kernels != nullptr, "this CPU has no ", kernels_name.empty() ? "AVX2" : kernels_name, " kernels for ",
                 input_.scalar_type());

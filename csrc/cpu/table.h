@@ -83,7 +83,7 @@ static inline void load_stretch(const void* logits, int64_t v0, int64_t n, float
 }
 
 template <class, DType T>
-static void stats_of_row(const void* logits, int64_t target, const LossOptions& loss, RowStats* out, double* sum,
+static void stats_of_row(const void* logits, int64_t target, const LossOptions& loss, float* max, double* sum,
                          double* smooth, float* target_logit, float* max_before) {
   alignas(64) float z[max_stretch];
   RowStats stats{-INFINITY, 0.0f, 0.0f};
@@ -106,7 +106,7 @@ static void stats_of_row(const void* logits, int64_t target, const LossOptions& 
     total += stats.sum;
     smooth_total += stats.smooth;
   }
-  *out = stats;
+  *max = stats.max;
   *sum = total;
   *smooth = smooth_total;
 }
@@ -125,10 +125,10 @@ static void gradient_of_row(const void* logits, int64_t target, const LossOption
   }
 }
 
-static void row_stats(const void* logits, DType dtype, int64_t target, const LossOptions& loss, RowStats* out,
+static void row_stats(const void* logits, DType dtype, int64_t target, const LossOptions& loss, float* max,
                       double* sum, double* smooth, float* target_logit, float* max_before) {
   using C = Singles;
-  FLOW_WITH_DTYPE(dtype, stats_of_row, logits, target, loss, out, sum, smooth, target_logit, max_before)
+  FLOW_WITH_DTYPE(dtype, stats_of_row, logits, target, loss, max, sum, smooth, target_logit, max_before)
 }
 
 static void given_row_gradient(const void* logits, DType dtype, int64_t target, const LossOptions& loss, float lse,

@@ -64,12 +64,11 @@ struct Config {
   Config(const Config&) = delete;
 };
 
-void allow(CrossEntropyKernel kernel, const Plan& plan) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-        "shared memory of a block");
-  if (plan.cluster_size > 8) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "clusters of 16 blocks");
-  }
+cudaError_t allow(CrossEntropyKernel kernel, const Plan& plan) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  if (error != cudaSuccess || plan.cluster_size <= 8) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
 // A cluster needs its blocks' shared memory in one GPU processing cluster, some of which have fewer SMs than others, so
@@ -83,10 +82,7 @@ Plan plan_for(int64_t num_classes, int element_bytes, int device, CrossEntropyKe
     if (plan.cluster_size == 1) return plan;
     int num_clusters = 0;
     const Config config(plan, 1, nullptr);
-    if (cudaFuncSetAttribute(held_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) ==
-            cudaSuccess &&
-        (plan.cluster_size <= 8 || cudaFuncSetAttribute(held_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
-                                                        1) == cudaSuccess) &&
+    if (allow(held_kernel, plan) == cudaSuccess &&
         cudaOccupancyMaxActiveClusters(&num_clusters, held_kernel, &config.launch) == cudaSuccess &&
         num_clusters > 0) {
       return plan;
@@ -173,7 +169,7 @@ cudaStream_t current_stream(int device) {
 
 void launch(CrossEntropyKernel kernel, const Plan& plan, CrossEntropyArgs args, int64_t num_rows, int device) {
   args.cluster_size = plan.cluster_size;
-  allow(kernel, plan);
+  check(allow(kernel, plan), "shared memory or cluster size of a block");
   const Config config(plan, num_rows, current_stream(device));
   check(cudaLaunchKernelEx(&config.launch, kernel, args), "launch of cross_entropy");
 }

@@ -103,10 +103,10 @@ __device__ __forceinline__ void merge(RowStats& a, const RowStats& b) {
   if (kCorrect) a.max_before = fmaxf(a.max_before, b.max_before);
 }
 
-// Over the first `width` lanes of the warp (a power of two); lane 0 has the result.
+// Over the lanes of the warp; lane 0 has the result.
 template <bool kSmoothing, bool kCorrect>
-__device__ __forceinline__ void merge_lanes(RowStats& stats, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2) {
+__device__ __forceinline__ void merge_lanes(RowStats& stats) {
+  for (int offset = 16; offset > 0; offset /= 2) {
     RowStats other;
     other.max = __shfl_xor_sync(0xffffffffu, stats.max, offset);
     other.sum = __shfl_xor_sync(0xffffffffu, stats.sum, offset);
@@ -236,12 +236,12 @@ __device__ __forceinline__ void merge_row(RowStats& stats, float* scratch, int c
   constexpr int kFields = sizeof(RowStats) / sizeof(float);
   RowStats* warps = reinterpret_cast<RowStats*>(scratch);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
-  merge_lanes<kSmoothing, kCorrect>(stats, 32);
+  merge_lanes<kSmoothing, kCorrect>(stats);
   if (lane == 0) warps[warp] = stats;
   __syncthreads();
   if (warp == 0) {
     stats = lane < num_warps ? warps[lane] : RowStats();
-    merge_lanes<kSmoothing, kCorrect>(stats, 32);
+    merge_lanes<kSmoothing, kCorrect>(stats);
     if (cluster_size > 1 && lane == 0) warps[num_warps] = stats;
   }
   if (cluster_size > 1) {
@@ -254,7 +254,7 @@ __device__ __forceinline__ void merge_row(RowStats& stats, float* scratch, int c
 #pragma unroll
         for (int f = 0; f < kFields; ++f) fields[f] = load_remote(&warps[num_warps].max + f, lane);
       }
-      merge_lanes<kSmoothing, kCorrect>(stats, 32);
+      merge_lanes<kSmoothing, kCorrect>(stats);
     }
   }
 }
