@@ -40,11 +40,12 @@ def _error(name: str, kind: str, column: str) -> float | None:
 
 
 def _line(goal: str, value: float | None, limit: float, at_most: bool = True, note: str = "") -> dict:
+    bound = f"{'≤' if at_most else '≥'} {limit:.3g}"
     if value is None:
-        return {"goal": goal, "limit": limit, "measured": "not measured", "reached": ""}
+        return {"goal": goal, "limit": bound, "measured": "not measured", "reached": ""}
     is_reached = value <= limit if at_most else value >= limit
     shown = f"{value:.2g}" if value < 0.1 else f"{value:.3g}"
-    return {"goal": goal, "limit": f"{'≤' if at_most else '≥'} {limit:.3g}", "measured": shown + note,
+    return {"goal": goal, "limit": bound, "measured": shown + note,
             "reached": "yes" if is_reached else "no"}  # fmt: skip
 
 

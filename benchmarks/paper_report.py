@@ -13,6 +13,7 @@ from experiment import PRETRAINED, Cell, Experiment, ImageSearch, Row, Search
 from flow_finetune.config import non_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import exponential, metric_record
+from flow_finetune.markdown import marked_text, table_lines, value_text
 from flow_finetune.methods import needs_scores
 from flow_finetune.plots import plot_tradeoff
 from flow_finetune.results import Metric, Run, cell, compare, load_runs, shown_metrics, verdict
@@ -143,16 +144,16 @@ def _label(metric: Metric) -> str:
 
 def _values(results: Results, metrics: Sequence[Metric]) -> list[str]:
     runs = results.first_runs()
-    rows = [[run.name, *(_cell(run, m, runs) for m in metrics)] for run in runs]
-    return ["Value ± standard error over items.", "", *_table(["row", *map(_label, metrics)], rows)]
+    rows = [[run.name, *(value_text(cell(run, m, runs), m) for m in metrics)] for run in runs]
+    return ["Value ± standard error over items.", "", *table_lines(["row", *map(_label, metrics)], rows)]
 
 
 def _differences(results: Results, metrics: Sequence[Metric]) -> list[str]:
     rows = []
     for run, row in _compared(results):
         found = [_against_baseline(results, run, row, m) for m in metrics]
-        rows.append([run.name, *(_marked(d, m) for d, m in zip(found, metrics, strict=True))])
-    return _table(["row", *map(_label, metrics)], rows)
+        rows.append([run.name, *(marked_text(d, m) for d, m in zip(found, metrics, strict=True))])
+    return table_lines(["row", *map(_label, metrics)], rows)
 
 
 def _compared(results: Results) -> list[tuple[Run, Row | None]]:
@@ -186,7 +187,7 @@ def _seeds(results: Results, metrics: Sequence[Metric]) -> list[str]:
                 f"{np.mean(values):.{metric.digits}f} ± {spread:.{metric.digits}f} ({each})" if values else "-"
             )
         rows.append([metric.label, *texts])
-    lines += _table(
+    lines += table_lines(
         ["metric", *(f"{r.name}, seeds {', '.join(map(str, _seeds_done(results, r)))}" for r in several)], rows
     )
     for row in several:
@@ -207,11 +208,11 @@ def _seed_differences(results: Results, row: Row, metrics: Sequence[Metric]) -> 
         each = [_against_baseline(results, results.run(row, s), row, metric, s) for s in common]
         if mean is not None:
             values = ", ".join(f"{d.difference:+.{metric.digits}f}" for d in each if d is not None)
-            rows.append([metric.label, _marked(mean, metric), values])
+            rows.append([metric.label, marked_text(mean, metric), values])
     return [
         f"{row.name} minus {baseline.name}, items averaged over seeds {', '.join(map(str, common))} (a perplexity is the "
         "exponential of the mean loss), 95 % interval over items:", "",
-        *_table(["metric", "difference of the means", "of each seed"], rows),
+        *table_lines(["metric", "difference of the means", "of each seed"], rows),
     ]  # fmt: skip
 
 
@@ -236,7 +237,7 @@ def _searches(results: Results) -> list[str]:
         text = ", ".join(f"{rate:g}: {'-' if loss is None else f'{loss:.4f}'}" for rate, loss in losses.items())
         chosen = "-" if best is None else f"{best:g}" + (" (at the grid's edge)" if at_edge else "")
         rows.append([name, text, chosen, ", ".join(others)])
-    return lines + _table(["row", "learning rate: validation loss", "taken", "also for"], rows)
+    return lines + table_lines(["row", "learning rate: validation loss", "taken", "also for"], rows)
 
 
 def _search_words(search: Search | ImageSearch) -> str:
@@ -268,7 +269,7 @@ def _costs(results: Results) -> list[str]:
     head = ["row", "seed", "learning rate", "steps", "mean(w)", "effective sample size", "score s", "train s",
             "evaluate s", "cell s"]  # fmt: skip
     text = "Wall time in seconds; the training data is scored once for all rows. A cell's time has the loading in it."
-    return ["## Cost", "", text, "", *_table(head, rows)]
+    return ["## Cost", "", text, "", *table_lines(head, rows)]
 
 
 def _csv_rows(results: Results, metrics: Sequence[Metric]) -> list[dict]:
@@ -307,28 +308,5 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(texts):
-        return "| " + " | ".join(t.replace("|", "\\|") for t in texts) + " |"
-
-    return [line(head), "| --- |" + " ---: |" * (len(head) - 1), *map(line, rows), ""]
-
-
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
-
-
-def _cell(run: Run, metric: Metric, runs: Sequence[Run]) -> str:
-    found = cell(run, metric, runs)
-    if found is None:
-        return "-"
-    text = f"{found.value:.{metric.digits}f}"
-    return text if found.standard_error is None else f"{text} ± {found.standard_error:.{metric.digits}f}"
-
-
-def _marked(difference: Difference | None, metric: Metric) -> str:
-    if difference is None:
-        return "-"
-    value, low, high = (f"{v:+.{metric.digits}f}" for v in difference)
-    word = verdict(difference, metric)
-    return f"**{value} [{low}, {high}] {word}**" if word else f"{value} [{low}, {high}]"

@@ -21,8 +21,8 @@ from pathlib import Path
 from experiment import Cell, Experiment
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import EVALUATION_FILE, ITEMS_FILE
-from flow_finetune.results import LOG_FILE, SUMMARY_FILE
-from flow_finetune.storage import atomic_path, write_json
+from flow_finetune.results import LOG_FILE
+from flow_finetune.storage import SUMMARY_FILE, atomic_path, write_json
 
 CELL_FILE = "cell.json"
 
@@ -70,13 +70,11 @@ class Records:
         if cell.candidate is not None:
             return cell.candidate
         row = (self.experiment.source_of(cell) or cell).row
-        if row.options.learning_rates or row.options.learning_rate_of:
-            owner = self.experiment.row(row.options.learning_rate_of or row.name)
-            if not owner.options.learning_rates:
-                return owner.method.learning_rate
-            losses = self.search_losses(owner)
-            return None if None in losses.values() else min(losses, key=losses.get)
-        return row.method.learning_rate
+        owner = self.experiment.row(row.options.learning_rate_of or row.name)
+        if not owner.options.learning_rates:
+            return owner.method.learning_rate
+        losses = self.search_losses(owner)
+        return None if None in losses.values() else min(losses, key=losses.get)
 
     def is_ready(self, cell: Cell) -> bool:
         """Whether the search that a cell takes its learning rate from is finished."""

@@ -216,8 +216,9 @@ def write_report() -> None:
     text = ["# The head alone", *machines]
     text.append(
         "Medians of repetitions in turn within one process, which had the machine to itself by real-time priority; every "
-        "ratio is within the run that measured the row (a table may name two). Errors are against fp64: the largest of a row's loss, the relative Frobenius norm of a "
-        "gradient's. Peak memory is that of a fresh process, above inputs and results."
+        "ratio is within the run that measured the row (a table may name two). The goals were set for CPUs with AMX. Errors are against fp64: the largest of a row's loss, the "
+        "relative Frobenius norm of a gradient's, at the largest N that was measured for the implementation (the table of "
+        "errors has each N). Peak memory is that of a fresh process, above inputs and results."
     )
     text += ["## Goals", *goal_table(), "## Time, memory and error", *speed_tables()]
     text += ["## Weights, ignored rows and a frozen head", *case_table()]

@@ -13,7 +13,7 @@ from experiment import Cell, Experiment
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.progress import say
-from flow_finetune.results import SUMMARY_FILE
+from flow_finetune.storage import SUMMARY_FILE
 from records import Records, locked
 
 

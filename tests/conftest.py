@@ -24,6 +24,9 @@ if os.environ.get("DEVICE") == "cuda":
 # slower than a kernel: `make test` gives it its own tests, `make test-triton` this matrix, by naming it here.
 _NAMED = os.environ.get("OPERATOR_BACKENDS", "reference cpu").split()
 BACKENDS = [name for name in backends.BACKENDS if name in _NAMED and backends.status(name, "cpu").available]
+# A backend that was asked for and is not there would leave its tests out in silence.
+if _missing := [name for name in os.environ.get("OPERATOR_BACKENDS", "").split() if name not in BACKENDS]:
+    raise pytest.UsageError(f"OPERATOR_BACKENDS names {_missing[0]}, which cannot serve the CPU here")
 
 # Input dtypes by backend; fp64 is what gradcheck needs. A kernel backend computes in fp32 and takes what users train in.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -38,11 +38,6 @@ def wide(*tensors):
     return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def error(actual, expected):
     # With one class the gradient is what is left of terms near 1, so its own size is no measure.
     assert actual.shape == expected.shape

@@ -30,6 +30,7 @@ from flow_finetune.methods import check_method, check_methods, make_weights, nam
 from flow_finetune.models import load_model
 from flow_finetune.scores import Scores, score
 from flow_finetune.train import train
+from run_files import assert_same_files
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -249,20 +250,6 @@ def test_a_row_that_trains_nothing_is_not_trained(setup, tmp_path):
         setup.train(tmp_path / "out", MethodConfig("wise", of="flow", wise_ft=0.5))
 
 
-def assert_same_run(undisturbed, continued):
-    for path in undisturbed.iterdir():
-        if path.is_file():
-            assert (continued / path.name).read_bytes() == path.read_bytes(), path.name
-    logs = []
-    for directory in (undisturbed, continued):
-        lines = [json.loads(line) for line in (directory / "train/log.jsonl").read_text().splitlines()]
-        logs.append(
-            [{k: v for k, v in x.items() if k not in ("tokens_per_second", "peak_memory_bytes")} for x in lines]
-        )
-    assert logs[0] == logs[1]
-    assert (undisturbed / "model.safetensors").is_file()
-
-
 # The SFA average of step 3 lies before the checkpoint of step 4, that of step 6 after it.
 CONTINUED = {
     "l2": {"penalty": "l2", "penalty_strength": 1e3},
@@ -303,7 +290,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(setup, tmp_path, monkeyp
             setup.train(tmp_path / "continued", method, **options)
         state.write_bytes(content)
     setup.train(tmp_path / "continued", method, **options)
-    assert_same_run(tmp_path / "undisturbed", tmp_path / "continued")
+    assert_same_files(tmp_path / "undisturbed", tmp_path / "continued")
 
 
 def test_a_killed_run_continues_to_the_same_bytes(setup, qa_file, tmp_path):
@@ -333,7 +320,7 @@ def test_a_killed_run_continues_to_the_same_bytes(setup, qa_file, tmp_path):
     assert again.exit_code == 0, again.output
     assert "after step" in again.output
     assert CliRunner().invoke(app, [*command[3:], "-o", str(tmp_path / "undisturbed")]).exit_code == 0
-    assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
+    assert_same_files(tmp_path / "undisturbed", tmp_path / "killed")
 
 
 @pytest.mark.parametrize(

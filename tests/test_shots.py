@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import metrics_of, run, target_log_probabilities, write_rows
+from evaluation_cases import metrics_of, qa_task, run, target_log_probabilities, write_rows
 from flow_finetune import tasks
 from flow_finetune.config import TaskConfig
 from flow_finetune.errors import InputError
@@ -32,10 +32,6 @@ CLOZE = {"context": "Question: Which is worst?\nAnswer:", "choices": [" a basket
          "subtask": "taste"}  # fmt: skip
 
 
-def qa(source, **options) -> TaskConfig:
-    return TaskConfig("qa", source, role="target", prompt_field="question", response_field="answer", **options)
-
-
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     directory = tmp_path_factory.mktemp("shots")
@@ -49,9 +45,9 @@ def contexts(config, tokenizer) -> list[str]:
 
 def test_question_answer_prompts(tiny, paths):
     front = "Question: How many apples? \nAnswer: There are 12.\n#### 12\n\nQuestion: And 9?\nAnswer: #### 9\n\n"
-    found = contexts(qa(paths["sums"], num_shots=2, shots_source=paths["solved"]), tiny[1])
+    found = contexts(qa_task(paths["sums"], num_shots=2, shots_source=paths["solved"]), tiny[1])
     assert found == [f"{front}Question: {row['question']}\nAnswer:" for row in SUMS]
-    config = qa(paths["sums"], num_shots=1, shots_source=paths["solved"], template="Q: {prompt} A:", limit=1)
+    config = qa_task(paths["sums"], num_shots=1, shots_source=paths["solved"], template="Q: {prompt} A:", limit=1)
     assert contexts(config, tiny[1]) == ["Q: How many apples?  A: There are 12.\n#### 12\n\nQ: What is 0 and 3? A:"]
 
 
@@ -76,7 +72,7 @@ def test_shots_of_the_evaluations_own_schema(tiny, paths, tmp_path):
 def test_values(tiny, paths, tmp_path):
     """Loss and accuracy of targets and choices after shots, and generations that end at the next question."""
     lm, tokenizer = tiny
-    answers = qa(paths["sums"], num_shots=2, shots_source=paths["solved"], max_new_tokens=6)
+    answers = qa_task(paths["sums"], num_shots=2, shots_source=paths["solved"], max_new_tokens=6)
     letters = TaskConfig("multiple_choice", paths["letters"], num_shots=2, shots_source=paths["dev"])
     result = run(tiny, [answers, letters], tmp_path / "out")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -129,7 +125,7 @@ def test_generation_ends_at_a_text(tiny):
 def test_bad_shots(tiny, paths, tmp_path, task, message):
     options = {**task, **({"shots_source": paths[task["shots_source"]]} if "shots_source" in task else {})}
     with pytest.raises(InputError, match=re.escape(message)):
-        run(tiny, [qa(paths["sums"], **options)], tmp_path / "out")
+        run(tiny, [qa_task(paths["sums"], **options)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

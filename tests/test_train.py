@@ -23,6 +23,7 @@ from flow_finetune.methods import make_weights
 from flow_finetune.models import load_model
 from flow_finetune.scores import read_scores, score, scoring_fingerprints
 from flow_finetune.train import Meter, accumulate_gradients, micro_batches, step_plan, train
+from run_files import assert_same_files
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -272,24 +273,6 @@ def test_interrupted_training_continues_to_the_same_weights(setup, tmp_path, mon
         file.write('{"step": 8, "loss": 99.0}\n{"step": 9, "lo')
     setup.train(tmp_path / "continued", **options)
     assert_same_files(tmp_path / "undisturbed", tmp_path / "continued")
-
-
-def assert_same_files(undisturbed, continued):
-    """Weights and everything transformers reads are the same bytes; the log agrees in all but its timings."""
-    names = sorted(p.name for p in undisturbed.iterdir() if p.is_file())
-    assert "model.safetensors" in names
-    assert sorted(p.name for p in continued.iterdir() if p.is_file()) == names
-    for name in names:
-        assert (continued / name).read_bytes() == (undisturbed / name).read_bytes(), name
-    timings = {"tokens_per_second", "peak_memory_bytes"}
-    logs = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in timings}
-            for line in (directory / "train/log.jsonl").read_text().splitlines()
-        ]
-        for directory in (undisturbed, continued)
-    ]
-    assert logs[0] == logs[1]
 
 
 # One thread each: a tiny model gains nothing from more, and several processes share the cores.

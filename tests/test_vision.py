@@ -74,7 +74,7 @@ def _summary(prepared, name: str) -> dict:
     return json.loads((prepared.output / name / "train/summary.json").read_text())
 
 
-def _plain(source, images: np.ndarray) -> torch.Tensor:
+def _plain(images: np.ndarray) -> torch.Tensor:
     """`[N, 3, 16, 16]` inputs of 12-pixel images, as torch and the preprocessor's file say."""
     x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
     return (F.interpolate(x, (SIZE, SIZE), mode="bilinear") - 0.5) / 0.5
@@ -110,7 +110,7 @@ def test_scores_and_weights_are_those_of_the_saved_probed_model(finished):
     # Nothing of this project but the file: transformers loads stage 0's model.
     model = AutoModelForImageClassification.from_pretrained(finished.probed).eval()
     with torch.no_grad():
-        logits = model(pixel_values=_plain(finished, finished.images.pixels)).logits.double()
+        logits = model(pixel_values=_plain(finished.images.pixels)).logits.double()
     loss = F.cross_entropy(logits, torch.from_numpy(finished.labels), reduction="none").numpy()
     found = _scores(finished)
     np.testing.assert_allclose(found["loss"], loss, rtol=1e-5)
@@ -128,7 +128,7 @@ def test_stages_1_and_2_equal_a_plain_torch_loop(finished, name, tolerance):
     losses = np.array(_scores(finished)["loss"])
     weight = np.exp(-losses / np.median(losses)) if name != "standard" else np.ones(NUM_IMAGES)
     weight = torch.from_numpy(weight).float()
-    inputs, labels = _plain(finished, finished.images.pixels), torch.from_numpy(finished.labels)
+    inputs, labels = _plain(finished.images.pixels), torch.from_numpy(finished.labels)
     config = finished.config.train
     steps = stages.step_plan(NUM_IMAGES, 2, 8, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
@@ -231,6 +231,12 @@ def _not_again(*_, **__):
     raise AssertionError("made again")
 
 
+def test_a_file_is_no_directory_for_a_method(finished, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match="taken is used by something else"):
+        train_and_evaluate(finished, MethodConfig("plain", weights="none"), tmp_path / "taken")
+
+
 def test_one_cell_alone_starts_again_where_it_was_killed_and_ends_the_same(finished, tmp_path):
     method = MethodConfig(name="flow")
     (tmp_path / "cell/train").mkdir(parents=True)
@@ -268,7 +274,7 @@ def test_l2_pulls_towards_stage_0_and_eval_mode_keeps_statistics(finished, tmp_p
         ({"methods": [{"name": "token", "weights": "token"}]}, "one weight per image"),
         ({"methods": [{"name": "a", "weights": "none", "train": "lora"}]}, "LoRA is for language models"),
         ({"methods": [{"name": "a", "train": "head"}]}, "weights would have no effect"),
-        ({"methods": [{"name": "a", "of": "b", "wise_ft": 0.5}]}, "of"),
+        ({"methods": [{"name": "a", "of": "b", "wise_ft": 0.5}]}, "method a: of must be one of"),
         ({"methods": [{"name": "report"}]}, "plain directory name"),
         ({"methods": [{"name": "flow"}, {"name": "flow"}]}, "two methods are named 'flow'"),
         ({"tasks": []}, "at least one evaluation task"),

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from flow_finetune.config import non_defaults, without_defaults
 from flow_finetune.errors import InputError
-from flow_finetune.storage import atomic_path, disk_space_errors, require_disk_space, write_json
+from flow_finetune.storage import atomic_path, disk_space_errors, is_used, require_disk_space, used_error, write_json
 
 
 class TrainDirectory:
@@ -66,9 +66,9 @@ class TrainDirectory:
 
     def _claim(self, lm, overwrite: bool, keeps_checkpoints: bool) -> dict | None:
         identity = self._train / "identity.json"
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if is_used(self.path):
             if not identity.is_file():
-                raise InputError(f"{self.path} is used by something else; choose an empty or new directory")
+                raise used_error(self.path)
             differences = _differences(self._read_identity(), self._identity)
             if overwrite:
                 shutil.rmtree(self.path)

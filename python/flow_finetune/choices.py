@@ -144,7 +144,7 @@ def score_groups(
             if bad:
                 raise InputError(
                     f"the model gives NaN or infinite losses in {name}, first for item {', '.join(bad[:_NUM_NAMED])}; "
-                    "check the model, or evaluate it with --dtype float32 --precision no"
+                    "check the model, or evaluate it with --dtype float32 --precision full"
                 )
             tracker.advance(1, tokens=num_tokens)
     return flow_kernels.SampleScores(*sums)

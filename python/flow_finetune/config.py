@@ -212,10 +212,7 @@ def _reduced_default(cls: type, name: str, hint: object) -> object:
     default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
     if default is dataclasses.MISSING:
         return default
-    holder = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
-    if isinstance(holder, tuple):
-        holder = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in holder]
-    return _reduce(hint, json.loads(json.dumps(holder)))
+    return _reduce(hint, json.loads(json.dumps(default, default=dataclasses.asdict)))
 
 
 def choose(name: str, value: str, allowed: tuple[str, ...]) -> str:

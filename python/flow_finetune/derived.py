@@ -40,7 +40,7 @@ def accuracies(runs: Sequence[Run], role: str) -> dict[str, Key]:
         if task["role"] != role:
             continue
         for metric in _ACCURACY.get(task["kind"], ()):
-            if all(metric in run.tasks.get(name, {"metrics": {}})["metrics"] for run in runs):
+            if all(metric in run.metrics(name) for run in runs):
                 found[name] = (name, metric)
                 break
     return found

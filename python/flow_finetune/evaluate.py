@@ -35,6 +35,7 @@ def evaluate(
     precision: str = "bf16",
     source: str = "",
     overwrite: bool = False,
+    prepared: Sequence[Task] | None = None,
 ) -> dict:
     """Run every task in eval mode without gradients and write `evaluation.json`, the last file, into `output`.
 
@@ -45,6 +46,7 @@ def evaluate(
         precision: "bf16" (autocast) or "full".
         source: where the model came from, for the record.
         overwrite: replace an evaluation that is already there.
+        prepared: `tasks.prepare(tasks, tokenizer)`, where the caller has it already.
 
     Returns:
         The content of `evaluation.json`: for each task its metrics, each `{"value", "standard_error", "num_items"}`.
@@ -57,7 +59,7 @@ def evaluate(
     if not tasks:
         raise InputError("there is nothing to evaluate: give at least one task")
     choose("precision", precision, ("bf16", "full"))
-    prepared = prepare(tasks, tokenizer)
+    prepared = prepare(tasks, tokenizer) if prepared is None else prepared
     lm.eval()
     records, columns, generations = [], [], []
     for task in prepared:

@@ -155,6 +155,8 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
 
 def _location(config: ModelConfig) -> tuple[str, dict]:
     path = Path(config.source).expanduser()
+    if not config.source:
+        raise InputError("no model is named; give one with -m MODEL, or as model: source in the file")
     if config.source.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"no such file: {config.source}")

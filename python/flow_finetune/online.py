@@ -104,7 +104,7 @@ class OnlineWeights:
 
     @property
     def effective_sample_size(self) -> float:
-        """Of one pass, from the weights of all passes: `(sum w)^2 / sum w^2`, as if each were another sample."""
+        """Over the weights of all passes: `(sum w)^2 / sum w^2`, each counted as another sample."""
         return float(self._sums[1] ** 2 / self._sums[2]) if self._sums[2] > 0 else 0.0
 
     def state_dict(self) -> dict:

@@ -149,7 +149,7 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
     lm, tokenizer = load_model(base)
     samples = load_samples(config.data, tokenizer)
     # Before anything is trained: an evaluation file that cannot be used is found now.
-    prepare(config.tasks, tokenizer)
+    prepared = prepare(config.tasks, tokenizer)
     say(f"{config.data.source}: {samples.describe()}")
     if scores is not None:
         tokens = any(method.weights == "token" for method in config.methods)
@@ -157,6 +157,6 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
     if not (pretrained / EVALUATION_FILE).is_file():
         evaluate(
             lm, tokenizer, config.tasks, pretrained, batch_tokens=config.batch_tokens,
-            precision=config.model.precision, source=base.source,
+            precision=config.model.precision, source=base.source, prepared=prepared,
         )  # fmt: skip
     return samples

@@ -19,8 +19,8 @@ _DPI = 100
 # Target and retained metric of each panel; the last is of images, where one source accuracy is all that is kept.
 _PANELS = (("nats_per_token", "perplexity"), ("exact_match", MEAN_ACCURACY), ("accuracy", "accuracy"))
 _CURVES = (
-    ("loss", "loss (nats/token)"),
-    ("weighted_loss", "weighted loss (nats/token)"),
+    ("loss", "loss (nats)"),
+    ("weighted_loss", "weighted loss (nats)"),
     ("grad_norm", "gradient norm"),
     ("learning_rate", "learning rate"),
     ("distance", "distance from pre-trained weights"),
@@ -86,7 +86,7 @@ def plot_tradeoff(runs: Sequence[Run], path: Path) -> bool:
     return True
 
 
-def plot_losses(loss: np.ndarray, temperature: float, path: Path) -> None:
+def plot_losses(loss: np.ndarray, temperature: float, unit: str, path: Path) -> None:
     """Histogram of pre-trained losses with the temperature, and below it the weight that each loss gets."""
     figure = _figure(7.0, 5.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -101,9 +101,9 @@ def plot_losses(loss: np.ndarray, temperature: float, path: Path) -> None:
     for axes in (top, bottom):
         axes.axvline(temperature, color=_COLOURS[1], linestyle="--", linewidth=1.5)
     _tidy(top, "", "samples")
-    _tidy(bottom, "loss under the pre-trained model (nats/token)", "weight exp(-loss/τ)")
+    _tidy(bottom, f"loss under the pre-trained model (nats/{unit})", "weight exp(-loss/τ)")
     top.set_title(
-        f"τ = {temperature:.3g} nats/token, the median of {len(loss):,} losses", fontsize=11, color=_COLOURS[1]
+        f"τ = {temperature:.3g} nats/{unit}, the median of {len(loss):,} losses", fontsize=11, color=_COLOURS[1]
     )
     _save(figure, path)
 

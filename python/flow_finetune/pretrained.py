@@ -55,12 +55,11 @@ class PretrainedCopy:
             self.flat = torch.empty(self.num_elements, dtype=dtype, device=device)
         else:
             self.flat = _unnamed_file(folder, self.num_elements, dtype)
-        # sum (theta0 - copy)^2, 0 where the copy is exact.
-        self.rounding = 0.0
         with torch.no_grad():
             for start, parts in self._buckets:
                 for view, piece in zip(self._views(parts), self._flat_pieces(start, parts), strict=True):
                     piece.copy_(view)
+            # sum (theta0 - copy)^2, 0 where the copy is exact.
             self.rounding = sum(float(square) for square in self._square_sums())
 
     @torch.no_grad()

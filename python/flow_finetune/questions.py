@@ -7,7 +7,7 @@ the continuation's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from flow_finetune.errors import InputError
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice item: its choices are `num_choices` consecutive samples."""
+    """One multiple-choice item: its choices are as many consecutive samples as `num_bytes` has entries."""
 
     id: str
     answer: int
@@ -50,8 +50,8 @@ def read_questions(source: str, limit: int | None = None, context_field: str = "
     field = next((name for name in ("subtask", "subject") if name in rows.column_names), None)
     subjects = text_column(rows, field, source) if field else [None] * len(contexts)
     questions = []
-    for index, row in enumerate(zip(contexts, rows["choices"], rows["answer"], subjects, strict=True)):
-        _, choices, answer, _ = row
+    columns = zip(contexts, rows["choices"], rows["answer"], subjects, strict=True)
+    for index, (context, choices, answer, subject) in enumerate(columns):
         if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
             raise InputError(f"{source}: choices of row {index} must be a list of non-empty texts, got {choices!r:.80}")
         if len(choices) < 2:
@@ -61,8 +61,8 @@ def read_questions(source: str, limit: int | None = None, context_field: str = "
                 f"{source}: answer of row {index} is {answer!r}, which is not the index of one of its {len(choices)} "
                 "choices; the first is 0"
             )
-        questions.append(Row(*row))
-    return [replace(row, answer=int(row.answer)) for row in questions]
+        questions.append(Row(context, choices, int(answer), subject))
+    return questions
 
 
 def choice_samples(

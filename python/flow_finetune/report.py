@@ -14,11 +14,11 @@ from rich.table import Table
 
 from flow_finetune import derived
 from flow_finetune.errors import InputError
+from flow_finetune.markdown import NONE, interval_text, marked_text, table_lines, value_text
 from flow_finetune.plots import plot_losses, plot_tradeoff, plot_training
 from flow_finetune.results import (
     COMMONSENSE,
     MEAN_ACCURACY,
-    Cell,
     Metric,
     Run,
     cell,
@@ -27,13 +27,11 @@ from flow_finetune.results import (
     find_baseline,
     load_runs,
     shown_metrics,
-    verdict,
 )
-from flow_finetune.statistics import Difference
+from flow_finetune.scores import METADATA_KEY
 from flow_finetune.storage import atomic_path
 
 REPORT_FILE = "report.md"
-_NONE = "-"
 # A sample's text is cut here: enough to see what it is.
 _TEXT_LENGTH = 700
 
@@ -62,7 +60,8 @@ def write_report(
     if plot_tradeoff(loaded, output / "tradeoff.png"):
         lines += _picture("Learned and kept", "tradeoff.png", _TRADEOFF_CAPTION)
     if scored is not None:
-        lines += _scores(*scored, output)
+        is_image = any(task["kind"] == "classification" for run in loaded for task in run.tasks.values())
+        lines += _scores(*scored, "image" if is_image else "token", output)
     if plot_training(loaded, output / "training.png"):
         lines += _picture("Training", "training.png", _TRAINING_CAPTION)
     page = output / REPORT_FILE
@@ -82,9 +81,11 @@ def summary_table(runs: Sequence[Path], baseline: str | None = None) -> Table:
     for other, reference in pairs:
         table.add_column(f"{other.name} - {reference.name}", justify="right", no_wrap=True)
     for metric in shown_metrics(loaded):
-        cells = [_cell(cell(run, metric, loaded), metric) for run in loaded]
+        cells = [value_text(cell(run, metric, loaded), metric) for run in loaded]
         differences = [compare(other, reference, metric, loaded) for other, reference in pairs]
-        texts = [_NONE if d is None else _interval(d, metric) + ("*" if d.excludes_zero else " ") for d in differences]
+        texts = [
+            NONE if d is None else interval_text(d, metric) + ("*" if d.excludes_zero else " ") for d in differences
+        ]
         table.add_row(metric.label.replace("accuracy, byte-normalised (%)", "accuracy/byte (%)"), *cells, *texts)
     table.add_section()
     table.add_row("training seconds", *(_summary(run, "seconds", ",.0f") for run in loaded), *("" for _ in pairs))
@@ -105,17 +106,21 @@ def _results(runs: Sequence[Run]) -> list[str]:
     shown = [m for m in metrics if m not in accuracies]
     rows = []
     for run in runs:
-        row = [run.name, *(_cell(cell(run, m, runs), m) for m in shown)]
+        row = [run.name, *(value_text(cell(run, m, runs), m) for m in shown)]
         row += [_summary(run, "mean_weight", ".3f"), _summary(run, "effective_sample_size", ",.0f")]
         rows.append([*row, _summary(run, "num_steps", ","), _summary(run, "seconds", ",.0f")])
     head = ["run", *(m.label for m in shown), "mean(w)", "effective sample size", "steps", "seconds"]
-    lines += _table(head, rows)
+    lines += table_lines(head, rows)
     lines += _explanations(shown)
     for name, words in (("accuracy_bytes", "byte-normalised"), ("accuracy", "highest log-likelihood")):
         shown = [m for m in accuracies if m.name == name]
         if shown:
-            rows = [[run.name, *(_cell(cell(run, m, runs), m) for m in shown)] for run in runs]
-            lines += [f"Multiple-choice accuracy in %, {words}:", "", *_table(["run", *(m.task for m in shown)], rows)]
+            rows = [[run.name, *(value_text(cell(run, m, runs), m) for m in shown)] for run in runs]
+            lines += [
+                f"Multiple-choice accuracy in %, {words}:",
+                "",
+                *table_lines(["run", *(m.task for m in shown)], rows),
+            ]
     return lines
 
 
@@ -156,25 +161,26 @@ def _comparisons(runs: Sequence[Run], baseline: str | None) -> list[str]:
         for metric in shown_metrics(runs):
             differences = [compare(other, reference, metric, runs) for other in others]
             if any(d is not None for d in differences):
-                rows.append([metric.label, *(_marked(d, metric) for d in differences)])
+                rows.append([metric.label, *(marked_text(d, metric) for d in differences)])
         head = ["metric", *(f"{other.name} - {reference.name}" for other in others)]
-        lines += [f"### Against {reference.name}", "", *_table(head, rows)]
+        lines += [f"### Against {reference.name}", "", *table_lines(head, rows)]
     return lines
 
 
-def _scores(loss: np.ndarray, metadata: dict, output: Path) -> list[str]:
+def _scores(loss: np.ndarray, metadata: dict, unit: str, output: Path) -> list[str]:
+    """What the score file says; `unit` is what a loss is in nats per."""
     temperature = metadata.get("temperature")
     lines = []
     # Without a temperature (all losses 0) there is no weight curve.
     if temperature:
-        plot_losses(loss, temperature, output / "losses.png")
+        plot_losses(loss, temperature, unit, output / "losses.png")
         lines += _picture("Losses of the pre-trained model", "losses.png", _LOSSES_CAPTION)
     for key, title in (("easiest", "Easiest samples"), ("hardest", "Hardest samples")):
         samples = metadata.get("extremes", {}).get(key, [])
         if samples:
             lines += [f"## {title}", ""]
             for sample in samples:
-                lines += _sample(sample, temperature)
+                lines += _sample(sample, temperature, unit)
     return lines
 
 
@@ -183,18 +189,18 @@ def _read_scores(path: Path) -> tuple[np.ndarray, dict]:
         raise InputError(f"no such file: {path}")
     try:
         table = pq.read_table(path, columns=["loss"])
-        metadata = json.loads(table.schema.metadata[b"flow_finetune"])
+        metadata = json.loads(table.schema.metadata[METADATA_KEY])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a score file; make one with flow-finetune score") from error
     return table["loss"].to_numpy(), metadata
 
 
-def _sample(sample: dict, temperature: float | None) -> list[str]:
+def _sample(sample: dict, temperature: float | None, unit: str) -> list[str]:
     weight = f", w = {math.exp(-sample['loss'] / temperature):.3f}" if temperature else ""
     text = f"{_shorten(sample['prompt'])}\n→ {_shorten(sample['response'])}"
     # Longer than any fence inside, so no text of a sample can end it.
     fence = "`" * max(3, *(1 + len(run) for run in re.findall("`*", text)))
-    return [f"Sample {sample['id']}: {sample['loss']:.3f} nats/token{weight}", "", f"{fence}text", text, fence, ""]
+    return [f"Sample {sample['id']}: {sample['loss']:.3f} nats/{unit}{weight}", "", f"{fence}text", text, fence, ""]
 
 
 def _shorten(text: str) -> str:
@@ -206,36 +212,9 @@ def _picture(title: str, file: str, caption: str) -> list[str]:
     return [f"## {title}", "", f"![{title}]({file})", "", caption, ""]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(texts):
-        return "| " + " | ".join(t.replace("|", "\\|") for t in texts) + " |"
-
-    return [line(head), "| --- |" + " ---: |" * (len(head) - 1), *(line(row) for row in rows), ""]
-
-
 def _summary(run: Run, key: str, spec: str) -> str:
     value = run.summary.get(key) if run.summary else None
-    return _NONE if value is None else format(value, spec)
-
-
-def _cell(shown: Cell | None, metric: Metric) -> str:
-    if shown is None:
-        return _NONE
-    text = f"{shown.value:.{metric.digits}f}"
-    return text if shown.standard_error is None else f"{text} ± {shown.standard_error:.{metric.digits}f}"
-
-
-def _interval(difference: Difference, metric: Metric) -> str:
-    value, low, high = (f"{v:+.{metric.digits}f}" for v in difference)
-    return f"{value} [{low}, {high}]"
-
-
-def _marked(difference: Difference | None, metric: Metric) -> str:
-    if difference is None:
-        return _NONE
-    text = _interval(difference, metric)
-    word = verdict(difference, metric)
-    return f"**{text} {word}**" if word else text
+    return NONE if value is None else format(value, spec)
 
 
 _TRADEOFF_CAPTION = (
@@ -243,11 +222,11 @@ _TRADEOFF_CAPTION = (
     "accuracies on both axes, upper right is better."
 )
 _LOSSES_CAPTION = (
-    "Mean loss per target token of each fine-tuning sample under the pre-trained model, τ (dashed), and the weight "
+    "Mean loss of each fine-tuning sample (per target token, or of the image) under the pre-trained model, τ (dashed), and the weight "
     "exp(-loss/τ) before any clipping or normalisation."
 )
 _TRAINING_CAPTION = (
-    "Per logged step. Loss: nats per target token, unweighted. Weighted loss: what is minimised, Σ w·nll over the "
-    "number of target tokens; its scale is not comparable between methods. Distance: Euclidean norm of the change of "
+    "Per logged step. Loss: nats per target token or image, unweighted. Weighted loss: what is minimised, Σ w·nll over "
+    "the number of target tokens or images; its scale is not comparable between methods. Distance: Euclidean norm of the change of "
     "all weights."
 )

@@ -14,8 +14,9 @@ from flow_finetune.config import MethodConfig, without_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import EVALUATION_FILE, read_items
 from flow_finetune.statistics import Difference, Items, paired_difference, paired_mean_difference
+from flow_finetune.storage import SUMMARY_FILE
 
-SUMMARY_FILE, LOG_FILE = "train/summary.json", "train/log.jsonl"
+LOG_FILE = "train/log.jsonl"
 MEAN_ACCURACY = "mean retained accuracy"
 COMMONSENSE = "commonsense average"
 OVERALL = "mean of retained and target accuracy"
@@ -51,6 +52,10 @@ class Run:
     @property
     def tasks(self) -> dict[str, dict]:
         return {task["name"]: task for task in self.evaluation["tasks"]}
+
+    def metrics(self, task: str) -> dict[str, dict]:
+        """The metrics of a task; none where the run lacks it."""
+        return self.tasks.get(task, {"metrics": {}})["metrics"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def shown_metrics(runs: Sequence[Run]) -> list[Metric]:
     metrics = []
     for name, task in sorted(tasks.items(), key=lambda item: item[1]["role"] != "target"):
         for metric, words, higher in _SHOWN.get(task["kind"]) or _named_by_the_harness(task):
-            if any(metric in run.tasks.get(name, {"metrics": {}})["metrics"] for run in runs):
+            if any(metric in run.metrics(name) for run in runs):
                 metrics.append(Metric(name, metric, task["role"], f"{name} {words}", higher, task["kind"]))
         if task["role"] == "target":
             metrics += _hardest_metrics(runs, name, task["kind"])
@@ -178,7 +183,7 @@ def cell(run: Run, metric: Metric, runs: Sequence[Run]) -> Cell | None:
             return None
         value, error = derived.value_and_error(items)
     else:
-        found = run.tasks.get(metric.task, {"metrics": {}})["metrics"].get(metric.name)
+        found = run.metrics(metric.task).get(metric.name)
         if found is None:
             return None
         value, error = found["value"], found["standard_error"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from flow_finetune.config import non_defaults, without_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.methods import check_methods
-from flow_finetune.storage import write_json
+from flow_finetune.storage import is_used, require_same_run, used_error, write_json
 
 RUN_FILE = "run.json"
 _RESERVED = ("pretrained", "report")
@@ -47,12 +47,8 @@ def claim(config, output: Path) -> None:
     if path.is_file():
         # Without defaults on both sides: an option that came later, left at its default, does not disown a run.
         found = without_defaults(type(config), json.loads(path.read_text()))
-        different = [name for name in sorted({*identity, *found}) if found.get(name) != identity.get(name)]
-        if different:
-            raise InputError(
-                f"{output} holds another run (its {', '.join(different)} differ); choose another directory"
-            )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} is used by something else; choose an empty or new directory")
+        require_same_run(output, found, identity)
+    elif is_used(output):
+        raise used_error(output)
     else:
         write_json(path, identity)

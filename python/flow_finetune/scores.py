@@ -29,8 +29,8 @@ from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenize
 from flow_finetune.progress import say, track
 from flow_finetune.storage import atomic_path, disk_space_errors
 
-_METADATA_KEY = b"flow_finetune"
-_NUM_EXTREMES = 5
+METADATA_KEY = b"flow_finetune"
+NUM_EXTREMES = 5
 # A model that gives NaN for this many samples will not recover; the rest of the data is not worth the time.
 _MAX_NON_FINITE = 20
 
@@ -87,16 +87,18 @@ def score(
     if journal.num_done:
         say(f"continuing after {journal.num_done} of {len(batches)} batches of {journal.path}")
     records = journal.read()
+    bad = _non_finite(records, samples)
     with track("scoring", len(batches)) as tracker, disk_space_errors(journal.path):
         tracker.advance(journal.num_done)
         for indices in batches[journal.num_done :]:
             batch = collate([samples.samples[i] for i in indices], tokenizer.pad_token_id)
             records.append(_score_batch(lm, batch, indices, model_config.precision, tokens))
-            _stop_if_not_finite(records, samples, journal, at_most=_MAX_NON_FINITE)
+            bad += _non_finite(records[-1:], samples)
+            _stop_if_not_finite(bad, journal, at_most=_MAX_NON_FINITE)
             journal.append(records[-1])
             tracker.advance(1, tokens=int(batch.attention_mask.sum()))
         rate = tracker.tokens_per_second
-    _stop_if_not_finite(records, samples, journal, at_most=0)
+    _stop_if_not_finite(bad, journal, at_most=0)
     with atomic_path(path) as temporary:
         pq.write_table(_table(records, samples, header, tokens), temporary, compression="zstd")
     journal.remove()
@@ -120,14 +122,18 @@ def _score_batch(lm: CausalLM, batch: Batch, indices: list[int], precision: str,
     return record
 
 
-def _stop_if_not_finite(records: list[dict], samples: SampleSet, journal: _Journal, *, at_most: int) -> None:
-    """Raise if more than `at_most` samples have a NaN or infinite loss; nothing is left behind for a weighting."""
-    bad = [
+def _non_finite(records: list[dict], samples: SampleSet) -> list[str]:
+    """Ids of the samples whose loss is NaN or infinite."""
+    return [
         samples.samples[i].id
         for record in records
         for i, loss in zip(record["samples"], record["loss_sum"], strict=True)
         if not math.isfinite(loss)
     ]
+
+
+def _stop_if_not_finite(bad: list[str], journal: _Journal, *, at_most: int) -> None:
+    """Raise if the losses of more than `at_most` samples are bad; nothing is left behind for a weighting."""
     if len(bad) > at_most:
         journal.remove()
         raise InputError(
@@ -169,7 +175,7 @@ def _table(records: list[dict], samples: SampleSet, header: dict, tokens: bool) 
         "extremes": _extremes(loss, samples),
     }
     table = pa.table(columns)
-    return table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
+    return table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
 
 
 def _extremes(loss: np.ndarray, samples: SampleSet) -> dict[str, list[dict]]:
@@ -182,7 +188,7 @@ def _extremes(loss: np.ndarray, samples: SampleSet) -> dict[str, list[dict]]:
             for i, s in ((i, samples.samples[i]) for i in indices)
         ]
 
-    return {"easiest": describe(order[:_NUM_EXTREMES]), "hardest": describe(order[::-1][:_NUM_EXTREMES])}
+    return {"easiest": describe(order[:NUM_EXTREMES]), "hardest": describe(order[::-1][:NUM_EXTREMES])}
 
 
 def read_metadata(path: Path) -> dict:
@@ -190,7 +196,7 @@ def read_metadata(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"no such file: {path}; make it with flow-finetune score")
     try:
-        metadata = (pq.read_schema(path).metadata or {}).get(_METADATA_KEY)
+        metadata = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is not a Parquet file: {error}") from error
     if metadata is None:

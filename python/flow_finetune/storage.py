@@ -13,6 +13,9 @@ from pathlib import Path
 
 from flow_finetune.errors import InputError
 
+# Of a directory that a model was trained or averaged into; written last.
+SUMMARY_FILE = "train/summary.json"
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
@@ -55,6 +58,23 @@ def write_json(path: Path | str, value: object) -> None:
     """Write `value` as JSON, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def is_used(path: Path) -> bool:
+    """Whether `path` is anything but a new or an empty directory."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def used_error(path: Path) -> InputError:
+    """What to raise where `path` `is_used` by something else."""
+    return InputError(f"{path} is used by something else; choose an empty or new directory")
+
+
+def require_same_run(path: Path, found: dict, wanted: dict) -> None:
+    """Raise `InputError` unless the identity `found` in `path` is the one `wanted`."""
+    different = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if different:
+        raise InputError(f"{path} holds another run (its {', '.join(different)} differ); choose another directory")
 
 
 def require_disk_space(path: Path, num_bytes: int) -> None:

@@ -21,11 +21,10 @@ import torch
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
 from flow_finetune.progress import say
-from flow_finetune.storage import atomic_path, require_disk_space, write_json
+from flow_finetune.storage import SUMMARY_FILE, atomic_path, is_used, require_disk_space, used_error, write_json
 
 # Far below the largest tensor of any model; large enough for the disk.
 PIECE_BYTES = 2**22
-SUMMARY_FILE = "train/summary.json"
 # What transformers reads beside the weights; logs and evaluations of the fine-tuned model are not the average's.
 _COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
            "vocab*", "merges.txt", "*.model", "chat_template*", "preprocessor_config.json", "*.safetensors.index.json",
@@ -75,12 +74,12 @@ def wise_ft(pretrained: Path, finetuned: Path, alpha: float, output: Path, *, na
         "sources": [[p.name, p.stat().st_size, p.stat().st_mtime_ns]
                     for p in [*sorted({s.path for s in ours.values()}), *files]],
     }  # fmt: skip
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if is_used(output):
         found = output / SUMMARY_FILE
         if found.is_file() and json.loads(found.read_text()) == summary:
             say(f"{output} holds this average already")
             return output
-        raise InputError(f"{output} is used by something else; choose an empty or new directory")
+        raise used_error(output)
     require_disk_space(output, sum(path.stat().st_size for path in files))
     with atomic_path(output) as temporary:
         temporary.mkdir()

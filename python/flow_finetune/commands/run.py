@@ -32,7 +32,7 @@ def run(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order of the samples.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="text, or image: classifiers, with the same entry in the file.")
+        str | None, typer.Option(help="language, or image: classifiers, with the same entry in the file.")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any entry of the file, as in --set train.batch_size=32.")

@@ -85,7 +85,7 @@ def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSe
     labels = np.asarray(encoded.labels, np.int64)[good]
     # Without this choice a memory-mapped array would be copied into memory.
     pixels = pixels if not bad else pixels[good]
-    mark = fingerprint([pixels.data if pixels.flags.c_contiguous else pixels.tobytes(), labels.tobytes(),
+    mark = fingerprint([pixels.data, labels.tobytes(),
                         json.dumps([ids, encoded.class_names]).encode()])  # fmt: skip
     return ImageSet(config.source, ids, pixels, labels, encoded.class_names, len(bad), mark)
 
@@ -123,7 +123,7 @@ def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_clas
 def _read_source(config) -> Encoded:
     path = Path(config.source)
     if path.is_dir():
-        return _read_folder(path, config)
+        return _read_folder(path)
     if path.suffix == ".parquet":
         if not path.is_file():
             raise InputError(f"no such file: {path}")
@@ -152,7 +152,7 @@ def _part_of(encoded: Encoded, config) -> Encoded:
     )  # fmt: skip
 
 
-def _read_folder(path: Path, config) -> Encoded:
+def _read_folder(path: Path) -> Encoded:
     names = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     if not names:
         raise InputError(f"{path} has no folder per class, as in {path}/cat/1.jpg")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flow_finetune.errors import InputError
-from flow_finetune.models import autocast
+from flow_finetune.models import autocast, resolve_device
 from flow_finetune.storage import atomic_path, fingerprint
 from flow_finetune.vision.config import ImageModelConfig
 
@@ -94,7 +94,8 @@ class ImageClassifier(nn.Module):
     def load_batch_norm_state(self, state: dict[str, Tensor]) -> None:
         """Put parameters and running statistics of `batch_norm_state` back."""
         missing, unexpected = self.body.load_state_dict(state, strict=False)
-        wrong = [name for name in missing if name in self.batch_norm_state()] + unexpected
+        own = self.batch_norm_state()
+        wrong = [name for name in missing if name in own] + unexpected
         if wrong:
             raise ValueError(f"batch-norm state does not fit the model: {wrong[0]}")
 
@@ -134,7 +135,7 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
     classifier = ImageClassifier(
         network, _head_name(network, description.num_classes, config.source), description, config.precision
     )
-    return classifier.to(_device(config.device)).eval()
+    return classifier.to(resolve_device(config.device)).eval()
 
 
 def save_classifier(classifier: ImageClassifier, directory: Path) -> None:
@@ -193,14 +194,6 @@ def _head_name(network: nn.Module, num_classes: int, source: str) -> str:
     if not linear:
         raise InputError(f"{source} has no linear head over its {num_classes} classes, so it cannot be given new ones")
     return linear[-1]
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _import(module: str, what: str, remedy: str):

@@ -23,6 +23,7 @@ import torch
 
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
+from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
@@ -95,7 +96,7 @@ def prepare(config: ImageRunConfig, output: Path) -> Prepared:
     """
     prepared = probe_and_score(config, output)
     pretrained = prepared.output / "pretrained"
-    if not (pretrained / "evaluation.json").is_file():
+    if not (pretrained / EVALUATION_FILE).is_file():
         _evaluate(prepared, prepared.load(prepared.probed), pretrained)
     return prepared
 
@@ -171,7 +172,7 @@ def train_and_evaluate(
         summary = wise_ft_method(prepared, method, directory)
     else:
         summary = train_method(prepared, method, directory, train)
-    if not (directory / "evaluation.json").is_file():
+    if not (directory / EVALUATION_FILE).is_file():
         # What is measured is what was saved, not what is still in memory.
         _evaluate(prepared, prepared.load(directory / "model"), directory)
     return summary

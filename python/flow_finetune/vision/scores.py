@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from flow_finetune.errors import InputError
-from flow_finetune.scores import Scores, read_metadata
+from flow_finetune.scores import METADATA_KEY, NUM_EXTREMES, Scores, read_metadata
 from flow_finetune.storage import atomic_path
 from flow_finetune.vision.data import ImageSet
 
-_METADATA_KEY = b"flow_finetune"  # that of language scores, so that the report reads both
-_NUM_EXTREMES = 5
 _MAX_NAMED = 20
 
 
@@ -45,7 +43,7 @@ def write_scores(
             "id": images.ids, "label": labels, "predicted": predicted.numpy(), "loss": values,
         }
     )  # fmt: skip
-    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -66,7 +64,7 @@ def _extremes(images: ImageSet, labels: np.ndarray, loss: np.ndarray, predicted:
             for i in indices
         ]  # fmt: skip
 
-    return {"easiest": describe(order[:_NUM_EXTREMES]), "hardest": describe(order[::-1][:_NUM_EXTREMES])}
+    return {"easiest": describe(order[:NUM_EXTREMES]), "hardest": describe(order[::-1][:NUM_EXTREMES])}
 
 
 def read_scores(path: Path, images: ImageSet, fingerprints: dict[str, str]) -> Scores:

@@ -18,11 +18,11 @@ from flow_finetune.config import MethodConfig, non_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.methods import make_weights, needs_scores, weigh
 from flow_finetune.progress import say
-from flow_finetune.storage import disk_space_errors, write_json
+from flow_finetune.storage import SUMMARY_FILE, disk_space_errors, is_used, require_same_run, used_error, write_json
 from flow_finetune.vision.config import ImageTrainConfig
 from flow_finetune.vision.models import ImageClassifier, save_classifier
 from flow_finetune.vision.scores import read_scores
-from flow_finetune.vision.stages import OnlineWeights, extract_features, fine_tune, step_plan, train_head
+from flow_finetune.vision.stages import OnlineWeights, extract_features, fine_tune, train_head
 
 if TYPE_CHECKING:
     from flow_finetune.vision.pipeline import Prepared
@@ -54,15 +54,10 @@ class _Directory:
     def open(self) -> dict | None:
         """Claim the directory; returns the summary if it is finished already, else leaves nothing of an earlier try."""
         identity = self._train / "identity.json"
-        if self.path.exists() and any(self.path.iterdir()):
+        if is_used(self.path):
             if not identity.is_file():
-                raise InputError(f"{self.path} is used by something else; choose an empty or new directory")
-            found = json.loads(identity.read_text())
-            different = sorted(n for n in {*found, *self._identity} if found.get(n) != self._identity.get(n))
-            if different:
-                raise InputError(
-                    f"{self.path} holds another run (its {', '.join(different)} differ); choose another directory"
-                )
+                raise used_error(self.path)
+            require_same_run(self.path, json.loads(identity.read_text()), self._identity)
             if (self._train / "summary.json").is_file():
                 say(f"{self.path} holds this run already, finished")
                 return json.loads((self._train / "summary.json").read_text())
@@ -96,7 +91,6 @@ def train_method(prepared: Prepared, method: MethodConfig, directory: Path, conf
         return summary
     start = time.perf_counter()
     classifier = prepared.load(prepared.probed)
-    steps = step_plan(len(prepared.images.ids), config.epochs, config.batch_size, config.seed)
     summary = {
         **identity, "method": dataclasses.asdict(method), "train": dataclasses.asdict(config),
         "model": prepared.config.model.source, "num_samples": len(prepared.images.ids), "num_steps": 0,
@@ -104,7 +98,6 @@ def train_method(prepared: Prepared, method: MethodConfig, directory: Path, conf
         "final_loss": None,
     }  # fmt: skip
     if method.train == "all":
-        summary["num_steps"] = len(steps)
         summary |= _stages_1_and_2(prepared, method, config, classifier, run)
     summary["seconds"] = time.perf_counter() - start
     return run.finish(classifier, summary)
@@ -122,7 +115,10 @@ def _stages_1_and_2(
     rate = len(labels) * config.epochs / (time.perf_counter() - start)
     features = extract_features(classifier, images.pixels, size, prepared.config.batch_size)
     head_loss = train_head(classifier, features, labels, config)
-    return {**describe(), "final_loss": last["loss"], "head_loss": head_loss, "images_per_second": rate}
+    return {
+        **describe(), "num_steps": last["step"], "final_loss": last["loss"], "head_loss": head_loss,
+        "images_per_second": rate,
+    }  # fmt: skip
 
 
 def _weights(prepared: Prepared, method: MethodConfig, labels: Tensor) -> tuple[Callable, Callable[[], dict]]:
@@ -160,9 +156,9 @@ def wise_ft_method(prepared: Prepared, method: MethodConfig, directory: Path) ->
         InputError: that row is not finished.
     """
     tuned = directory.parent / method.of
-    if not (tuned / "train" / "summary.json").is_file():
+    if not (tuned / SUMMARY_FILE).is_file():
         raise InputError(f"method {method.name}: {tuned} is not a finished run; train {method.of} first")
-    of = json.loads((tuned / "train" / "summary.json").read_text())
+    of = json.loads((tuned / SUMMARY_FILE).read_text())
     identity = {"method": non_defaults(method), "of": of["method"], "train": of["train"],
                 "fingerprints": prepared.fingerprints}  # fmt: skip
     run = _Directory(directory, identity)
