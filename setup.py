@@ -25,8 +25,6 @@ CUDA_ARCHS = "8.0;9.0;10.0;12.0"
 
 def why_not() -> str | None:
     """The reason why nothing can be compiled here, or None."""
-    if MODE not in ("auto", "cpu", "cuda", "off"):
-        raise SystemExit(f"FLOW_KERNELS_BUILD must be auto, cpu, cuda or off, got {MODE!r}")
     if MODE == "off":
         return "built with FLOW_KERNELS_BUILD=off"
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -75,6 +73,8 @@ class BuildKernels(build_ext):
     """Compiles with torch's build command, or says why not and leaves a pure-Python package."""
 
     def run(self) -> None:
+        if MODE not in ("auto", "cpu", "cuda", "off"):
+            raise SystemExit(f"FLOW_KERNELS_BUILD must be auto, cpu, cuda or off, got {MODE!r}")
         self.run_cuda()
         report = Path(self.get_ext_fullpath("flow_kernels._cpu")).parent / REPORT
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -98,11 +98,14 @@ class BuildKernels(build_ext):
     def run_cuda(self) -> None:
         folder = Path(self.get_ext_fullpath("flow_kernels._cpu")).parent
         folder.mkdir(parents=True, exist_ok=True)
-        report = folder / CUDA_REPORT
+        report, built = folder / CUDA_REPORT, folder / "_cuda.so"
         reason = why_not_cuda()
         if reason is None:
-            done = subprocess.run(nvcc_command(folder / "_cuda.so"), capture_output=True, text=True)
+            # Under another name first: a process may have the old file loaded.
+            fresh = folder / "_cuda.so.new"
+            done = subprocess.run(nvcc_command(fresh), capture_output=True, text=True)
             if done.returncode == 0:
+                fresh.replace(built)
                 report.unlink(missing_ok=True)
                 print("flow-kernels: CUDA kernels compiled")
                 return
@@ -110,6 +113,8 @@ class BuildKernels(build_ext):
             reason = "nvcc failed: " + next((x for x in done.stderr.splitlines() if "error" in x), "see the build log")
         if MODE == "cuda":
             raise SystemExit(f"flow-kernels: {reason}")
+        # Of an earlier build: it would be loaded beside a report that says there is none.
+        built.unlink(missing_ok=True)
         report.write_text(reason + "\n")
 
     def compile(self) -> None:
