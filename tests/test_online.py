@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from accelerate import Accelerator
@@ -126,10 +127,13 @@ def test_without_scores_the_temperature_is_the_median_of_all_losses_seen(setup, 
 
 
 def test_a_given_temperature_needs_no_quantile_and_a_first_step_of_one_sample_is_its_own(setup, tmp_path):
-    summary, _ = setup.train(tmp_path / "a", MethodConfig(online=True, temperature=2.5), epochs=1)
+    summary, _ = setup.train(tmp_path / "a", MethodConfig(online=True, temperature=2.5), epochs=2)
     assert summary["temperature"] == 2.5
-    expected = float(torch.exp(-setup.found.loss / 2.5).mean())
-    assert summary["mean_weight"] == pytest.approx(expected, rel=1e-5)
+    weights = torch.exp(-setup.found.loss / 2.5)
+    assert summary["mean_weight"] == pytest.approx(float(weights.mean()), rel=1e-5)
+    # Of the data, as offline, however often it was gone through.
+    expected = oracle.effective_sample_size(weights.numpy())
+    assert summary["effective_sample_size"] == pytest.approx(expected, rel=1e-5)
     setup.train(tmp_path / "b", MethodConfig(online=True), epochs=1, batch_size=1)
     first = json.loads((tmp_path / "b/train/log.jsonl").read_text().splitlines()[0])
     assert first["mean_weight"] == pytest.approx(np.exp(-1), rel=1e-6)

@@ -81,6 +81,17 @@ def test_a_run_makes_everything_and_a_second_call_makes_nothing_again(mapping, t
         run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
 
 
+def test_a_run_that_made_nothing_does_not_hold_its_directory(mapping, tmp_path):
+    right = mapping["model"]["source"]
+    mapping["model"]["source"] = str(tmp_path / "misspelt")
+    with pytest.raises(InputError, match="misspelt"):
+        run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    mapping["model"]["source"], mapping["data"]["limit"] = right, 6
+    mapping["methods"] = mapping["methods"][:1]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    assert json.loads((tmp_path / "out/run.json").read_text())["model"]["source"] == right
+
+
 def _only_reuse(name, original):
     """A stand-in that fails if the part would be made again."""
 

@@ -68,10 +68,12 @@ class OnlineWeights:
         self.temperature = self._fixed
         self._seen = torch.empty(0, dtype=torch.float64)
         self._weights: dict[int, float] = {}
+        self._num_samples = 0
         self._sums = torch.zeros(3, dtype=torch.float64)  # number, sum and square sum of the weights given
 
     def prepare(self, samples: list[Sample], indices: list[int], groups: list[list[int]]) -> None:
         """Weigh the samples `indices` of a step, of which this process goes through `groups`."""
+        self._num_samples = len(samples)
         found = [
             (i, float(loss))
             for group in groups
@@ -104,8 +106,9 @@ class OnlineWeights:
 
     @property
     def effective_sample_size(self) -> float:
-        """Over the weights of all passes: `(sum w)^2 / sum w^2`, each counted as another sample."""
-        return float(self._sums[1] ** 2 / self._sums[2]) if self._sums[2] > 0 else 0.0
+        """`(sum w)^2 / sum w^2` of one pass over the data: the share of it that counts, averaged over all passes."""
+        number, total, squares = self._sums.tolist()
+        return total**2 / (squares * number) * self._num_samples if squares > 0 else 0.0
 
     def state_dict(self) -> dict:
         """What a continued run needs for the same weights."""

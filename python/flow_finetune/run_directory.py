@@ -39,16 +39,19 @@ def check_rows(config, task_names: Sequence[str | None]) -> None:
 def claim(config, output: Path) -> None:
     """Make `output` the directory of a run of `config`, or find that it is.
 
+    A run that made nothing, because its model or its data could not be read, does not hold the directory against the
+    corrected call.
+
     Raises:
         InputError: it holds another run, or something else.
     """
     identity = non_defaults(config)
     path = output / RUN_FILE
-    if path.is_file():
+    if path.is_file() and any(entry != path for entry in output.iterdir()):
         # Without defaults on both sides: an option that came later, left at its default, does not disown a run.
         found = without_defaults(type(config), json.loads(path.read_text()))
         require_same_run(output, found, identity)
-    elif is_used(output):
+    elif is_used(output) and not path.is_file():
         raise used_error(output)
     else:
         write_json(path, identity)
