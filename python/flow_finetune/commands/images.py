@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flow_finetune.config import choose
+from flow_finetune.config import MethodConfig, choose
 from flow_finetune.errors import InputError
 from flow_finetune.progress import say
 
@@ -21,23 +22,42 @@ ImageSize = Annotated[
     int | None,
     typer.Option(min=1, help="--task image: pixels a side; the model's own otherwise.", rich_help_panel=IMAGE_PANEL),
 ]
+Optimizer = Annotated[
+    str | None, typer.Option(help="--task image: adamw, or sgd with momentum 0.9.", rich_help_panel=IMAGE_PANEL)
+]
+Augment = Annotated[
+    str | None,
+    typer.Option(help="--task image: flip (when not given), crop_flip or none.", rich_help_panel=IMAGE_PANEL),
+]
+BatchNorm = Annotated[
+    str | None,
+    typer.Option(
+        help="--task image: train (batch statistics; when not given), or eval (frozen ones).",
+        rich_help_panel=IMAGE_PANEL,
+    ),
+]
+_OF_IMAGES = {"size", "images", "source_images", "pretrained", "optimizer", "augment", "batch_norm"}
 # Options of the shared commands that an image task has a use for.
-_USED = {
-    "task", "model", "data", "output", "limit", "split", "id_field", "size", "revision", "precision", "device",
-    "overwrite", "images", "source_images", "pretrained",
+_USED = _OF_IMAGES | {
+    "task", "model", "data", "output", "limit", "split", "id_field", "revision", "precision", "device", "overwrite",
+    "method", "scores", "weights", "temperature", "quantile", "clip_low", "clip_high", "normalize", "keep_easiest",
+    "penalty_strength", "penalty_copy", "average_every", "average_share", "epochs", "batch_size", "learning_rate",
+    "warmup", "weight_decay", "max_grad_norm", "seed", "log_every", "track_distance",
 }  # fmt: skip
-_OF_IMAGES = {"size", "images", "source_images", "pretrained"}
 
 
 def is_image(task: str, context: typer.Context) -> bool:
     """Whether the call is about images; an option that was given and belongs to the other task is refused."""
     image = choose("--task", task, ("language", "image")) == "image"
     for name in context.params:
-        source = context.get_parameter_source(name)
-        is_given = source is not None and source.name == "COMMANDLINE"
-        if is_given and (name not in _USED if image else name in _OF_IMAGES):
+        if _is_given(context, name) and (name not in _USED if image else name in _OF_IMAGES):
             raise InputError(f"--{name.replace('_', '-')} has no meaning with --task {task}")
     return image
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def score_images(model, data, output: Path, size, id_field, limit, split, revision, precision, device) -> None:
@@ -54,6 +74,37 @@ def score_images(model, data, output: Path, size, id_field, limit, split, revisi
     prepared = probe_and_score(config, output)
     tau = read_metadata(prepared.scores)["temperature"]
     say(f"{prepared.scores}: median loss {tau:.4f} nats per image")
+
+
+def train_images(
+    context: typer.Context, model, data, output: Path, scores, method: MethodConfig, size, id_field, limit, split,
+    revision, precision, device, overwrite,
+) -> None:  # fmt: skip
+    """`train --task image`: stages 1 and 2 from the model that `score` probed, into `output/model`.
+
+    How to optimise is what the call gives; the rest is `ImageTrainConfig`'s, and not the language task's.
+    """
+    from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig, ImageTrainConfig
+    from flow_finetune.vision.pipeline import check_image_run, probe_and_score
+    from flow_finetune.vision.train import check_image_method, train_method
+
+    if scores is None:
+        raise InputError("--task image trains from the model that score --task image -o DIR probed; give --scores DIR")
+    names = {field.name for field in dataclasses.fields(ImageTrainConfig)} & context.params.keys()
+    train = ImageTrainConfig(**{name: context.params[name] for name in sorted(names) if _is_given(context, name)})
+    config = ImageRunConfig(
+        ImageModelConfig(model, revision, precision, device),
+        ImageDataConfig(data, split, id_field=id_field, size=size, limit=limit),
+    )
+    check_image_method(method)
+    check_image_run(dataclasses.replace(config, train=train))
+    # The probe is the one of `score`, whatever stage 1's options are: all methods and seeds start from one model.
+    summary = train_method(probe_and_score(config, scores), method, output, train, overwrite=overwrite)
+    speed = f", {summary['images_per_second']:,.0f} images/s" if "images_per_second" in summary else ""
+    say(
+        f"{output / 'model'}: {summary['num_steps']} steps in {summary['seconds']:,.0f} s{speed}, "
+        f"mean weight {summary['mean_weight']:.3f}, effective sample size {summary['effective_sample_size']:,.1f}"
+    )
 
 
 def evaluate_images(

@@ -61,7 +61,7 @@ def _method(help: str, **options: object) -> typer.models.OptionInfo:
 
 
 # Details of a method; what is not given is the method's own.
-Scores = Annotated[Path | None, _method("Score file of the same model and data.")]
+Scores = Annotated[Path | None, _method("Score file of the same model and data; --task image: what score wrote.")]
 Method = Annotated[
     str | None,
     _method(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flow_finetune.commands.images import Augment, BatchNorm, ImageSize, Optimizer, TaskKind, is_image, train_images
 from flow_finetune.commands.messages import messages
 from flow_finetune.commands.options import (
     OPTIMISATION_PANEL,
@@ -53,6 +54,7 @@ from flow_finetune.progress import say
 
 
 def train(
+    context: typer.Context,
     model: Model,
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to save the model to.")],
@@ -116,24 +118,26 @@ def train(
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    task: TaskKind = "language",
+    size: ImageSize = None,
+    optimizer: Optimizer = None,
+    augment: Augment = None,
+    batch_norm: BatchNorm = None,
 ) -> None:
     """Fine-tune with FLOW or another method, into a directory that transformers loads.
 
     With checkpoints, a killed call continues when it is made again. Several processes: put `accelerate launch` or
     `torchrun --nproc-per-node N --no-python` in front.
 
-    **Example**
+    **Examples**
 
         flow-finetune train -m ./gemma -d train.jsonl --prompt-field question --response-field answer
             --scores scores.parquet --method flow+l2 --lr 1e-5 --checkpoint-every 100 -o flow
+
+        flow-finetune train --task image -m efficientnet-lite0 -d images --scores scored --lr 1e-4 -o flow
     """
     with messages():
-        from flow_finetune import data as data_module
-        from flow_finetune import models
-        from flow_finetune import train as train_module
-
-        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
-        data_config = DataConfig(data, split, prompt_field, response_field, id_field, template, max_length, limit)
+        image = is_image(task, context)
         details = {
             "weights": weights, "temperature": temperature, "quantile": quantile, "clip_low": clip_low,
             "clip_high": clip_high, "normalize": normalize, "keep_easiest": keep_easiest, "online_copy": online_copy,
@@ -141,6 +145,18 @@ def train(
             "penalty_copy": penalty_copy, "average_every": average_every, "average_share": average_share,
         }  # fmt: skip
         method_config = _method_config(method, {k: v for k, v in details.items() if v is not None})
+        if image:
+            train_images(
+                context, model, data, output, scores, method_config, size, id_field, limit, split, revision, precision,
+                device, overwrite,
+            )  # fmt: skip
+            return
+        from flow_finetune import data as data_module
+        from flow_finetune import models
+        from flow_finetune import train as train_module
+
+        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
+        data_config = DataConfig(data, split, prompt_field, response_field, id_field, template, max_length, limit)
         config = TrainConfig(
             epochs, batch_size, micro_batch_tokens, learning_rate, warmup, weight_decay, max_grad_norm, seed,
             checkpoint_every, log_every, gradient_checkpointing, track_distance,

@@ -51,14 +51,18 @@ class _Directory:
         self.path, self._identity = Path(path), json.loads(json.dumps(identity))
         self._train = self.path / "train"
 
-    def open(self) -> dict | None:
-        """Claim the directory; returns the summary if it is finished already, else leaves nothing of an earlier try."""
+    def open(self, *, overwrite: bool = False) -> dict | None:
+        """Claim the directory; returns the summary if it is finished already, else leaves nothing of an earlier try.
+
+        `overwrite` leaves nothing of a finished or another training either.
+        """
         identity = self._train / "identity.json"
         if is_used(self.path):
             if not identity.is_file():
                 raise used_error(self.path)
-            require_same_run(self.path, json.loads(identity.read_text()), self._identity)
-            if (self._train / "summary.json").is_file():
+            if not overwrite:
+                require_same_run(self.path, json.loads(identity.read_text()), self._identity)
+            if not overwrite and (self._train / "summary.json").is_file():
                 say(f"{self.path} holds this run already, finished")
                 return json.loads((self._train / "summary.json").read_text())
             shutil.rmtree(self.path)
@@ -76,17 +80,19 @@ class _Directory:
         return summary
 
 
-def train_method(prepared: Prepared, method: MethodConfig, directory: Path, config: ImageTrainConfig) -> dict:
+def train_method(
+    prepared: Prepared, method: MethodConfig, directory: Path, config: ImageTrainConfig, *, overwrite: bool = False
+) -> dict:
     """Train `method` from the probed model into `directory/model`; returns the summary, also in `train/summary.json`.
 
-    `train: head` is the linear probe: stage 0's model as it is.
+    `train: head` is the linear probe: stage 0's model as it is. `overwrite` replaces another training in `directory`.
     """
     identity = {
         "method": non_defaults(method), "train": non_defaults(config), "size": prepared.size,
         "precision": prepared.config.model.precision, "fingerprints": prepared.fingerprints,
     }  # fmt: skip
     run = _Directory(directory, identity)
-    summary = run.open()
+    summary = run.open(overwrite=overwrite)
     if summary is not None:
         return summary
     start = time.perf_counter()
