@@ -8,11 +8,14 @@ from pathlib import Path
 import device_shuttle
 import hypothesis
 import pytest
+import tiny_images
 import tiny_model
 import torch
 from evaluation_cases import MC, QA, TEXT, write_rows
 from flow_finetune.config import ModelConfig
 from flow_finetune.models import load_model
+from flow_finetune.vision.config import read_image_run
+from flow_finetune.vision.pipeline import prepare, run
 
 from flow_kernels import backends
 
@@ -114,6 +117,42 @@ def qa_file(tmp_path_factory) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def image_mapping(tmp_path_factory) -> dict:
+    """A run on 40 images of 3 classes, without augmentation, dropout or bf16: every number has a plain counterpart."""
+    root = tmp_path_factory.mktemp("vision")
+    model = tiny_images.build_classifier(root / "resnet")
+    train = tiny_images.write_parquet(
+        root / "train.parquet", *tiny_images.make_images(tiny_images.NUM_IMAGES, 3, 12, 0)
+    )
+    test = tiny_images.write_parquet(root / "test.parquet", *tiny_images.make_images(20, 3, 12, 1))
+    source = tiny_images.write_parquet(root / "source.parquet", *tiny_images.make_images(20, 5, 20, 2))
+    return {
+        "task": "image",
+        "model": {"source": str(model), "precision": "full", "device": "cpu"},
+        "data": {"source": str(train)},
+        "methods": [
+            {"name": "half", "of": "flow", "wise_ft": 0.5}, {"name": "standard", "weights": "none"}, {"name": "flow"},
+            {"name": "online", "online": True}, {"name": "linear-probe", "weights": "none", "train": "head"},
+        ],
+        "train": {"epochs": 2, "batch_size": 8, "augment": "none", "head_epochs": 8, "head_batch_size": 16,
+                  "head_learning_rate": 0.1, "learning_rate": 1e-3, "log_every": 1, "max_grad_norm": 0.0, "warmup": 0},
+        "tasks": [
+            {"source": str(test), "role": "target"}, {"source": str(source), "role": "retained"},
+        ],
+        "batch_size": 16,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def image_run(image_mapping, tmp_path_factory):
+    """The whole run, and what its methods started from."""
+    config = read_image_run(image_mapping, "test")
+    output = tmp_path_factory.mktemp("run") / "out"
+    run(config, output)
+    return prepare(config, output)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 
 NUM_SOURCE_CLASSES = 5
+NUM_IMAGES = 40  # of the training set
+SIZE = 16  # pixels a side that the classifier sees
 
 
 def build_classifier(directory: Path) -> Path:

@@ -1,0 +1,90 @@
+"""`score`, `train`, `evaluate` and `wise-ft` of images, each alone: they say what the whole run says."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny_images
+import torch
+from flow_finetune.cli import app
+from flow_finetune.config import MethodConfig
+from flow_finetune.vision.config import ImageTrainConfig, read_image_run
+from flow_finetune.vision.pipeline import probe_and_score
+from flow_finetune.vision.train import train_method
+from typer.testing import CliRunner
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_score_and_evaluate_alone_say_what_the_run_says(image_run, image_mapping, tmp_path):
+    model, data, test = (
+        image_mapping["model"]["source"],
+        image_mapping["data"]["source"],
+        image_mapping["tasks"][0]["source"],
+    )
+    common = ["--task", "image", "--precision", "full", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["score", "-m", model, "-d", data, "-o", str(tmp_path / "s"), *common])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "s/pretrained/model/classifier.json").is_file()
+    scored = pq.read_table(tmp_path / "s/scores.parquet")
+    assert scored["id"].to_pylist() == pq.read_table(image_run.scores)["id"].to_pylist()
+    command = ["evaluate", "-m", str(image_run.output / "flow/model"), "--images", test, "--source-images",
+               image_mapping["tasks"][1]["source"], "-o", str(tmp_path / "e"), *common]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "--source-images needs --pretrained" in result.output
+    assert CliRunner().invoke(app, [*command, "--pretrained", model]).exit_code == 0
+    alone, whole = (
+        json.loads((d / "evaluation.json").read_text()) for d in (tmp_path / "e", image_run.output / "flow")
+    )
+    assert [t["metrics"] for t in alone["tasks"]] == [t["metrics"] for t in whole["tasks"]]
+    for wrong, message in ((["--tokens"], "--tokens has no meaning with --task image"),
+                           (["--task", "language", "--size", "8"], "--size has no meaning with --task language")):  # fmt: skip
+        result = CliRunner().invoke(app, ["score", "-m", model, "-d", data, "-o", "x", *common, *wrong])
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+def test_train_alone_starts_from_what_score_left_and_wise_ft_averages_it(image_mapping, tmp_path):
+    model, data = image_mapping["model"]["source"], image_mapping["data"]["source"]
+    common = ["-m", model, "-d", data, "--task", "image", "--precision", "full", "--device", "cpu"]
+    scored, tuned = tmp_path / "scored", tmp_path / "tuned"
+
+    def call(*words) -> str:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code in (0, 2), result.output
+        return ("" if result.exit_code == 0 else "refused: ") + " ".join(result.output.split())
+
+    train = ["train", *common, "--epochs", 1, "--lr", 1e-3, "--optimizer", "sgd", "--augment", "none", "-o", tuned]
+    assert "give --scores DIR" in call(*train)
+    assert "--micro-batch-tokens has no meaning with --task image" in call(*train, "--micro-batch-tokens", 64)
+    assert "an image has one loss" in call(*train, "--method", "flow-token", "--scores", scored)
+    assert not scored.exists()
+    call("score", *common, "-o", scored)
+    assert not call(*train, "--scores", scored).startswith("refused")
+
+    summary = json.loads((tuned / "train/summary.json").read_text())
+    config = ImageTrainConfig(epochs=1, learning_rate=1e-3, optimizer="sgd", augment="none")
+    assert summary["train"] == dataclasses.asdict(config)
+    losses = pq.read_table(scored / "scores.parquet")["loss"].to_numpy()
+    assert summary["mean_weight"] == pytest.approx(np.exp(-losses / np.median(losses)).mean(), rel=1e-5)
+    assert summary["num_steps"] == -(-tiny_images.NUM_IMAGES // config.batch_size)
+    # The same from Python; the probe is not made again.
+    prepared = probe_and_score(read_image_run({**image_mapping, "train": {}, "tasks": []}, "test"), scored)
+    train_method(prepared, MethodConfig("again"), tmp_path / "again", config)
+    mine, theirs, base = (
+        prepared.load(path).state_dict() for path in (tuned / "model", tmp_path / "again/model", prepared.probed)
+    )
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert any(not torch.equal(mine[name], base[name]) for name in mine if name.endswith("weight"))
+
+    assert "holds another run" in call(*train, "--scores", scored, "--method", "standard")
+    assert not call(*train, "--scores", scored, "--method", "standard", "--overwrite").startswith("refused")
+    assert json.loads((tuned / "train/summary.json").read_text())["mean_weight"] == 1.0
+    call("wise-ft", prepared.probed, tuned / "model", "--alpha", 0.25, "-o", tmp_path / "averaged")
+    mine, averaged = (prepared.load(p).state_dict() for p in (tuned / "model", tmp_path / "averaged/alpha-0.25"))
+    for name, tensor in averaged.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, 0.75 * base[name] + 0.25 * mine[name], rtol=1e-6, atol=1e-7)
