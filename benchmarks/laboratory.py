@@ -66,7 +66,7 @@ class LanguageLaboratory:
         return evaluation["tasks"][0]["metrics"]["nats_per_token"]["value"]
 
     def _train(self, method, config, directory, samples, scores) -> None:
-        used = scores if needs_scores(method) else None
+        used = scores if needs_scores(method) or method.online else None
         pipeline.train_into(directory, self._base(), samples, method, config, scores=used)
 
     def _base(self):

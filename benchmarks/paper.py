@@ -65,11 +65,13 @@ def run(
         laboratory = _laboratory(experiment, experiment.located(data, source), work)
         runner = Runner(experiment, kept, laboratory, work, provenance, names, keep_models)
         failed, left = runner.run(cells)
+        if failed:
+            say(f"failed, see the messages above: {', '.join(c.key for c in failed)}")
         if left:
             say(f"left to other processes or until their learning rate is known: {', '.join(c.key for c in left)}")
         _report(experiment, kept, records, file)
         if failed:
-            raise InputError(f"{len(failed)} cells failed: {', '.join(c.key for c in failed)}; see the messages above")
+            raise InputError(f"{len(failed)} cells failed; see the messages above")
 
 
 @app.command()

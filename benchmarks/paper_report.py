@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -231,13 +232,19 @@ def _searches(results: Results) -> list[str]:
     rows = []
     for name, losses in results.searches.items():
         done = {rate: loss for rate, loss in losses.items() if loss is not None}
-        best = min(done, key=done.get) if len(done) == len(losses) else None
+        best = min(done, key=done.get) if len(done) == len(losses) and min(done.values()) < math.inf else None
         at_edge = best is not None and len(losses) > 1 and best in (min(losses), max(losses))
         others = [r.name for r in results.experiment.rows if r.options.learning_rate_of == name]
-        text = ", ".join(f"{rate:g}: {'-' if loss is None else f'{loss:.4f}'}" for rate, loss in losses.items())
+        text = ", ".join(f"{rate:g}: {_loss_text(loss)}" for rate, loss in losses.items())
         chosen = "-" if best is None else f"{best:g}" + (" (at the grid's edge)" if at_edge else "")
         rows.append([name, text, chosen, ", ".join(others)])
     return lines + table_lines(["row", "learning rate: validation loss", "taken", "also for"], rows)
+
+
+def _loss_text(loss: float | None) -> str:
+    if loss is None:
+        return "-"
+    return "diverged" if loss == math.inf else f"{loss:.4f}"
 
 
 def _search_words(search: Search | ImageSearch) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,10 @@ class Records:
         if not path.is_file():
             return None
         record = json.loads(path.read_text())
-        wanted = self.experiment.identity(cell, self.learning_rate(cell))
+        # While learning rates are still being tried (the grid was made wider, say), nothing is known against its own.
+        is_ready = self.is_ready(cell)
+        learning_rate = self.learning_rate(cell) if is_ready else record["learning_rate"]
+        wanted = self.experiment.identity(cell, learning_rate)
         different = [
             key for key in sorted({*wanted, *record["identity"]}) if wanted.get(key) != record["identity"].get(key)
         ]
@@ -60,7 +64,8 @@ class Records:
                 f"{path.parent} was made with another {', '.join(different)} than {self.experiment.name} has now; remove "
                 "it, or give another --records"
             )
-        self._finished[cell.key] = record
+        if is_ready:
+            self._finished[cell.key] = record
         return record
 
     def learning_rate(self, cell: Cell) -> float | None:
@@ -74,7 +79,12 @@ class Records:
         if not owner.options.learning_rates:
             return owner.method.learning_rate
         losses = self.search_losses(owner)
-        return None if None in losses.values() else min(losses, key=losses.get)
+        if None in losses.values():
+            return None
+        best = min(losses, key=losses.get)
+        if losses[best] == math.inf:
+            raise InputError(f"{owner.name} diverged at every learning rate of its grid; add lower ones")
+        return best
 
     def is_ready(self, cell: Cell) -> bool:
         """Whether the search that a cell takes its learning rate from is finished."""
@@ -84,9 +94,13 @@ class Records:
         return all(self.read(candidate) is not None for candidate in needed)
 
     def search_losses(self, owner) -> dict[float, float | None]:
-        """Validation loss of every candidate of a row, in nats per token or image; None where it is not measured."""
+        """Validation loss of every candidate of a row, in nats per token or image.
+
+        None where it is not measured, infinite where the training diverged.
+        """
         records = {cell.candidate: self.read(cell) for cell in self.experiment.candidates(owner)}
-        return {rate: record and record["validation_loss"] for rate, record in records.items()}
+        losses = {rate: record and record["validation_loss"] for rate, record in records.items()}
+        return {rate: math.inf if records[rate] and loss is None else loss for rate, loss in losses.items()}
 
     def write(self, cell: Cell, made: Path, record: dict, names: dict[str, str]) -> None:
         """Keep what is small of the directory `made`, the `record` last.

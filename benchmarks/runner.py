@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment import Cell, Experiment
-from flow_finetune.errors import InputError
+from flow_finetune.errors import DivergedError, InputError
 from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.progress import say
 from flow_finetune.storage import SUMMARY_FILE
@@ -66,6 +66,8 @@ class Runner:
 
     def _make(self, cell: Cell) -> bool:
         directory = self.work / cell.key
+        # Of a call that was killed before it wrote the record, or of other tasks: whatever it is, it is made again.
+        (directory / EVALUATION_FILE).unlink(missing_ok=True)
         record = {
             "row": cell.row.name if cell.row else None,
             "seed": cell.seed if cell.row else None,
@@ -77,7 +79,12 @@ class Runner:
         if cell.row is None:
             seconds |= self.laboratory.make_pretrained(directory)
         elif cell.candidate is not None:
-            record["validation_loss"] = self.laboratory.try_out(self._method(cell), cell.seed, directory)
+            try:
+                record["validation_loss"] = self.laboratory.try_out(self._method(cell), cell.seed, directory)
+            except DivergedError as error:
+                # A finding like any other: this learning rate is not taken, and it is not tried again.
+                say(f"{cell.key}: {error}")
+                record["validation_loss"] = None
         else:
             if not self._make_model(cell, directory):
                 return False

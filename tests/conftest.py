@@ -155,6 +155,22 @@ def image_run(image_mapping, tmp_path_factory):
     return prepare(config, output)
 
 
+@pytest.fixture
+def tiny_experiment(tmp_path):
+    """The experiment of paper_cells.MAPPING."""
+    from paper_cells import MAPPING, write_experiment
+
+    from experiment import read_experiment  # isort: skip
+
+    return read_experiment(write_experiment(tmp_path / "tiny.yaml", MAPPING))
+
+
+@pytest.fixture
+def no_sync(monkeypatch):
+    """Whether files outlive a power cut is test_storage's question; waiting for the disk would take most of the time."""
+    monkeypatch.setattr("flow_finetune.storage._sync", lambda path: None)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Threads cost a model of the tests' size more than they save."""

@@ -1,5 +1,9 @@
-"""The one exception that reaches a user as a message and exit code 2, without a traceback."""
+"""What reaches a user as a message and exit code 2, without a traceback."""
 
 
 class InputError(Exception):
     """Something the user gave cannot be used; the message names it and the remedy."""
+
+
+class DivergedError(InputError):
+    """Training ended in a loss that is no finite number."""

@@ -77,7 +77,13 @@ def check_method(method: MethodConfig) -> None:
 
 def _out_of_range(m: MethodConfig) -> list[tuple[bool, str]]:
     keep, every = m.keep_easiest, m.average_every
+    low, high, tau = m.clip_low, m.clip_high, m.temperature
     return [
+        (tau is not None and not 0 < tau < float("inf"), f"temperature is a number of nats above 0, got {tau}"),
+        (not 0 <= m.quantile <= 1, f"quantile is a share of the losses, in [0, 1], got {m.quantile}"),
+        (low is not None and not low >= 0, f"clip_low must be at least 0, got {low}"),
+        (high is not None and not high > 0, f"clip_high must be above 0, or nothing is trained, got {high}"),
+        (None not in (low, high) and not low <= high, f"clip_low must not be above clip_high, got {low} and {high}"),
         (keep is not None and not 0 < keep <= 1, f"keep_easiest is a share in (0, 1], got {keep}"),
         (every is not None and not 0 < every <= 1, f"average_every is a share of all steps, in (0, 1], got {every}"),
         (not 0 <= m.average_share <= 1, f"average_share must be in [0, 1], got {m.average_share}"),

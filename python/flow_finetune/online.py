@@ -40,7 +40,9 @@ class FrozenModel:
         shared = {id(p): p for p in lm.parameters() if not p.requires_grad}
         self._lm = copy.deepcopy(lm, shared).requires_grad_(False)
         if online_copy == "bfloat16":
-            self._lm.to(torch.bfloat16)
+            # Parameters only: rounded rotary frequencies would be another model at a distance.
+            for parameter in self._lm.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()
     def losses(self, samples: list[Sample]) -> Tensor:

@@ -35,8 +35,8 @@ from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.scores import score
 from flow_finetune.tasks import prepare
-from flow_finetune.train import train
-from flow_finetune.wise_ft import wise_ft
+from flow_finetune.train import check_train, train
+from flow_finetune.wise_ft import read_headers, wise_ft
 
 
 def run(config: RunConfig, output: Path) -> Path:
@@ -46,17 +46,23 @@ def run(config: RunConfig, output: Path) -> Path:
         InputError: the directory holds another run, or any part's own reason.
     """
     check_rows(config, [task.name for task in config.tasks])
+    # WiSE-FT rows average a trained row, wherever that stands.
+    methods = sorted(config.methods, key=lambda method: method.of is not None)
+    for method in methods:
+        if method.of is None:
+            check_train(config.train, method)
     claim(config, output)
     pretrained, scores = output / "pretrained", _scores_path(config, output)
     base = base_model(config.model, pretrained)
     samples = _score_and_evaluate(config, base, pretrained, scores)
-    for method in config.methods:
+    for method in methods:
         say(f"method {method.name}")
         directory = output / method.name
         if method.of is not None:
             average_into(directory, output / method.of, base, pretrained, method)
         else:
-            used = scores if needs_scores(method) else None
+            # Online weights take their temperature from the scores, where another method has made them.
+            used = scores if needs_scores(method) or method.online else None
             train_into(directory, base, samples, method, config.train, scores=used)
         evaluate_saved(directory, base, config.tasks, batch_tokens=config.batch_tokens)
     return write_report(run_directories(config, output), output / "report", scores=scores)
@@ -101,10 +107,11 @@ def average_into(directory: Path, finetuned: Path, base: ModelConfig, pretrained
     """WiSE-FT: average the model saved in `finetuned` with `base` into `directory`, unless that is done.
 
     Args:
-        pretrained: where `model/` is kept if `base` is not a local directory.
+        pretrained: where `model/` is kept if `base` is not a local directory with tensors named as in `finetuned`.
     """
     source = Path(base.source).expanduser()
-    if not source.is_dir():
+    # A directory may name its tensors otherwise than the one that training saved, a tied head twice for example.
+    if not source.is_dir() or read_headers(source).keys() != read_headers(finetuned).keys():
         source = Path(_saved_model(base, pretrained).source)
     wise_ft(source, finetuned, method.wise_ft, directory, name=method.name, of=method.of)
 

@@ -24,7 +24,7 @@ from flow_finetune.adapters import prepare_parameters
 from flow_finetune.checkpoint import TrainDirectory
 from flow_finetune.config import MethodConfig, ModelConfig, TrainConfig
 from flow_finetune.data import PAD_ID, Sample, SampleSet, collate, token_batches
-from flow_finetune.errors import InputError
+from flow_finetune.errors import DivergedError, InputError
 from flow_finetune.methods import Weights, check_method, make_weights, needs_scores, temperature_of
 from flow_finetune.models import CausalLM, autocast, save_model
 from flow_finetune.online import FrozenModel, OnlineWeights
@@ -64,7 +64,8 @@ class Meter:
 
     def reset(self) -> None:
         self.loss_sum = self.weighted_sum = 0.0
-        self.num_targets = self.interval_tokens = 0
+        # Target tokens of the steps, and of this process's share those whose loss is known: their weight is not 0.
+        self.num_targets = self.num_weighted = self.interval_tokens = 0
         self.weights: list[Tensor] = []
         self._interval_started = time.perf_counter()
 
@@ -76,7 +77,7 @@ class Meter:
         return {
             "seconds": self.elapsed(), "tokens": self.tokens, "loss_sum": torch.as_tensor(self.loss_sum),
             "weighted_sum": torch.as_tensor(self.weighted_sum), "num_targets": self.num_targets,
-            "weights": self.weights,
+            "num_weighted": self.num_weighted, "weights": self.weights,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -125,9 +126,9 @@ def train(
 
     Raises:
         InputError: the directory is used by something else, scores are missing or of another model or data set, the
-            disk is too small, or the loss becomes NaN.
+            disk is too small, or (DivergedError) the loss becomes NaN.
     """
-    _check(config, method)
+    check_train(config, method)
     accelerator = Accelerator(cpu=lm.head.weight.device.type == "cpu")
     fingerprints = scoring_fingerprints(lm, tokenizer, samples)
     found = None
@@ -175,7 +176,8 @@ def train(
     return directory.read_summary()
 
 
-def _check(config: TrainConfig, method: MethodConfig) -> None:
+def check_train(config: TrainConfig, method: MethodConfig) -> None:
+    """Raise `InputError` for a method that is not trained, or an option out of range."""
     check_method(method)
     if method.of is not None:
         raise InputError(f"method {method.name} averages what {method.of} gave and trains nothing; use wise_ft.wise_ft")
@@ -185,6 +187,10 @@ def _check(config: TrainConfig, method: MethodConfig) -> None:
             raise InputError(f"{name} must be at least 1, got {value}")
     if not 0.0 <= config.warmup <= 1.0:
         raise InputError(f"warmup is a share of all steps, in [0, 1], got {config.warmup}")
+    for name, value in (("weight_decay", config.weight_decay), ("max_grad_norm", config.max_grad_norm)):
+        # A negative norm to clip to would turn every step around.
+        if not value >= 0:
+            raise InputError(f"{name} must be at least 0 (0 for none), got {value}")
     learning_rate = method.learning_rate or config.learning_rate
     if not learning_rate > 0:
         raise InputError(f"learning_rate must be positive, got {learning_rate}")
@@ -266,7 +272,9 @@ def accumulate_gradients(
     num_tokens = 0
     for k, group in enumerate(groups):
         batch = collate([samples[i] for i in group], PAD_ID).to(device)
-        weight = weights.of(group).to(device) * (0.0 if is_stand_in else 1.0)
+        weight = weights.of(group) * (0.0 if is_stand_in else 1.0)
+        meter.num_weighted += num_weighted_targets(weight, [samples[i].num_targets for i in group])
+        weight = weight.to(device)
         # The loss is linear in the weights: their gradients are the samples' own losses, so the plain loss of the
         # step comes with the weighted one for free (a weight of exactly 0 skips its sample, and its loss).
         weight.requires_grad_()
@@ -286,11 +294,21 @@ def accumulate_gradients(
     return num_tokens
 
 
+def num_weighted_targets(weight: Tensor, num_targets: list[int]) -> int:
+    """How many target tokens carry a weight other than 0; `weight` is one per sample, or one per target token."""
+    counts = torch.tensor(num_targets) if len(weight) == len(num_targets) else torch.ones(len(weight), dtype=torch.long)
+    return int(counts[weight != 0].sum())
+
+
 def _log_line(step, num_steps, config, meter: Meter, accelerator, distance, extra: dict) -> dict:
-    sums = torch.stack([torch.as_tensor(s, dtype=torch.float32) for s in (meter.loss_sum, meter.weighted_sum)])
-    loss, weighted_loss = (accelerator.reduce(sums.to(accelerator.device), "sum") / meter.num_targets).tolist()
+    # fp32 counts whole numbers exactly up to 16 million, far above the tokens between two log lines.
+    sums = torch.stack(
+        [torch.as_tensor(s, dtype=torch.float32) for s in (meter.loss_sum, meter.weighted_sum, meter.num_weighted)]
+    )
+    loss_sum, weighted_sum, num_weighted = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+    loss, weighted_loss = loss_sum / max(num_weighted, 1), weighted_sum / meter.num_targets
     if not (math.isfinite(loss) and math.isfinite(weighted_loss)):
-        raise InputError(
+        raise DivergedError(
             f"the loss is {loss} (weighted {weighted_loss}) at step {step}; lower the learning rate or use "
             "--precision full"
         )

@@ -136,5 +136,9 @@ def check_image_run(config: ImageRunConfig) -> None:
     for name, value in (("learning_rate", train.learning_rate), ("head_learning_rate", train.head_learning_rate)):
         if not value > 0:
             raise InputError(f"train: {name} must be positive, got {value}")
+    for name, value in (("weight_decay", train.weight_decay), ("max_grad_norm", train.max_grad_norm)):
+        # A negative norm to clip to would turn every step around.
+        if not value >= 0:
+            raise InputError(f"train: {name} must be at least 0 (0 for none), got {value}")
     if not 0.0 <= train.warmup <= 1.0:
         raise InputError(f"train: warmup is a share of all steps, in [0, 1], got {train.warmup}")

@@ -20,7 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 import flow_kernels
 from flow_finetune.config import MethodConfig
-from flow_finetune.errors import InputError
+from flow_finetune.errors import DivergedError, InputError
 from flow_finetune.pretrained import averaging_steps, make_copy
 from flow_finetune.progress import track
 from flow_finetune.vision.config import ImageTrainConfig
@@ -161,7 +161,7 @@ def fine_tune(
         folder: for a copy of the weights on disk, if the method asks for one.
 
     Raises:
-        InputError: the loss is no finite number.
+        DivergedError: the loss is no finite number.
     """
     # Dropout and stochastic depth draw from the global generator.
     torch.manual_seed(config.seed)
@@ -221,7 +221,7 @@ class _Interval:
         loss, weight = torch.cat(self.losses).double().cpu(), torch.cat(self.weights).double().cpu()
         mean, weighted = float(loss.mean()), float((weight * loss).mean())
         if not (math.isfinite(mean) and math.isfinite(weighted)):
-            raise InputError(f"the loss is {mean} (weighted {weighted}) at step {step}; lower the learning rate")
+            raise DivergedError(f"the loss is {mean} (weighted {weighted}) at step {step}; lower the learning rate")
         return {
             "loss": mean, "weighted_loss": weighted, "mean_weight": float(weight.mean()),
             "effective_sample_size": float(flow_kernels.effective_sample_size(weight)), "num_targets": len(loss),

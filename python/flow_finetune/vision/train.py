@@ -32,6 +32,10 @@ def check_image_method(method: MethodConfig) -> None:
     """Raise `InputError` for what has no meaning with images."""
     if method.weights == "token":
         raise InputError(f"method {method.name}: an image has one loss; use weights: sequence (one weight per image)")
+    if method.online_copy != "same":
+        raise InputError(
+            f"method {method.name}: the frozen model of an image run is kept in full; leave out online_copy"
+        )
     if method.train == "lora":
         raise InputError(f"method {method.name}: LoRA is for language models; use train: all or head with task: image")
     if method.train == "head":
