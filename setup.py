@@ -66,7 +66,7 @@ def nvcc_command(output: Path) -> list[str]:
         number, _, ptx = arch.replace(".", "").partition("+")
         command += ["-gencode", f"arch=compute_{number},code=sm_{number}"] if number else []
         command += ["-gencode", f"arch=compute_{number},code=compute_{number}"] if ptx else []
-    return [*command, "csrc/cuda/cross_entropy.cu", "-o", str(output), f"-L{root / 'lib'}", "-ltorch_cpu"]
+    return [*command, "csrc/cuda/cross_entropy.cu", "-o", str(output), f"-L{root / 'lib'}", "-ltorch_cpu", "-ldl"]
 
 
 class BuildKernels(build_ext):

@@ -4,12 +4,14 @@ from flow_kernels.backends import BackendUnavailable
 from flow_kernels.losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
 from flow_kernels.scoring import (
     SampleScores,
+    SampleWeights,
     TokenScores,
     linear_score_samples,
     linear_score_tokens,
     score_samples,
     score_tokens,
     sum_samples,
+    weigh_samples,
 )
 from flow_kernels.weighting import effective_sample_size, flow_weights, temperature
 
@@ -20,6 +22,7 @@ __all__ = [
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "SampleScores",
+    "SampleWeights",
     "TokenScores",
     "cross_entropy",
     "effective_sample_size",
@@ -31,4 +34,5 @@ __all__ = [
     "score_tokens",
     "sum_samples",
     "temperature",
+    "weigh_samples",
 ]

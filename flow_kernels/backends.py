@@ -62,8 +62,8 @@ def _why_no_triton(device_type: str) -> str:
     return ""
 
 
-def status(backend: str, device_type: str, dtype: torch.dtype | None = None) -> Status:
-    """Say whether `backend` can serve tensors on `device_type` (of `dtype`, if given), and why (not)."""
+def status(backend: str, device_type: str, dtype: torch.dtype | None = None, operator: str | None = None) -> Status:
+    """Say whether `backend` can serve tensors on `device_type` (of `dtype`, by `operator`, if given), and why (not)."""
     if backend == "reference":
         return Status(True, "eager torch, every device and dtype")
     if backend == "cpu":
@@ -82,27 +82,33 @@ def status(backend: str, device_type: str, dtype: torch.dtype | None = None) -> 
         reason = cuda.why_not()
         if reason is None and dtype is not None and dtype not in cuda.DTYPES:
             reason = f"the CUDA kernels take fp32, bf16 and fp16, not {dtype}"
+        if reason is None and operator is not None and operator not in cuda.OPERATORS:
+            reason = f"the CUDA kernels are {' and '.join(cuda.OPERATORS)}, and this call needs {operator}"
         return Status(reason is None, reason or "cross_entropy with known row weights, and forward only")
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
 
 
 # Constant under torch.compile: what is compiled and which machine this is do not change while a program runs.
 @torch.compiler.assume_constant_result
-def resolve(backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+def resolve(backend: str, device_type: str, dtype: torch.dtype | None = None, operator: str | None = None) -> str:
     """The name of the backend that serves a call on `device_type` with input of `dtype`.
+
+    Args:
+        operator: the one of `flow_kernels.ops` that the call needs in the end: where a gradient is wanted that is not
+            made in the forward pass, the backward one.
 
     Raises:
         ValueError: `backend` is not a known name.
-        BackendUnavailable: the named backend cannot serve the device or dtype.
+        BackendUnavailable: the named backend cannot serve the device, dtype or operator.
     """
     if backend == "auto":
         candidates = PREFERENCE.get(device_type, ("reference",))
-        return next(name for name in candidates if status(name, device_type, dtype).available)
-    found = status(backend, device_type, dtype)
+        return next(name for name in candidates if status(name, device_type, dtype, operator).available)
+    found = status(backend, device_type, dtype, operator)
     if not found.available:
         raise BackendUnavailable(
             f"backend={backend!r} cannot serve tensors on {device_type}: {found.reason}; "
-            f"backend='auto' would use {resolve('auto', device_type, dtype)!r}"
+            f"backend='auto' would use {resolve('auto', device_type, dtype, operator)!r}"
         )
     return backend
 

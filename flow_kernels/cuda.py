@@ -21,6 +21,7 @@ REPORT = HERE / "cuda_build_report.txt"
 LIBRARY = HERE / "_cuda.so"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATORS = ("cross_entropy_fwd", "cross_entropy_fwd_bwd")
 # cp.async, which every kernel uses, came with compute capability 8.0.
 MIN_CAPABILITY = (8, 0)
 # Column arithmetic is int32 and looks one unit past the row (csrc/cuda/cross_entropy.cu).
@@ -77,7 +78,12 @@ def _check(logits) -> None:
         )
 
 
+def _unit_stride(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
 def _absent(operator: str):
+    # Reached only by a call of the operator itself: `backends.resolve` refuses the losses' calls before anything is run.
     def absent(*_):
         raise NotImplementedError(f"the cuda backend has no {operator}; backend='auto' serves it by another one")
 
@@ -88,7 +94,7 @@ def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothin
     """See `flow_kernels.reference`, also for the functions below."""
     _check(logits)
     return torch.ops.flow_kernels_cuda.cross_entropy_fwd(
-        logits, target.contiguous(), class_weight, ignore_index, label_smoothing, softcap, z_loss
+        logits, target.contiguous(), _unit_stride(class_weight), ignore_index, label_smoothing, softcap, z_loss
     )
 
 
@@ -98,7 +104,7 @@ def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index
         logits,
         target.contiguous(),
         row_weight.contiguous(),
-        class_weight,
+        _unit_stride(class_weight),
         ignore_index,
         label_smoothing,
         softcap,
@@ -109,3 +115,4 @@ def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index
 
 cross_entropy_bwd = _absent("backward pass from a saved lse")
 linear_cross_entropy_fwd = linear_cross_entropy_bwd = linear_cross_entropy_fwd_bwd = _absent("linear head")
+flow_weights = _absent("sample weights")

@@ -82,14 +82,16 @@ def cross_entropy(
     row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
     kept = drop_zero_weight(rows, row_weight)
     options = (weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss))
-    backend = backends.resolve(backend, input.device.type, input.dtype)
+    needs_grad = torch.is_grad_enabled() and rows.input.requires_grad
+    kind = _kind(needs_grad, reduction, rows.input)
+    backend = backends.resolve(backend, input.device.type, input.dtype, f"cross_entropy_{kind}")
 
     if reduction == "none":
         _no_normalizer(normalizer)
         loss, _, _ = ops.cross_entropy_fwd(rows.input, kept, *options, backend)
         return (loss if row_weight is None else row_weight * loss).reshape(rows.shape)
     row_weight = row_weights(rows, row_weight, weight, reduction, normalizer)
-    if torch.is_grad_enabled() and rows.input.requires_grad and not _needs_loss_scale(rows.input):
+    if kind == "fwd_bwd":
         total, _, _ = ops.cross_entropy_fwd_bwd(rows.input, kept, row_weight, *options, backend)
         return total
     loss, _, _ = ops.cross_entropy_fwd(rows.input, kept, *options, backend)
@@ -142,17 +144,18 @@ def linear_cross_entropy(
     options = (
         weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), check_chunk_size(chunk_size),
     )  # fmt: skip
-    backend = backends.resolve(backend, input.device.type, input.dtype)
+    needs = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.input, linear_weight, linear_bias)
+    ]
+    kind = _kind(any(needs), reduction, rows.input)
+    backend = backends.resolve(backend, input.device.type, input.dtype, f"linear_cross_entropy_{kind}")
 
     if reduction == "none":
         _no_normalizer(normalizer)
         loss, _, _ = ops.linear_cross_entropy_fwd(rows.input, linear_weight, kept, linear_bias, *options, backend)
         return (loss if row_weight is None else row_weight * loss).reshape(rows.shape)
     row_weight = row_weights(rows, row_weight, weight, reduction, normalizer)
-    needs = [
-        torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.input, linear_weight, linear_bias)
-    ]
-    if any(needs) and not _needs_loss_scale(rows.input):
+    if kind == "fwd_bwd":
         total, *_ = ops.linear_cross_entropy_fwd_bwd(
             rows.input, linear_weight, kept, row_weight, linear_bias, *options, *needs, backend
         )
@@ -232,10 +235,13 @@ def cast_for_autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | N
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
 
 
-def _needs_loss_scale(input: Tensor) -> bool:
+def _kind(needs_grad: bool, reduction: str, input: Tensor) -> str:
+    """Which operator a call needs in the end: "fwd" alone, "bwd" after it, or "fwd_bwd" in one pass."""
+    if not needs_grad:
+        return "fwd"
     # fp16 gradients of p / N underflow unless a loss scale reaches them before they are rounded, and that scale is the
     # upstream gradient, which a one-pass operator does not know yet: fp16 takes the two-pass operators.
-    return input.dtype == torch.float16
+    return "bwd" if reduction == "none" or input.dtype == torch.float16 else "fwd_bwd"
 
 
 def _no_normalizer(normalizer: Normalizer) -> None:

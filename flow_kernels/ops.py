@@ -1,11 +1,12 @@
 """The operators as PyTorch sees them: schema, fake kernel, autograd. The only file that knows torch.library.
 
-Three operators for given logits and three for a linear head, each over N flat rows:
+Three operators for given logits, three for a linear head, each over N flat rows, and one from rows to samples:
 
     *_fwd       per-row loss, lse and correctness; differentiable in the loss with any per-row upstream gradient
     *_bwd       its backward pass, from the saved lse
     *_fwd_bwd   for row weights known before the forward pass (mean, sum, FLOW): the weighted total and its gradients
                 in one pass; differentiable with a scalar upstream gradient, which only scales what is already there
+    flow_weights    per-sample mean losses and FLOW weights of row losses; not differentiable
 
 `backend` is a resolved name of `flow_kernels.backends`. Gradients of the input, the head and the bias are made only
 where the `need_*` flags ask for them; an empty tensor stands for the others.
@@ -42,6 +43,10 @@ SCHEMAS = {
         f"({_HEAD}, Tensor row_weight, Tensor? linear_bias, {_OPTIONS}, int chunk_size, {_NEEDS}, str backend)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    "flow_weights": (
+        "(Tensor loss, Tensor target, Tensor temperature, Tensor? cu_seqlens, int ignore_index, str normalize,"
+        " str backend) -> (Tensor, Tensor)"
+    ),
 }
 
 
@@ -64,6 +69,7 @@ cross_entropy_fwd_bwd = _define("cross_entropy_fwd_bwd")
 linear_cross_entropy_fwd = _define("linear_cross_entropy_fwd")
 linear_cross_entropy_bwd = _define("linear_cross_entropy_bwd")
 linear_cross_entropy_fwd_bwd = _define("linear_cross_entropy_fwd_bwd")
+flow_weights = _define("flow_weights")
 
 
 def _rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -73,6 +79,13 @@ def _rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 @cross_entropy_fwd.register_fake
 def _(logits, target, *options):
     return _rows(logits), _rows(logits), _rows(logits, torch.bool)
+
+
+@flow_weights.register_fake
+def _(loss, target, temperature, cu_seqlens, *options):
+    num_samples = loss.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    mean_loss = loss.new_empty(num_samples, dtype=accumulation_dtype(loss.dtype))
+    return mean_loss, torch.empty_like(mean_loss)
 
 
 @cross_entropy_bwd.register_fake

@@ -22,6 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flow_kernels.products import add_product
+
 # Bytes of one fp32 block of logits in the linear operator. Measured with benchmarks/head.py (benchmarks/results):
 # smaller blocks read `linear_weight` too often, larger ones leave the cache and cost memory only.
 LOGITS_BLOCK_BYTES = 64 * 2**20
@@ -155,6 +157,36 @@ def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index
     return (row_weight * loss).sum(), loss, dlogits
 
 
+def flow_weights(loss, target, temperature, cu_seqlens, ignore_index, normalize):
+    """`(mean_loss, weights)` of the samples that the rows belong to, `[S]` each.
+
+    Args:
+        loss: row losses, `[S, T]`, or `[N]` with `cu_seqlens [S + 1]`; those of rows without a target do not count.
+        target: int64 of the same shape.
+        temperature: 0-d, nats.
+        normalize: "none", "mean" or "simplex", over the samples that have a target; the others get 0 and 0.
+    """
+    keep = target != ignore_index
+    # fp64, so that a sample's mean does not depend on the order of its rows.
+    columns = torch.stack([torch.where(keep, loss, 0).double(), keep.double()], -1)
+    if cu_seqlens is None:
+        total, count = columns.sum(1).unbind(-1)
+    else:
+        lengths = cu_seqlens.to(torch.int64).diff()
+        total, count = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True).unbind(-1)
+    has_target = count > 0
+    mean_loss = total / count.clamp(min=1)
+    exponent = torch.where(has_target, -mean_loss / temperature.double(), -torch.inf)
+    if normalize == "none":
+        weights = exponent.exp()
+    else:
+        # No sample with a target: 0 everywhere, where the softmax of nothing would be NaN.
+        scale = has_target.sum() if normalize == "mean" else 1
+        weights = torch.where(has_target, scale * exponent.softmax(0), 0)
+    dtype = accumulation_dtype(loss.dtype)
+    return mean_loss.to(dtype), weights.to(dtype)
+
+
 def _logits(input, linear_weight, linear_bias):
     logits = input @ linear_weight.T
     logits = logits.to(accumulation_dtype(logits.dtype))
@@ -203,7 +235,7 @@ class _HeadGradients:
         if need_dinput:
             self.dinput[rows] = dlogits @ self.linear_weight
         if need_dlinear_weight:
-            self.dlinear_weight += dlogits.T @ self.input[rows]
+            add_product(self.dlinear_weight, dlogits.T, self.input[rows])
 
     def result(self):
         return (

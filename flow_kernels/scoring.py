@@ -9,7 +9,9 @@ from torch import Tensor
 
 from flow_kernels import backends, ops
 from flow_kernels.losses import cast_for_autocast, check_chunk_size, check_head, check_options
-from flow_kernels.rows import flatten
+from flow_kernels.reference import accumulation_dtype
+from flow_kernels.rows import check_floating, flatten
+from flow_kernels.weighting import NORMALIZATIONS
 
 
 class SampleScores(NamedTuple):
@@ -18,6 +20,13 @@ class SampleScores(NamedTuple):
     loss_sum: Tensor  # [S] fp32, nats
     num_targets: Tensor  # [S] int64
     num_correct: Tensor  # [S] int64, tokens whose target has the highest logit
+
+
+class SampleWeights(NamedTuple):
+    """What `weigh_samples` returns; 0 and 0 for a sample without targets."""
+
+    mean_loss: Tensor  # [S] fp32, nats per target token
+    weight: Tensor  # [S] fp32
 
 
 class TokenScores(NamedTuple):
@@ -43,7 +52,7 @@ def score_tokens(
     check_options(rows, input.shape[-1], None, 0.0, softcap, 0.0)
     loss, _, correct = ops.cross_entropy_fwd(
         rows.input, rows.target, None, ignore_index, 0.0, float(softcap or 0.0), 0.0,
-        backends.resolve(backend, input.device.type, input.dtype),
+        backends.resolve(backend, input.device.type, input.dtype, "cross_entropy_fwd"),
     )  # fmt: skip
     return TokenScores(loss.reshape(rows.shape), correct.reshape(rows.shape))
 
@@ -69,7 +78,8 @@ def linear_score_tokens(
     check_options(rows, linear_weight.shape[0], None, 0.0, softcap, 0.0)
     loss, _, correct = ops.linear_cross_entropy_fwd(
         rows.input, linear_weight, rows.target, linear_bias, None, ignore_index, 0.0, float(softcap or 0.0), 0.0,
-        check_chunk_size(chunk_size), backends.resolve(backend, input.device.type, input.dtype),
+        check_chunk_size(chunk_size),
+        backends.resolve(backend, input.device.type, input.dtype, "linear_cross_entropy_fwd"),
     )  # fmt: skip
     return TokenScores(loss.reshape(rows.shape), correct.reshape(rows.shape))
 
@@ -126,3 +136,61 @@ def sum_samples(
     else:
         sums = columns
     return SampleScores(sums[:, 0].to(scores.loss.dtype), sums[:, 1].long(), sums[:, 2].long())
+
+
+@torch.no_grad()
+def weigh_samples(
+    loss: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    normalize: str = "none",
+    backend: str = "auto",
+) -> SampleWeights:
+    """FLOW weights of a batch from its row losses: with `score_tokens`, one pass over the logits gives both.
+
+        mean_loss = loss.sum(1) / (target != ignore_index).sum(1)
+        weight = torch.exp(-mean_loss / temperature)
+
+    Nothing is looked at on the host, so it belongs into a training step; `flow_weights` is for a whole data set.
+
+    Args:
+        loss: row losses in the shape of `target`, floating, nats, such as `score_tokens(...).loss` of the pre-trained
+            model; what stands where there is no target does not count.
+        target: class indices, `[B, T]`, `[N]` with `cu_seqlens`, or `[N]` alone where every row is a sample.
+        temperature: nats, a number or a 0-d tensor. A tensor's value is not checked.
+        cu_seqlens: `[S + 1]` row offsets of the samples.
+        shift: as in `cross_entropy`; `loss` is then that of a call with `shift=True`.
+        normalize: "none"; "mean": the weights of the batch average 1; "simplex": they sum to 1, `softmax(-loss / tau)`.
+        backend: as in `cross_entropy`; "triton" is one launch.
+
+    Returns:
+        `(mean_loss, weight)`, fp32 (fp64 for fp64 losses), one entry per sample.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, by name.
+        flow_kernels.BackendUnavailable: the named backend cannot serve the call.
+    """
+    check_floating("loss", loss)
+    if loss.shape != getattr(target, "shape", None):
+        raise ValueError(f"loss has shape {tuple(loss.shape)}; it must be that of target, one loss per row")
+    rows = flatten(loss.unsqueeze(-1), target, cu_seqlens, ignore_index, shift)
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"the temperature must be positive and finite, got {temperature}")
+        temperature = torch.full((), temperature, dtype=accumulation_dtype(loss.dtype), device=loss.device)
+    elif temperature.dim() != 0:
+        raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+    values, labels = rows.input.squeeze(-1), rows.target
+    if cu_seqlens is None:
+        num_samples = target.shape[0] if target.dim() else 1
+        values, labels = (tensor.reshape(num_samples, -1) for tensor in (values, labels))
+    backend = backends.resolve(backend, loss.device.type, accumulation_dtype(loss.dtype), "flow_weights")
+    return SampleWeights(
+        *ops.flow_weights(values, labels, temperature.to(loss.device), cu_seqlens, ignore_index, normalize, backend)
+    )

@@ -19,6 +19,9 @@ from flow_finetune.vision.pipeline import prepare, run
 
 from flow_kernels import backends
 
+# Nothing in it can run without a GPU.
+collect_ignore = [] if os.environ.get("DEVICE") == "cuda" else ["test_cuda_device.py"]
+
 # `make test DEVICE=cuda`: the Triton kernels of the operator tests run on the GPU, compiled; the tests stay on the CPU.
 if os.environ.get("DEVICE") == "cuda":
     device_shuttle.serve_the_cpu_from("cuda", "triton")

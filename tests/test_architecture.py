@@ -12,8 +12,9 @@ FINETUNE = sorted((ROOT / "python" / "flow_finetune").rglob("*.py"))
 
 # Who may import whom inside flow_kernels; `kernels` stands for every module of that folder.
 ARROWS = {
-    "reference": set(),
-    "kernels": {"reference", "kernels"},
+    "products": set(),
+    "reference": {"products"},
+    "kernels": {"products", "reference", "kernels"},
     "compiled": set(),
     "cpu": {"compiled", "reference"},
     "cuda": {"compiled"},
@@ -21,7 +22,7 @@ ARROWS = {
     "ops": {"backends", "reference"},
     "rows": {"reference"},
     "losses": {"rows", "ops", "backends", "reference"},
-    "scoring": {"rows", "losses", "ops", "backends", "reference"},
+    "scoring": {"rows", "losses", "ops", "backends", "reference", "weighting"},
     "weighting": set(),
     "__init__": {"backends", "losses", "scoring", "weighting"},
     "__main__": {"", "backends"},

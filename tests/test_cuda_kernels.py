@@ -27,6 +27,7 @@ from cuda_host.harness import (
     options_of,
 )  # fmt: skip
 
+import flow_kernels
 from flow_kernels import backends, cuda, reference
 
 pytestmark = [
@@ -288,6 +289,29 @@ def test_what_the_backend_lacks_is_named():
         cuda.cross_entropy_fwd(logits, target, *Options())
     with pytest.raises(NotImplementedError, match=r"the cuda backend has no linear head; backend='auto'"):
         cuda.linear_cross_entropy_fwd(logits, logits, target)
+
+
+@pytest.mark.parametrize(
+    ("call", "operator"),
+    [
+        (lambda z, y, b: flow_kernels.cross_entropy(z, y, reduction="none", backend=b), "cross_entropy_bwd"),
+        (lambda z, y, b: flow_kernels.cross_entropy(z.half(), y, backend=b), "cross_entropy_bwd"),
+        (lambda z, y, b: flow_kernels.linear_cross_entropy(z, z, y, backend=b), "linear_cross_entropy_fwd_bwd"),
+        (lambda z, y, b: flow_kernels.linear_score_tokens(z, z, y, backend=b), "linear_cross_entropy_fwd"),
+        (lambda z, y, b: flow_kernels.weigh_samples(z[:, 0], y, 1.0, backend=b), "flow_weights"),
+    ],
+)
+def test_a_call_that_it_cannot_serve_to_the_end_is_refused_at_its_beginning(call, operator, monkeypatch):
+    """On a machine that has the kernels and a GPU, which the CPU stands in for."""
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    status = backends.status
+    monkeypatch.setattr(
+        backends, "status", lambda b, device, *rest: status(b, "cuda" if b == "cuda" else device, *rest)
+    )
+    logits, target = torch.zeros(3, 3, requires_grad=True), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(backends.BackendUnavailable, match=f"and this call needs {operator}; backend='auto' would use"):
+        call(logits, target, "cuda")
+    assert backends.resolve("cuda", "cpu", torch.float32, "cross_entropy_fwd_bwd") == "cuda"
 
 
 def test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch):

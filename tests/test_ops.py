@@ -19,6 +19,7 @@ from flow_kernels import (
     score_samples,
     score_tokens,
     sum_samples,
+    weigh_samples,
 )
 
 OPTIONS = {
@@ -62,6 +63,9 @@ def arguments(name, options, backend, needs=(True, True, True), **kwargs):
         ),
         "linear_cross_entropy_fwd_bwd": (
             input, linear_weight, target, row_weight, linear_bias, *options, *flags, backend,
+        ),
+        "flow_weights": (
+            dloss.abs().view(-1, 2), target.view(-1, 2), torch.tensor(0.7), None, oracle.IGNORE, "mean", backend,
         ),
     }[name]  # fmt: skip
 
@@ -147,6 +151,8 @@ CALLS = {
     "linear_score_tokens": (linear_score_tokens, {"softcap": 5.0}),
     "linear_score_samples": (linear_score_samples, {"shift": True, "linear_bias": rand(11)}),
     "linear score packed": (linear_score_samples, {"cu_seqlens": CU_SEQLENS}),
+    "weigh_samples": (weigh_samples, {"temperature": torch.tensor(0.7), "normalize": "mean"}),
+    "weigh packed": (weigh_samples, {"temperature": 0.7, "cu_seqlens": CU_SEQLENS, "shift": True}),
 }
 
 
@@ -154,8 +160,11 @@ def batch_of(name, num_sequences=3, length=4):
     """`(function, tensors, target, options)` of a call; packed calls get flat rows."""
     function, options = CALLS[name]
     shape = (num_sequences * length,) if "cu_seqlens" in options else (num_sequences, length)
-    linear = "linear_weight" in inspect.signature(function).parameters
-    tensors = [torch.randn(*shape, 4), torch.randn(11, 4)] if linear else [torch.randn(*shape, 11)]
+    parameters = inspect.signature(function).parameters
+    if "linear_weight" in parameters:
+        tensors = [torch.randn(*shape, 4), torch.randn(11, 4)]
+    else:
+        tensors = [torch.rand(*shape)] if "loss" in parameters else [torch.randn(*shape, 11)]
     target = torch.randint(11, shape)
     target.view(-1)[1] = oracle.IGNORE
     return function, tensors, target, options

@@ -7,7 +7,7 @@ import torch
 
 import flow_kernels
 import flow_kernels.kernels.flow_weights
-from flow_kernels import kernels, reference
+from flow_kernels import kernels, products, reference
 from flow_kernels.kernels import configs, cross_entropy, linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -205,6 +205,15 @@ def test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch):
         kernels.cross_entropy_fwd(torch.zeros(1, 10), torch.tensor([0]), None, *PLAIN)
 
 
+def test_a_grid_too_long_names_the_limit_and_the_backend(monkeypatch):
+    monkeypatch.setattr(configs, "MAX_GRID_Y", 0)
+    logits, target, row_weight, _ = batch(2, 40, torch.float32)
+    with pytest.raises(
+        ValueError, match=r"backward pass takes rows of at most 0 torch.float32 logits, got 40; backend="
+    ):
+        kernels.cross_entropy_bwd(row_weight, logits, target, row_weight, None, *PLAIN)
+
+
 def head(dtype, num_rows=21, hidden=24, num_classes=103):
     generator = torch.Generator().manual_seed(2)
     input = torch.randn(num_rows, hidden, generator=generator)
@@ -292,12 +301,12 @@ def test_products_are_added_in_fp32_where_torch_can(monkeypatch):
         return torch.add(total, a.float() @ b.float(), out=out)
 
     if DEVICE == "cpu":
-        monkeypatch.setattr(linear_cross_entropy, "takes_out_dtype", lambda tensor: True)
-        monkeypatch.setattr(linear_cross_entropy.torch, "addmm", addmm)
+        monkeypatch.setattr(products, "takes_out_dtype", lambda tensor: True)
+        monkeypatch.setattr(products.torch, "addmm", addmm)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(8, 8, generator=generator).bfloat16().to(DEVICE) for _ in range(2))
     total = torch.full((8, 8), 1e-3, device=DEVICE)
-    linear_cross_entropy.add_product(total, a, b)
+    products.add_product(total, a, b)
     torch.testing.assert_close(total, a.float() @ b.float() + 1e-3)
     assert calls == ([torch.float32] if DEVICE == "cpu" else [])
 
@@ -318,26 +327,25 @@ def test_flow_weights(normalize):
     keep = target != IGNORE
     exact = torch.where(keep, loss, 0).double().sum(1) / keep.sum(1).clamp(min=1)
     weights = flow_kernels.flow_weights(exact, 0.7, mask=keep.any(1), normalize=normalize)
-    got = kernels.flow_weights(loss, target, 0.7, normalize=normalize)
+    temperature = torch.tensor(0.7, dtype=torch.float64)  # on the CPU, wherever the losses are
+    got = kernels.flow_weights(loss, target, temperature, None, IGNORE, normalize)
     torch.testing.assert_close(got[0].double(), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(got[1].double(), weights, rtol=5e-6, atol=0)
     offsets = torch.arange(0, 21 * 300 + 1, 300, device=DEVICE)
-    for temperature in (0.7, torch.tensor(0.7, device=DEVICE)):
-        packed = kernels.flow_weights(
-            loss.reshape(-1), target.reshape(-1), temperature, cu_seqlens=offsets, normalize=normalize
-        )
-        assert all(map(torch.equal, packed, got))
+    packed = kernels.flow_weights(loss.reshape(-1), target.reshape(-1), temperature, offsets, IGNORE, normalize)
+    assert all(map(torch.equal, packed, got))
 
 
 def test_flow_weights_of_unequal_lengths_and_of_nothing():
     loss = torch.arange(1.0, 8.0, device=DEVICE)
     target = torch.zeros(7, dtype=torch.int64, device=DEVICE)
     offsets = torch.tensor([0, 2, 2, 7], dtype=torch.int32, device=DEVICE)
-    mean_loss, weights = kernels.flow_weights(loss, target, 2.0, cu_seqlens=offsets)
+    two = torch.tensor(2.0, device=DEVICE)
+    mean_loss, weights = kernels.flow_weights(loss, target, two, offsets, IGNORE, "none")
     torch.testing.assert_close(mean_loss.cpu(), torch.tensor([1.5, 0.0, 5.0]))
     torch.testing.assert_close(weights.cpu(), torch.tensor([-0.75, -torch.inf, -2.5]).exp())
-    assert kernels.flow_weights(loss[:0], target[:0], 2.0, cu_seqlens=offsets[:1])[0].shape == (0,)
-    none = kernels.flow_weights(loss, target - 100, 2.0, cu_seqlens=offsets, normalize="simplex")
+    assert kernels.flow_weights(loss[:0], target[:0], two, offsets[:1], IGNORE, "none")[0].shape == (0,)
+    none = kernels.flow_weights(loss, target - 100, two, offsets, IGNORE, "simplex")
     assert not none[0].any()
     assert not none[1].any()
 
@@ -345,7 +353,7 @@ def test_flow_weights_of_unequal_lengths_and_of_nothing():
 def test_losses_of_a_batch_and_their_weights_in_one_pass_over_the_logits():
     logits, target, _, _ = batch(8, 120, torch.bfloat16)
     loss, _, _ = kernels.cross_entropy_fwd(logits[:4], target[:4], None, *PLAIN)
-    _, weights = kernels.flow_weights(loss.view(2, 2), target[:4].view(2, 2), 1.5)
+    _, weights = flow_kernels.weigh_samples(loss.view(2, 2), target[:4].view(2, 2), 1.5, backend="triton")
     scores = flow_kernels.score_samples(logits[:4].view(2, 2, 120), target[:4].view(2, 2), backend="triton")
     expected = torch.exp(-scores.loss_sum / scores.num_targets / 1.5)
     torch.testing.assert_close(weights, expected)

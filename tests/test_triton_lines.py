@@ -10,7 +10,10 @@ import torch
 
 from flow_kernels.kernels import configs, cross_entropy, linear_cross_entropy, softmax_row
 
-pytestmark = checks.pytestmark
+pytestmark = [
+    checks.pytestmark,
+    pytest.mark.skipif(checks.DEVICE == "cuda", reason="compiled kernels are no Python whose lines could be seen"),
+]
 
 
 def _executable_lines(path: Path) -> set[int]:
@@ -54,9 +57,11 @@ def test_every_line_of_kernels_and_launchers_is_executed():
             checks.test_linear_operators("plain", 8, torch.float32)
             checks.test_chunk_size_follows_the_budget()
             checks.test_flow_weights("none")
+            checks.test_flow_weights_of_unequal_lengths_and_of_nothing()
             checks.test_flow_weights("simplex")
             checks.test_few_rows(0)
             checks.test_products_are_added_in_fp32_where_torch_can(monkeypatch)
+            checks.test_a_grid_too_long_names_the_limit_and_the_backend(monkeypatch)
             checks.test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch)
         finally:
             sys.settrace(previous)

@@ -1,6 +1,7 @@
 // Launchers and registration of the CUDA cross_entropy; flow_kernels/cuda.py calls them behind the schemas of ops.py.
 // Stable ABI only: the library serves every torch from 2.10 on, and links against a torch without CUDA.
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,14 +11,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <tuple>
 
 #include "cross_entropy.cuh"
-
-// Defined in libtorch_cuda. Weak, so that the library also loads into a torch without it, where nothing can call it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                  void** ret_stream);
 
 namespace flow_kernels {
 
@@ -64,6 +62,13 @@ struct Config {
   Config(const Config&) = delete;
 };
 
+// What a kernel may use belongs to the kernel and not to a launch: between `allow` and the launch it is for, no other
+// thread may set it lower.
+std::mutex& limits_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
 cudaError_t allow(CrossEntropyKernel kernel, const Plan& plan) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
@@ -82,6 +87,7 @@ Plan plan_for(int64_t num_classes, int element_bytes, int device, CrossEntropyKe
     if (plan.cluster_size == 1) return plan;
     int num_clusters = 0;
     const Config config(plan, 1, nullptr);
+    const std::lock_guard<std::mutex> lock(limits_mutex());
     if (allow(held_kernel, plan) == cudaSuccess &&
         cudaOccupancyMaxActiveClusters(&num_clusters, held_kernel, &config.launch) == cudaSuccess &&
         num_clusters > 0) {
@@ -160,17 +166,33 @@ Tensor readable(const Tensor& logits) {
   return logits.size(1) > 1 && logits.stride(1) != 1 ? torch::stable::contiguous(logits) : logits;
 }
 
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** ret_stream);
+
+// It is defined in libtorch_cuda, which a torch without CUDA lacks, so nothing here may link to it; and Python loads
+// that library with local symbols, so a weak reference would stay null. Its handle knows the symbol in any case.
+CurrentStream find_current_stream() {
+  const char* name = "aoti_torch_get_current_cuda_stream";
+  void* found = dlsym(RTLD_DEFAULT, name);
+  if (found == nullptr) {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    found = library == nullptr ? nullptr : dlsym(library, name);
+  }
+  return reinterpret_cast<CurrentStream>(found);
+}
+
 cudaStream_t current_stream(int device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "flow_kernels cuda: this torch has no CUDA");
+  static const CurrentStream get = find_current_stream();
+  STD_TORCH_CHECK(get != nullptr, "flow_kernels cuda: this torch has no CUDA");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
 void launch(CrossEntropyKernel kernel, const Plan& plan, CrossEntropyArgs args, int64_t num_rows, int device) {
   args.cluster_size = plan.cluster_size;
-  check(allow(kernel, plan), "shared memory or cluster size of a block");
   const Config config(plan, num_rows, current_stream(device));
+  const std::lock_guard<std::mutex> lock(limits_mutex());
+  check(allow(kernel, plan), "shared memory or cluster size of a block");
   check(cudaLaunchKernelEx(&config.launch, kernel, args), "launch of cross_entropy");
 }
 

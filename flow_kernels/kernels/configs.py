@@ -16,6 +16,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Columns are int32 in the kernels; the last block must not run over.
 MAX_CLASSES = 2**31 - 2**17
+# CUDA's limit of a grid's second dimension, along which the backward pass has its column blocks.
+MAX_GRID_Y = 65535
 
 
 @dataclass(frozen=True)

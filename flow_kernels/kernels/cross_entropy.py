@@ -278,6 +278,11 @@ def launch_bwd(dloss, logits, target, lse, bias, class_weight, dlogits, options)
     num_rows, num_classes = logits.shape
     if num_rows:
         config = configs.lookup(configs.ELEMENTWISE, logits.dtype, num_classes)
+        if num_classes > config.block_v * configs.MAX_GRID_Y:
+            raise ValueError(
+                f"the Triton backward pass takes rows of at most {config.block_v * configs.MAX_GRID_Y} {logits.dtype} "
+                f"logits, got {num_classes}; backend='reference' serves any length"
+            )
         tensors = (dloss, logits, target, lse, bias, class_weight, dlogits)
         sizes = ((logits.stride(0), dlogits.stride(0)), num_classes)
         grid = (num_rows, triton.cdiv(num_classes, config.block_v))

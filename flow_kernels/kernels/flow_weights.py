@@ -103,40 +103,24 @@ def flow_weights_kernel(
 def flow_weights(
     loss: Tensor,
     target: Tensor,
-    temperature: float | Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    normalize: str = "none",
+    temperature: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    normalize: str,
 ) -> tuple[Tensor, Tensor]:
-    """Per-sample mean losses and FLOW weights of row losses, in one launch and without a synchronisation.
-
-        mean_loss = (loss * (target != ignore_index)).sum(1) / (target != ignore_index).sum(1)
-        weights = flow_kernels.flow_weights(mean_loss, temperature, normalize=normalize)
-
-    Args:
-        loss: row losses, fp32, `[S, T]` (padded) or `[N]` with `cu_seqlens`; those of `cross_entropy_fwd`.
-        target: int64 of the same shape.
-        temperature: nats, a number or a 0-d tensor; must be positive, which is not checked.
-        cu_seqlens: `[S + 1]` row offsets.
-        normalize: "none", "mean" or "simplex", as in `flow_kernels.flow_weights`.
-
-    Returns:
-        `(mean_loss [S], weights [S])`, fp32; 0 and 0 for a sample without targets.
-    """
+    """`reference.flow_weights` in one launch and without a synchronisation; fp32."""
+    loss = loss.float()
     num_samples = loss.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     mean_loss = loss.new_empty(num_samples)
     weights = torch.empty_like(mean_loss)
     if num_samples:
-        if not isinstance(temperature, Tensor):
-            temperature = torch.full((), temperature, dtype=torch.float32, device=loss.device)
         is_normalized = normalize != "none"
         grid = (1 if is_normalized else triton.cdiv(num_samples, BLOCK_SAMPLES),)
         with torch.cuda.device_of(loss):
             flow_weights_kernel[grid](
                 loss.contiguous(), target.contiguous(),
                 None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
-                temperature.float(), mean_loss, weights,
+                temperature.to(loss.device, torch.float32), mean_loss, weights,
                 num_samples, 0 if cu_seqlens is not None else loss.shape[1], ignore_index, int(normalize == "mean"),
                 IS_NORMALIZED=is_normalized, BLOCK_SAMPLES=BLOCK_SAMPLES, BLOCK_TOKENS=BLOCK_TOKENS,
                 num_warps=NUM_WARPS, enable_fp_fusion=True,

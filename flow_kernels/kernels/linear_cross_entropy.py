@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flow_kernels.kernels.cross_entropy import check_rows, launch_bwd, launch_fwd, launch_fwd_bwd, with_sum
+from flow_kernels.products import add_product
 
 # The buffer of logits. 256 MiB are 512 rows of 262144 in bf16: with D = 640 or more such a chunk's products still run
 # at the matmul's full rate, and more would only cost memory.
@@ -25,7 +26,8 @@ LOGITS_BUFFER_BYTES = 256 * 2**20
 # Fewer rows than this leave a matmul waiting for `linear_weight`, which each chunk reads again: R flops per byte of it,
 # where an H100 does about 300 flops in the time of one byte.
 MIN_CHUNK_ROWS = 256
-# Rows of the buffer start at multiples of 16 elements: 16-byte accesses in the row kernel and the fast path of cuBLAS.
+# Rows of the buffer start at multiples of 16 elements: the fast path of cuBLAS, and 16-byte accesses in the row kernel
+# where V is such a multiple itself (of any other V, Triton masks and so moves single elements).
 ROW_ALIGNMENT = 16
 
 
@@ -33,21 +35,6 @@ def default_chunk_size(num_classes: int, itemsize: int) -> int:
     """Rows of logits held at a time when `chunk_size` is 0."""
     rows = LOGITS_BUFFER_BYTES // (itemsize * max(num_classes, 1))
     return max(MIN_CHUNK_ROWS, rows // MIN_CHUNK_ROWS * MIN_CHUNK_ROWS)
-
-
-def takes_out_dtype(tensor: Tensor) -> bool:
-    """Whether `torch.addmm` adds a product of 16-bit factors to fp32 without rounding it: torch >= 2.8 on CUDA."""
-    return tensor.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads()
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b` with `total` in fp32."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif takes_out_dtype(a):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += torch.mm(a, b)
 
 
 class _Chunks:

@@ -123,7 +123,7 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     device = resolve_device(config.device)
     try:
         # Now, not at the first loss: a backend that cannot serve is found before anything is written.
-        backend = backends.resolve(config.backend, device.type)
+        backend = backends.resolve(config.backend, device.type, operator="linear_cross_entropy_fwd_bwd")
     except ValueError as error:
         raise InputError(str(error)) from error
     location, options = _location(config)

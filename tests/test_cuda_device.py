@@ -1,0 +1,62 @@
+"""The CUDA kernels on a GPU against the reference in fp64; collected by `make test DEVICE=cuda` only (conftest.py)."""
+
+import pytest
+import torch
+
+import flow_kernels
+from flow_kernels import ops, reference
+
+OPTIONS = {
+    "plain": (False, -100, 0.0, 0.0, 0.0),
+    "all": (True, -100, 0.2, 15.0, 1e-3),
+}
+EPS = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def batch(num_rows, num_classes, dtype, has_class_weight):
+    generator = torch.Generator().manual_seed(num_classes)
+    logits = (torch.randn(num_rows, num_classes, generator=generator) * 3).to(dtype)
+    target = torch.randint(num_classes, (num_rows,), generator=generator)
+    target[::5] = -100
+    row_weight = torch.rand(num_rows, generator=generator)
+    class_weight = torch.rand(num_classes, generator=generator) if has_class_weight else None
+    return logits, target, row_weight, class_weight
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("num_classes", [1, 7, 50257, 65536, 262144, 1_000_003])
+def test_against_the_reference(num_classes, dtype, options):
+    has_class_weight, *numbers = options
+    logits, target, row_weight, class_weight = batch(7, num_classes, dtype, has_class_weight)
+    wide = None if class_weight is None else class_weight.double()
+    total, loss, gradient = reference.cross_entropy_fwd_bwd(
+        logits.double(), target, row_weight.double(), wide, *numbers
+    )
+    _, lse, correct = reference.cross_entropy_fwd(logits.double(), target, wide, *numbers)
+    tensors = [None if t is None else t.cuda() for t in (logits, target, row_weight, class_weight)]
+    got = ops.cross_entropy_fwd_bwd(*tensors, *numbers, "cuda")
+    scored = ops.cross_entropy_fwd(tensors[0], tensors[1], tensors[3], *numbers, "cuda")
+    torch.testing.assert_close(got[0].cpu().double(), total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1].cpu().double(), loss, rtol=1e-5, atol=1e-5)
+    assert float((got[2].cpu().double() - gradient).abs().max()) <= EPS[dtype] * float(gradient.abs().max()) + 1e-7
+    torch.testing.assert_close(scored[0].cpu().double(), loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scored[1].cpu().double(), lse, rtol=1e-5, atol=1e-5)
+    assert torch.equal(scored[2].cpu(), correct)
+    assert all(map(torch.equal, got, ops.cross_entropy_fwd_bwd(*tensors, *numbers, "cuda")))
+
+
+def test_a_training_call_on_a_stream_of_its_own():
+    logits, target, row_weight, _ = batch(64, 32001, torch.bfloat16, False)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # Ordered after the copies by the stream alone: a launch on another one would read zeros.
+        device_logits = torch.zeros(64, 32001, dtype=torch.bfloat16, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        device_logits.copy_(logits.cuda())
+        device_logits.requires_grad_()
+        loss = flow_kernels.cross_entropy(device_logits, target.cuda(), sample_weight=row_weight.cuda(), backend="cuda")
+        loss.backward()
+    stream.synchronize()
+    expected = flow_kernels.cross_entropy(logits.double(), target, sample_weight=row_weight, backend="reference")
+    torch.testing.assert_close(loss.detach().cpu().double(), expected.double(), rtol=1e-5, atol=1e-5)
