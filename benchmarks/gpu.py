@@ -4,11 +4,12 @@
     python benchmarks/gpu.py --case train --shape 4096x65536   one case of one shape
     python benchmarks/gpu.py --require                         exit code 2 and the reason where there is no GPU to measure
 
-Every implementation's losses are compared with the reference first; one that is wrong is not timed. Then it runs between
-CUDA events, with the L2 cache overwritten before every run, and the median counts. GB/s is of the bytes that must move (a
-logit read, and its gradient written when training), TFLOP/s of the products that must be made (2 N V D to score, 6 N V D
-to train), both also in per cent of what a copy and a bf16 product reach on the same device in the same run. Baselines that
-are not installed are named and left out.
+Every implementation's losses and gradients are compared with the reference in fp32 first; one that is wrong is not timed,
+and the errors stand beside the speed. Then it runs between CUDA events, with the L2 cache overwritten before every run, and
+the median counts. GB/s is of the bytes that must move (a logit read, and its gradient written when training), TFLOP/s of
+the products that must be made (2 N V D to score, 6 N V D to train, 4 N V D with a frozen head; half of the rows ignored
+count as all), both also in per cent of what a copy and a bf16 product reach on the same device in the same run. Peak memory
+is above the inputs, gradients that are returned included. Baselines that are not installed are named and left out.
 
 No result of this program is committed: no GPU has been at hand.
 """
@@ -27,13 +28,17 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
+from cases import relative_error
 
 import flow_kernels
-from flow_kernels import reference
 
 DEVICE = "cuda"
-CASES = ("score", "train", "train weighted")
-PLAIN = (None, -100, 0.0, 0.0, 0.0)
+# As on the CPU (cases.py); the last one needs a head.
+CASES = ("score", "train", "train weighted", "train half ignored", "train frozen head")
+# Given logits are the same numbers for everyone; a head's are rounded to 16 bits by most.
+LOSS_GATES = {False: 1e-3, True: harness.LOSS_GATE}
+# Beyond this many shapes torch.compile would go on in eager mode with a warning only.
+torch._dynamo.config.recompile_limit = 64
 KEYS = ("device", "case", "N", "D", "V", "dtype", "implementation")
 
 
@@ -44,6 +49,7 @@ class Shape:
     num_rows: int
     num_classes: int
     dim: int = 0
+    softcap: float | None = None
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -55,10 +61,11 @@ class Shape:
         """`(bytes, flops)` that must move and be made, whoever does it."""
         logits = self.num_rows * self.num_classes
         passes = 1 if case == "score" else 2
+        products = {"score": 1, "train frozen head": 2}.get(case, 3)
         if not self.dim:
             return logits * self.dtype.itemsize * passes, 0.0
         operands = (self.num_rows + self.num_classes) * self.dim
-        return operands * self.dtype.itemsize * passes, 2.0 * logits * self.dim * (1 if case == "score" else 3)
+        return operands * self.dtype.itemsize * passes, 2.0 * logits * self.dim * products
 
 
 # One pass while a row fits in registers, the longest such row, and real vocabularies above it; then heads.
@@ -66,7 +73,8 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape(8192, 32768), Shape(4096, 65536), Shape(4096, 128256), Shape(4096, 151936), Shape(2048, 262144),
-        Shape(8192, 49152, 576), Shape(8192, 262144, 640), Shape(8192, 151936, 1024), Shape(8192, 128256, 4096),
+        Shape(8192, 49152, 576), Shape(8192, 262144, 640), Shape(8192, 256000, 2304, 30.0), Shape(8192, 151936, 1024),
+        Shape(8192, 128256, 4096),
     )
 }  # fmt: skip
 
@@ -88,7 +96,9 @@ def _weighted(loss, sample_weight):
 def _flow(backend):
     def loss(shape, tensors, target, sample_weight, reduction):
         function = flow_kernels.linear_cross_entropy if shape.dim else flow_kernels.cross_entropy
-        return function(*tensors, target, sample_weight=sample_weight, reduction=reduction, backend=backend)
+        return function(
+            *tensors, target, sample_weight=sample_weight, softcap=shape.softcap, reduction=reduction, backend=backend
+        )
 
     return loss
 
@@ -96,19 +106,21 @@ def _flow(backend):
 def _eager(shape, tensors, target, sample_weight, reduction):
     """What transformers does: 16-bit logits, widened as a whole."""
     logits = (F.linear(*tensors) if shape.dim else tensors[0]).float()
+    logits = logits if shape.softcap is None else shape.softcap * torch.tanh(logits / shape.softcap)
     loss = F.cross_entropy(logits, target, reduction="none" if sample_weight is not None else reduction)
     return _weighted(loss, sample_weight)
 
 
 def _liger(shape, tensors, target, sample_weight, reduction):
-    """Its kernel overwrites the logits it is given, so training on given logits reads a copy of them."""
+    """Its kernel overwrites the logits it is given when training: `call_of` restores them before the clock starts."""
     from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
 
     reduction = "none" if sample_weight is not None else reduction
     if shape.dim:
-        loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction)(tensors[1], tensors[0], target)
+        module = LigerFusedLinearCrossEntropyLoss(reduction=reduction, softcap=shape.softcap)
+        loss = module(tensors[1], tensors[0], target)
     else:
-        loss = LigerCrossEntropyLoss(reduction=reduction)(tensors[0].clone(), target)
+        loss = LigerCrossEntropyLoss(reduction=reduction)(tensors[0], target)
     return _weighted(loss, sample_weight)
 
 
@@ -116,7 +128,7 @@ def _cut_cross_entropy(shape, tensors, target, sample_weight, reduction):
     from cut_cross_entropy import linear_cross_entropy
 
     reduction = "none" if sample_weight is not None else reduction
-    return _weighted(linear_cross_entropy(*tensors, target, reduction=reduction), sample_weight)
+    return _weighted(linear_cross_entropy(*tensors, target, reduction=reduction, softcap=shape.softcap), sample_weight)
 
 
 def _quack(shape, tensors, target, sample_weight, reduction):
@@ -164,8 +176,13 @@ def problem(shape: Shape, case: str):
     if shape.dim:
         tensors[1] /= shape.dim**0.5
     target = torch.randint(shape.num_classes, (shape.num_rows,), device=DEVICE)
+    if case == "train half ignored":
+        target[torch.randperm(shape.num_rows, device=DEVICE)[: shape.num_rows // 2]] = -100
     weight = torch.rand(shape.num_rows, device=DEVICE) + 0.1 if case == "train weighted" else None
-    return [t.requires_grad_(case != "score") for t in tensors], target, weight
+    trained = tensors[:1] if case == "train frozen head" else tensors if case != "score" else []
+    for tensor in trained:
+        tensor.requires_grad_()
+    return tensors, target, weight
 
 
 def call_of(name: str, shape: Shape, case: str, inputs):
@@ -177,19 +194,40 @@ def call_of(name: str, shape: Shape, case: str, inputs):
             with torch.no_grad():
                 return (function(shape, tensors, target, None, "none"),)
         loss = function(shape, tensors, target, weight, "mean")
-        return (loss, *torch.autograd.grad(loss, tensors))
+        return (loss, *torch.autograd.grad(loss, [t for t in tensors if t.requires_grad]))
 
+    if name == "liger" and not shape.dim and case != "score":
+        original = tensors[0].detach().clone()
+
+        @torch.no_grad()
+        def restore():
+            tensors[0].copy_(original)
+
+        call.prepare = restore
     return call
 
 
-def expected_loss(shape: Shape, case: str, inputs) -> torch.Tensor:
-    """The reference's losses in fp32, or their weighted mean."""
+def expected(shape: Shape, case: str, inputs) -> tuple[torch.Tensor, ...]:
+    """The reference's losses in fp32, or their weighted mean and its gradients."""
     tensors, target, weight = inputs
-    with torch.no_grad():
-        operator = reference.linear_cross_entropy_fwd if shape.dim else reference.cross_entropy_fwd
-        wide = [t.float() for t in tensors]
-        losses = operator(*wide, target, *((None, *PLAIN, 256) if shape.dim else PLAIN))[0]
-    return losses if case == "score" else (losses * (1.0 if weight is None else weight)).sum() / losses.numel()
+    wide = [t.detach().float().requires_grad_(t.requires_grad) for t in tensors]
+    loss = _flow("reference")(shape, wide, target, weight, "none" if case == "score" else "mean")
+    trained = [t for t in wide if t.requires_grad]
+    return (loss.detach(), *(torch.autograd.grad(loss, trained) if trained else ()))
+
+
+def errors(shape: Shape, result, wanted) -> tuple[str | None, dict[str, float]]:
+    """Why a result is not to be timed, or None; and its largest loss error and relative gradient error."""
+    loss_error = float((result[0].detach().float() - wanted[0]).abs().max())
+    gradient_errors = [relative_error(a.float(), e) for a, e in zip(result[1:], wanted[1:], strict=True)]
+    found = {
+        "loss_error": float(f"{loss_error:.2g}"),
+        "gradient_error": float(f"{max(gradient_errors, default=0):.2g}"),
+    }
+    if not loss_error < LOSS_GATES[bool(shape.dim)]:
+        return f"loss off by {loss_error:.2g}", found
+    worst = [error for error in gradient_errors if not error < harness.GRADIENT_GATE]
+    return (f"a gradient off by {worst[0]:.2g} of its norm" if worst else None), found
 
 
 class Timer:
@@ -201,10 +239,13 @@ class Timer:
         self.flush = torch.empty(size, dtype=torch.uint8, device=DEVICE)
 
     def __call__(self, call) -> float:
+        prepare = getattr(call, "prepare", lambda: None)
         for _ in range(3):
+            prepare()
             call()
         pairs = []
         for _ in range(self.repetitions):
+            prepare()
             self.flush.zero_()
             pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
             pairs[-1][0].record()
@@ -233,9 +274,15 @@ def measure(shape: Shape, case: str, names: list[str], timer: Timer, copy: float
         inputs = problem(shape, case)
         call = call_of(name, shape, case, inputs)
         try:
-            wrong = float((call()[0].detach().float() - expected_loss(shape, case, inputs)).abs().max())
-            if not wrong < harness.LOSS_GATE:
-                print(f"{name}: not timed: loss off by {wrong:.2g}")
+            wanted = expected(shape, case, inputs)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            result = call()
+            peak = torch.cuda.max_memory_allocated() - before
+            wrong, found = errors(shape, result, wanted)
+            del result, wanted
+            if wrong:
+                print(f"{name}: not timed: {wrong}")
                 continue
             seconds = timer(call)
         except (NotImplementedError, RuntimeError) as error:
@@ -243,7 +290,8 @@ def measure(shape: Shape, case: str, names: list[str], timer: Timer, copy: float
             continue
         row = {"device": torch.cuda.get_device_name(), "case": case, "N": shape.num_rows, "D": shape.dim}
         row |= {"V": shape.num_classes, "dtype": str(shape.dtype).removeprefix("torch."), "implementation": name}
-        row |= {"ms": round(1e3 * seconds, 4), **rates(shape, case, seconds, copy, matmul)}
+        row |= {"ms": round(1e3 * seconds, 4), **rates(shape, case, seconds, copy, matmul), **found}
+        row["peak_MiB"] = round(peak / 2**20, 1)
         row |= {"copy_GB_s": round(copy, 1), "matmul_TFLOP_s": round(matmul, 1), "torch": torch.__version__}
         rows.append(row)
         print(row, flush=True)
@@ -267,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     copy, matmul = device_rates(timer)
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s", flush=True)
     for shape in [SHAPES[name] for name in options.shape or SHAPES]:
-        for case in options.case or CASES:
+        for case in [c for c in options.case or CASES if shape.dim or c != "train frozen head"]:
             names = [n for n in names_for(shape) if n in (options.implementation or IMPLEMENTATIONS)]
             if rows := measure(shape, case, names, timer, copy, matmul):
                 harness.update_csv("gpu", rows, KEYS)

@@ -77,19 +77,41 @@ def test_cases_cover_both_kernels_and_the_heads(gpu):
 
 
 @pytest.mark.parametrize("dim", [0, 16])
-@pytest.mark.parametrize("case", ["score", "train", "train weighted"])
+@pytest.mark.parametrize("case", ["score", "train", "train weighted", "train half ignored", "train frozen head"])
 def test_the_gate_knows_right_from_wrong(gpu, case, dim, monkeypatch):
     """What is timed, with the CPU in place of the GPU: equal to the reference, and a wrong one is seen."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    shape = gpu.Shape(6, 50, dim)
+    shape = gpu.Shape(6, 50, dim, softcap=4.0 if dim else None)
     inputs = gpu.problem(shape, case)
-    expected = gpu.expected_loss(shape, case, inputs)
-    results = gpu.call_of("torch, fp32 logits", shape, case, inputs)()
-    assert float((results[0].detach() - expected).abs().max()) < gpu.harness.LOSS_GATE
-    assert [r.shape for r in results[1:]] == ([] if case == "score" else [t.shape for t in inputs[0]])
+    wanted = gpu.expected(shape, case, inputs)
+    result = gpu.call_of("torch, fp32 logits", shape, case, inputs)()
+    wrong, found = gpu.errors(shape, result, wanted)
+    assert wrong is None
+    assert found["gradient_error"] < 0.01
+    trained = {"score": [], "train frozen head": inputs[0][:1]}.get(case, inputs[0])
+    assert [r.shape for r in result[1:]] == [t.shape for t in trained]
+
     monkeypatch.setitem(gpu.IMPLEMENTATIONS, "wrong", (lambda *a: 2 * gpu._eager(*a), "torch", (True, True)))
-    wrong = gpu.call_of("wrong", shape, case, inputs)()[0].detach()
-    assert float((wrong - expected).abs().max()) > gpu.harness.LOSS_GATE
+    wrong, _ = gpu.errors(shape, gpu.call_of("wrong", shape, case, inputs)(), wanted)
+    assert wrong.startswith("loss off by")
+    if trained:
+        # The loss of the right one with the gradient of another.
+        mixed = (result[0], *(2 * gradient for gradient in result[1:]))
+        assert gpu.errors(shape, mixed, wanted)[0].startswith("a gradient off by")
+
+
+def test_liger_gets_its_logits_back_before_the_clock_starts(gpu, monkeypatch):
+    """It overwrites them when training; scoring reads them only, and no copy is counted."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    shape = gpu.Shape(6, 50)
+    inputs = gpu.problem(shape, "train")
+    before = inputs[0][0].detach().clone()
+    call = gpu.call_of("liger", shape, "train", inputs)
+    with torch.no_grad():
+        inputs[0][0].zero_()
+    call.prepare()
+    assert torch.equal(inputs[0][0], before)
+    assert not hasattr(gpu.call_of("liger", shape, "score", gpu.problem(shape, "score")), "prepare")
 
 
 def test_tensors_travel_to_the_device_and_back():
