@@ -115,6 +115,11 @@ def test_names_that_say_nothing_or_two_things(name, match):
         ({"penalty": "l2", "penalty_strength": -1.0}, "penalty_strength must be at least 0"),
         ({"penalty": "l2", "penalty_strength": math.nan}, "penalty_strength must be at least 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"quantile": 50}, r"quantile is a share of the losses, in \[0, 1\], got 50"),
+        ({"temperature": -1.0}, "temperature is a number of nats above 0, got -1.0"),
+        ({"clip_high": 0.0}, "clip_high must be above 0, or nothing is trained"),
+        ({"clip_low": -0.5}, "clip_low must be at least 0"),
+        ({"clip_low": 0.9, "clip_high": 0.1}, "clip_low must not be above clip_high, got 0.9 and 0.1"),
     ],
 )  # fmt: skip
 def test_contradictions_are_named_with_a_remedy(options, match):

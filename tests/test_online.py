@@ -80,6 +80,19 @@ def test_online_weights_are_the_offline_ones_also_after_training_has_moved_the_m
     assert weights.temperature == setup.found.metadata["temperature"]
 
 
+def test_a_rounded_copy_rounds_the_weights_and_not_where_the_tokens_stand(setup):
+    """Rotary frequencies in bf16 would turn positions 300 apart by 0.4 rad."""
+    lm, _ = load_model(setup.config)
+    frozen = FrozenModel(lm, None, "bfloat16", "full")._lm
+    buffers, kept = dict(lm.named_buffers()), dict(frozen.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    assert all(torch.equal(kept[name], buffer) and kept[name].dtype == buffer.dtype for name, buffer in buffers.items())
+    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+    assert (
+        frozen.head.weight is frozen.model.get_input_embeddings().weight or lm.model.config.tie_word_embeddings is False
+    )
+
+
 def test_only_what_is_trained_is_kept_twice(setup):
     def extra(method):
         lm, _ = load_model(setup.config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from flow_finetune.config import RunConfig, from_mapping
 from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
 from flow_finetune.pipeline import run
-from safetensors.torch import load_file
+from flow_finetune.results import find_pretrained, load_runs
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,6 +81,64 @@ def test_a_run_makes_everything_and_a_second_call_makes_nothing_again(mapping, t
     mapping["train"]["epochs"] = 2
     with pytest.raises(InputError, match=r"holds another run .its train differ"):
         run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+
+
+def test_rows_stand_in_any_order_and_online_weights_take_the_scores_temperature(mapping, tmp_path):
+    mapping["methods"] = [
+        {"name": "averaged", "of": "flow", "wise_ft": 0.5}, {"name": "online", "online": True}, {"name": "flow"},
+    ]  # fmt: skip
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    tau = {
+        name: json.loads((tmp_path / "out" / name / "train/summary.json").read_text())["temperature"]
+        for name in ("online", "flow")
+    }
+    assert tau["online"] == pytest.approx(tau["flow"], rel=1e-12)
+    assert (tmp_path / "out/averaged/model.safetensors").is_file()
+
+
+def test_the_average_of_a_directory_that_names_its_tensors_otherwise(mapping, tmp_path):
+    """A tied head that is stored twice, say: training saves it once."""
+    source = Path(mapping["model"]["source"])
+    shutil.copytree(source, tmp_path / "model")
+    state = load_file(source / "model.safetensors")
+    save_file({**state, "unused.weight": torch.zeros(2)}, tmp_path / "model/model.safetensors", {"format": "pt"})
+    mapping["model"]["source"] = str(tmp_path / "model")
+    mapping["methods"] = [{"name": "flow"}, {"name": "averaged", "of": "flow", "wise_ft": 0.5}]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    tuned, averaged = (load_file(tmp_path / "out" / name / "model.safetensors") for name in ("flow", "averaged"))
+    for name, value in averaged.items():
+        torch.testing.assert_close(value, 0.5 * state[name] + 0.5 * tuned[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"max_grad_norm": -1.0}}, "max_grad_norm must be at least 0"),
+        ({"methods": [{"name": "flow", "quantile": 50}]}, "quantile is a share"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_before_anything_is_made(mapping, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        run(from_mapping(RunConfig, {**mapping, **change}, "test"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_elsewhere_knows_that_its_model_was_trained(mapping, tmp_path):
+    mapping["methods"] = [{"name": "flow"}]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    common = ["--perplexity", mapping["tasks"][1]["source"], "--precision", "full", "--device", "cpu"]
+    for name, model in (("before", mapping["model"]["source"]), ("after", tmp_path / "out/flow")):
+        result = CliRunner().invoke(app, ["evaluate", "-m", str(model), "-o", str(tmp_path / name), *common])
+        assert result.exit_code == 0, result.output
+    runs = load_runs([tmp_path / "after", tmp_path / "before"])
+    assert find_pretrained(runs).name == "before"
+    assert runs[0].summary["method"]["name"] == "flow"
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(
+        app, ["evaluate", "-m", mapping["model"]["source"], "-o", str(tmp_path / "file"), *common]
+    )
+    assert result.exit_code == 2
+    assert "is a file" in " ".join(result.output.split())
 
 
 def test_a_run_that_made_nothing_does_not_hold_its_directory(mapping, tmp_path):

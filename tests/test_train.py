@@ -177,6 +177,22 @@ def test_log_lines_average_over_their_interval(setup, tmp_path):
     assert second[0]["loss"] == pytest.approx(pooled, rel=1e-5)
 
 
+def test_the_plain_loss_is_of_the_samples_that_are_kept(setup, tmp_path):
+    """A weight of exactly 0 skips its sample, and its loss: it must not count as a loss of 0 either."""
+    method = MethodConfig("easiest", "none", keep_easiest=0.25)
+    config = TrainConfig(epochs=1, batch_size=24, learning_rate=1e-3, micro_batch_tokens=200)
+    train(
+        load_model(setup.config)[0], setup.tokenizer, setup.samples, tmp_path / "out", method=method, config=config,
+        model_config=setup.config, scores=setup.scores,
+    )  # fmt: skip
+    (line,) = (json.loads(text) for text in (tmp_path / "out/train/log.jsonl").read_text().splitlines())
+    kept = setup.found.loss.argsort(stable=True)[:6].tolist()
+    num_kept = sum(setup.samples.samples[i].num_targets for i in kept)
+    expected = float(setup.independent_loss(setup.lm.model, kept, "standard"))
+    assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert line["weighted_loss"] == pytest.approx(expected * num_kept / line["num_targets"], rel=1e-5)
+
+
 def test_no_clipping_is_clipping_at_infinity(setup, tmp_path):
     for name, norm in (("none", 0.0), ("huge", 1e9), ("small", 1e-3)):
         setup.train(tmp_path / name, epochs=1, learning_rate=1e-3, max_grad_norm=norm)
@@ -245,6 +261,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
     [
         ({"epochs": 0}, "epochs"), ({"batch_size": 0}, "batch_size"), ({"learning_rate": 0.0}, "learning_rate"),
         ({"warmup": 2.0}, "warmup"), ({"log_every": 0}, "log_every"), ({"micro_batch_tokens": 0}, "micro_batch_tokens"),
+        # Clipped to a negative norm, every step would go up the gradient.
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"), ({"weight_decay": -0.1}, "weight_decay must be"),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(setup, tmp_path, options, match):

@@ -197,6 +197,27 @@ def _not_again(*_, **__):
     raise AssertionError("made again")
 
 
+def test_averages_take_the_batch_norm_statistics_along(image_run, tmp_path):
+    """All of the pre-trained at the last step: the body is that of stage 0, statistics and all."""
+    method = MethodConfig("sfa", weights="none", average_every=1.0, average_share=1.0)
+    train_and_evaluate(image_run, method, tmp_path / "sfa")
+    probed, averaged = (image_run.load(d).body.state_dict() for d in (image_run.probed, tmp_path / "sfa/model"))
+    for name, tensor in probed.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(averaged[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_damaged_weights_are_named(image_run, tmp_path):
+    shutil.copytree(image_run.probed, tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        image_run.load(tmp_path / "model")
+    weights.unlink()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        image_run.load(tmp_path / "model")
+
+
 def test_a_file_is_no_directory_for_a_method(image_run, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="taken is used by something else"):

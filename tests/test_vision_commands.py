@@ -59,8 +59,11 @@ def test_train_alone_starts_from_what_score_left_and_wise_ft_averages_it(image_m
 
     train = ["train", *common, "--epochs", 1, "--lr", 1e-3, "--optimizer", "sgd", "--augment", "none", "-o", tuned]
     assert "give --scores DIR" in call(*train)
+    assert "--bad-images must be one of stop, skip" in call("score", *common, "--bad-images", "drop", "-o", scored)
+    assert "has no column 'img'" in call("score", *common, "--image-field", "img", "-o", scored)
     assert "--micro-batch-tokens has no meaning with --task image" in call(*train, "--micro-batch-tokens", 64)
     assert "an image has one loss" in call(*train, "--method", "flow-token", "--scores", scored)
+    assert "has made; make it first" in call(*train, "--scores", scored)
     assert not scored.exists()
     call("score", *common, "-o", scored)
     assert not call(*train, "--scores", scored).startswith("refused")

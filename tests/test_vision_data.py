@@ -143,3 +143,39 @@ def test_sources_that_hold_no_images_are_named(tmp_path):
                             ("a.jsonl", "neither a folder with a folder per class nor a .parquet file")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             load_images(ImageDataConfig(str(tmp_path / source)), 16)
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    encoded, _ = tiny_images.make_images(12, 1, 10, 0)
+    for number, content in enumerate(encoded):
+        (tmp_path / "folder" / str(number)).mkdir(parents=True)
+        (tmp_path / "folder" / str(number) / "a.png").write_bytes(content)
+    found = load_images(ImageDataConfig(str(tmp_path / "folder")), 10)
+    assert found.class_names == tuple(map(str, range(12)))
+    # A model without class names takes them as they are numbered.
+    assert align_labels(found, None, 12).tolist() == [int(id.split("/")[0]) for id in found.ids]
+    words = [str(i) for i in (10, 9, 2, 0)]
+    path = tiny_images.write_parquet(tmp_path / "w.parquet", encoded[:4], words)
+    assert load_images(ImageDataConfig(str(path)), 10).class_names == ("0", "2", "9", "10")
+
+
+def test_an_image_too_large_to_be_one_is_counted_as_any_other(images, tmp_path, monkeypatch):
+    from PIL import Image
+
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", *images)
+    # Twice the limit is an error of Pillow's own, and not a warning any more.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(InputError, match="12 of 12 images do not decode"):
+        load_images(ImageDataConfig(str(path)), 16)
+
+
+def test_a_file_that_is_gone_is_counted_with_a_cache_too(images, tmp_path, monkeypatch):
+    encoded, labels = images
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {
+        "image": [{"bytes": content, "path": None} for content in encoded[:-1]] + [{"bytes": None, "path": "/gone"}]
+    }
+    hub = datasets.Dataset.from_dict({**rows, "label": labels}, features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
+    with pytest.raises(InputError, match="1 of 12 images do not decode, the first: 11"):
+        load_images(ImageDataConfig("someone/images", cache=str(tmp_path / "cache")), 16)

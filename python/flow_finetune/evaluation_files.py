@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from flow_finetune.errors import InputError
 from flow_finetune.statistics import Items, ratio_and_standard_error
-from flow_finetune.storage import atomic_path, write_json
+from flow_finetune.storage import SUMMARY_FILE, atomic_path, write_json
 
 EVALUATION_FILE, ITEMS_FILE, GENERATIONS_FILE = "evaluation.json", "items.parquet", "generations.jsonl"
 
@@ -22,6 +23,22 @@ def require_unused(output: Path, overwrite: bool = False) -> None:
     """Raise `InputError` if `output` holds an evaluation that may not be replaced."""
     if (output / EVALUATION_FILE).exists() and not overwrite:
         raise InputError(f"{output} already holds an evaluation; choose another directory or pass --overwrite")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; an evaluation is several files in a directory")
+
+
+def keep_summary(model: str, output: Path) -> None:
+    """Copy what training said of the model beside its evaluation, so that a report knows that it was trained, and how.
+
+    Args:
+        model: a directory that training saved to (of images, its `model/`); nothing is done for anything else.
+    """
+    for directory in (Path(model), Path(model).parent):
+        found = directory / SUMMARY_FILE
+        if found.is_file() and directory.resolve() != output.resolve():
+            (output / SUMMARY_FILE).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found, output / SUMMARY_FILE)
+            return
 
 
 def read_items(directory: Path) -> dict[tuple[str, str], Items]:

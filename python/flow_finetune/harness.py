@@ -112,6 +112,11 @@ def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> di
         part.set_fewshot_seed(seed=_SHOTS_SEED)
     results = evaluate(model, task.harness.loaded, limit=task.config.limit, bootstrap_iters=0, log_samples=True)
     task.harness.num_truncated = model.num_truncated
+    if model.num_truncated:
+        say(
+            f"{task.name}: {model.num_truncated:,} texts lost their beginning, the first shots and any BOS, to max_length="
+            f"{task.config.max_length}; raise it if the model can take more"
+        )
     columns, dropped = defaultdict(list), set()
     for part, samples in results["samples"].items():
         for sample in sorted(samples, key=lambda s: s["doc_id"]):

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from flow_finetune.commands.images import IMAGE_PANEL, ImageSize, TaskKind, evaluate_images, is_image
+from flow_finetune.commands.images import (
+    IMAGE_PANEL,
+    BadImages,
+    ImageField,
+    ImageSize,
+    LabelField,
+    TaskKind,
+    evaluate_images,
+    is_image,
+)
 from flow_finetune.commands.messages import messages
 from flow_finetune.commands.options import (
     DATA_PANEL,
@@ -100,6 +109,9 @@ def evaluate(
         ),
     ] = None,
     size: ImageSize = None,
+    image_field: ImageField = "image",
+    label_field: LabelField = "label",
+    bad_images: BadImages = "stop",
 ) -> None:
     """What a model can do: perplexity, target loss and exact match, multiple-choice accuracy, with standard errors.
 
@@ -114,11 +126,13 @@ def evaluate(
     with messages():
         if is_image(task, context):
             evaluate_images(
-                model, output, images, source_images, pretrained, size, limit, revision, precision, device, overwrite
-            )
+                model, output, images, source_images, pretrained, (image_field, label_field, bad_images), size, limit,
+                revision, precision, device, overwrite,
+            )  # fmt: skip
             return
         from flow_finetune import models
         from flow_finetune.evaluate import evaluate as run_evaluation
+        from flow_finetune.evaluation_files import keep_summary
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
         given = {"limit": limit, "max_length": max_length}
@@ -145,6 +159,7 @@ def evaluate(
             lm, tokenizer, tasks, output,
             batch_tokens=batch_tokens, precision=precision, source=model, overwrite=overwrite,
         )  # fmt: skip
+        keep_summary(model, output)
         for task in result["tasks"]:
             for metric, found in task["metrics"].items():
                 error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.4f}"

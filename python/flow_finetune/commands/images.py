@@ -36,7 +36,18 @@ BatchNorm = Annotated[
         rich_help_panel=IMAGE_PANEL,
     ),
 ]
-_OF_IMAGES = {"size", "images", "source_images", "pretrained", "optimizer", "augment", "batch_norm"}
+ImageField = Annotated[
+    str, typer.Option(help="--task image: column of the encoded bytes.", rich_help_panel=IMAGE_PANEL)
+]
+LabelField = Annotated[
+    str, typer.Option(help="--task image: column of the class, a number or a name.", rich_help_panel=IMAGE_PANEL)
+]
+BadImages = Annotated[
+    str,
+    typer.Option(help="--task image: what does not decode: stop, or skip and say so.", rich_help_panel=IMAGE_PANEL),
+]
+_OF_IMAGES = {"size", "images", "source_images", "pretrained", "optimizer", "augment", "batch_norm", "image_field",
+              "label_field", "bad_images"}  # fmt: skip
 # Options of the shared commands that an image task has a use for.
 _USED = _OF_IMAGES | {
     "task", "model", "data", "output", "limit", "split", "id_field", "revision", "precision", "device", "overwrite",
@@ -60,7 +71,12 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def score_images(model, data, output: Path, size, id_field, limit, split, revision, precision, device) -> None:
+def _columns(fields: tuple[str, str, str]) -> dict[str, str]:
+    choose("--bad-images", fields[2], ("stop", "skip"))
+    return dict(zip(("image_field", "label_field", "bad_images"), fields, strict=True))
+
+
+def score_images(model, data, output: Path, fields, size, id_field, limit, split, revision, precision, device) -> None:
     """`score --task image`: stage 0's model and its losses, `output/pretrained/model` and `output/scores.parquet`."""
     from flow_finetune.scores import read_metadata
     from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig
@@ -68,7 +84,7 @@ def score_images(model, data, output: Path, size, id_field, limit, split, revisi
 
     config = ImageRunConfig(
         ImageModelConfig(model, revision, precision, device),
-        ImageDataConfig(data, split, id_field=id_field, size=size, limit=limit),
+        ImageDataConfig(data, split, **_columns(fields), id_field=id_field, size=size, limit=limit),
     )
     check_image_run(config)
     prepared = probe_and_score(config, output)
@@ -77,15 +93,15 @@ def score_images(model, data, output: Path, size, id_field, limit, split, revisi
 
 
 def train_images(
-    context: typer.Context, model, data, output: Path, scores, method: MethodConfig, size, id_field, limit, split,
-    revision, precision, device, overwrite,
+    context: typer.Context, model, data, output: Path, scores, method: MethodConfig, fields, size, id_field, limit,
+    split, revision, precision, device, overwrite,
 ) -> None:  # fmt: skip
     """`train --task image`: stages 1 and 2 from the model that `score` probed, into `output/model`.
 
     How to optimise is what the call gives; the rest is `ImageTrainConfig`'s, and not the language task's.
     """
     from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig, ImageTrainConfig
-    from flow_finetune.vision.pipeline import check_image_run, probe_and_score
+    from flow_finetune.vision.pipeline import PROBE_FILE, check_image_run, probe_and_score
     from flow_finetune.vision.train import check_image_method, train_method
 
     if scores is None:
@@ -94,10 +110,12 @@ def train_images(
     train = ImageTrainConfig(**{name: context.params[name] for name in sorted(names) if _is_given(context, name)})
     config = ImageRunConfig(
         ImageModelConfig(model, revision, precision, device),
-        ImageDataConfig(data, split, id_field=id_field, size=size, limit=limit),
+        ImageDataConfig(data, split, **_columns(fields), id_field=id_field, size=size, limit=limit),
     )
     check_image_method(method)
     check_image_run(dataclasses.replace(config, train=train))
+    if not (scores / PROBE_FILE).is_file():
+        raise InputError(f"{scores} is no directory that score --task image -o {scores} has made; make it first")
     # The probe is the one of `score`, whatever stage 1's options are: all methods and seeds start from one model.
     summary = train_method(probe_and_score(config, scores), method, output, train, overwrite=overwrite)
     speed = f", {summary['images_per_second']:,.0f} images/s" if "images_per_second" in summary else ""
@@ -108,16 +126,17 @@ def train_images(
 
 
 def evaluate_images(
-    model, output: Path, images, source_images, pretrained, size, limit, revision, precision, device, overwrite
+    model, output: Path, images, source_images, pretrained, fields, size, limit, revision, precision, device, overwrite
 ) -> None:
     """`evaluate --task image`: accuracy and loss, of the pre-trained classes with their own head put back."""
+    from flow_finetune.evaluation_files import keep_summary
     from flow_finetune.vision.config import ImageModelConfig, ImageTaskConfig
     from flow_finetune.vision.evaluate import evaluate_saved
 
     if source_images and not pretrained:
         raise InputError("--source-images needs --pretrained, the model whose head is put back")
     tasks = [
-        ImageTaskConfig(str(path), role=role, limit=limit)
+        ImageTaskConfig(str(path), role=role, **_columns(fields), limit=limit)
         for role, paths in (("target", images), ("retained", source_images))
         for path in paths or []
     ]
@@ -128,6 +147,7 @@ def evaluate_images(
         pretrained=None if pretrained is None else ImageModelConfig(pretrained, None, precision, device),
         size=size, overwrite=overwrite,
     )  # fmt: skip
+    keep_summary(model, output)
     for task in result["tasks"]:
         accuracy, nats = task["metrics"]["accuracy"], task["metrics"]["nats"]
         say(

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from flow_finetune.commands.images import ImageSize, TaskKind, is_image, score_images
+from flow_finetune.commands.images import (
+    BadImages,
+    ImageField,
+    ImageSize,
+    LabelField,
+    TaskKind,
+    is_image,
+    score_images,
+)
 from flow_finetune.commands.messages import messages
 from flow_finetune.commands.options import (
     Backend,
@@ -55,6 +63,9 @@ def score(
     overwrite: Overwrite = False,
     task: TaskKind = "language",
     size: ImageSize = None,
+    image_field: ImageField = "image",
+    label_field: LabelField = "label",
+    bad_images: BadImages = "stop",
 ) -> None:
     """Losses of the pre-trained model on every sample of a data set.
 
@@ -66,7 +77,8 @@ def score(
     """
     with messages():
         if is_image(task, context):
-            score_images(model, data, output, size, id_field, limit, split, revision, precision, device)
+            fields = image_field, label_field, bad_images
+            score_images(model, data, output, fields, size, id_field, limit, split, revision, precision, device)
             return
         from flow_finetune import data as data_module
         from flow_finetune import models, scores

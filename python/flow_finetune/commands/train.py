@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from flow_finetune.commands.images import Augment, BatchNorm, ImageSize, Optimizer, TaskKind, is_image, train_images
+from flow_finetune.commands.images import (
+    Augment,
+    BadImages,
+    BatchNorm,
+    ImageField,
+    ImageSize,
+    LabelField,
+    Optimizer,
+    TaskKind,
+    is_image,
+    train_images,
+)
 from flow_finetune.commands.messages import messages
 from flow_finetune.commands.options import (
     OPTIMISATION_PANEL,
@@ -123,6 +134,9 @@ def train(
     optimizer: Optimizer = None,
     augment: Augment = None,
     batch_norm: BatchNorm = None,
+    image_field: ImageField = "image",
+    label_field: LabelField = "label",
+    bad_images: BadImages = "stop",
 ) -> None:
     """Fine-tune with FLOW or another method, into a directory that transformers loads.
 
@@ -147,8 +161,8 @@ def train(
         method_config = _method_config(method, {k: v for k, v in details.items() if v is not None})
         if image:
             train_images(
-                context, model, data, output, scores, method_config, size, id_field, limit, split, revision, precision,
-                device, overwrite,
+                context, model, data, output, scores, method_config, (image_field, label_field, bad_images), size,
+                id_field, limit, split, revision, precision, device, overwrite,
             )  # fmt: skip
             return
         from flow_finetune import data as data_module

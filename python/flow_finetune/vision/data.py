@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,8 +152,14 @@ def _part_of(encoded: Encoded, config) -> Encoded:
     )  # fmt: skip
 
 
+def _in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names as the classes are numbered: numbers by value, so that 10 comes after 9, and others as text."""
+    names = list(names)
+    return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
+
+
 def _read_folder(path: Path) -> Encoded:
-    names = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    names = _in_order(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{path} has no folder per class, as in {path}/cat/1.jpg")
     files, labels = [], []
@@ -190,7 +196,7 @@ def _read_columns(config, columns: dict[str, Callable[[], list]], names: tuple[s
         if not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
             raise InputError(f"{config.source}: image {id} has the label {label!r}; a class number or name is needed")
     if any(isinstance(label, str) for label in labels):
-        names = tuple(sorted({str(label) for label in labels}))
+        names = _in_order({str(label) for label in labels})
         number = {name: index for index, name in enumerate(names)}
         labels = [number[str(label)] for label in labels]
 
@@ -213,7 +219,10 @@ def _open(encoded: Encoded, index: int):
     with warnings.catch_warnings():
         # Its guard against decompression bombs: a warning is an image that is refused.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(content))
+        try:
+            return Image.open(io.BytesIO(content))
+        except Image.DecompressionBombError as error:
+            raise OSError(str(error)) from error
 
 
 # What Pillow raises for a damaged file depends on the format; every one of these means that there is no image.
@@ -255,7 +264,10 @@ def _decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, lis
 
 def _bytes_or_nothing(encoded: Encoded) -> Callable[[int], bytes]:
     def read(index: int) -> bytes:
-        content = encoded.read(index)
+        try:
+            content = encoded.read(index)
+        except _DECODE_ERRORS:
+            return b""
         return content if isinstance(content, bytes) else b""
 
     return read

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -125,7 +126,10 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
             network, _ = _from_transformers(str(directory), None)
         else:
             network = _empty(description)
-            network.load_state_dict(load_file(directory / _WEIGHTS))
+            try:
+                network.load_state_dict(load_file(directory / _WEIGHTS))
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise InputError(f"{directory} has no weights that fit its description: {error}") from error
     elif config.source == _LITE0:
         network, description = _efficientnet_lite0()
     elif config.source.startswith("timm:"):
@@ -247,10 +251,14 @@ def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, De
             f"{source} is a {config.model_type} model, which classifies no images; give an image classifier, or leave "
             "out task: image"
         )
-    with _quiet():
-        network = transformers.AutoModelForImageClassification.from_pretrained(
-            source, revision=revision, dtype=torch.float32
-        )
+    try:
+        with _quiet():
+            network = transformers.AutoModelForImageClassification.from_pretrained(
+                source, revision=revision, dtype=torch.float32
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise InputError(f"the weights of {source} cannot be loaded: {first_line}; save the model again") from error
     size, mean, std = _preprocessing(source, revision, config)
     names = tuple(config.id2label[i] for i in range(config.num_labels))
     names = None if names[0] in ("LABEL_0", 0) else names

@@ -36,6 +36,9 @@ from flow_finetune.vision.scores import write_scores
 from flow_finetune.vision.stages import extract_features, losses_of, train_head
 from flow_finetune.vision.train import check_image_method, train_method, wise_ft_method
 
+# Says whose probe a directory holds.
+PROBE_FILE = Path("pretrained") / "probe.json"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -135,7 +138,7 @@ def _probe(prepared: Prepared, classifier: ImageClassifier) -> None:
         "model": classifier_fingerprint(classifier), "seed": train.seed,
         "head": [train.head_epochs, train.head_batch_size, train.head_learning_rate],
     }  # fmt: skip
-    mark = prepared.output / "pretrained" / "probe.json"
+    mark = prepared.output / PROBE_FILE
     if mark.is_file() and prepared.scores.is_file():
         if json.loads(mark.read_text()) != identity:
             raise InputError(
@@ -146,6 +149,8 @@ def _probe(prepared: Prepared, classifier: ImageClassifier) -> None:
     labels = torch.from_numpy(prepared.labels)
     features = extract_features(classifier, prepared.images.pixels, prepared.size, prepared.config.batch_size)
     train_head(classifier, features, labels, train)
+    # What is evaluated alone later sees what training saw.
+    classifier.description = dataclasses.replace(classifier.description, size=prepared.size)
     save_classifier(classifier, prepared.probed)
     loss, predicted = losses_of(classifier.head, features, labels)
     fingerprints = {"images": prepared.images.fingerprint, "model": classifier_fingerprint(classifier)}

@@ -174,6 +174,9 @@ def fine_tune(
     parameters = [p for p in classifier.parameters() if p.requires_grad]
     copy = make_copy(method, parameters, track_distance=config.track_distance, folder=folder)
     averages = averaging_steps(len(steps), method.average_every)
+    # Statistics go with the filters, as in WiSE-FT: averaged filters under the others' statistics are another network.
+    statistics = [b for norm in classifier.batch_norms().values() for b in norm.buffers() if b.is_floating_point()]
+    before = [buffer.clone() for buffer in statistics] if averages else []
     stage_mode(classifier, config.batch_norm)
     line: dict = {}
     interval = _Interval()
@@ -191,6 +194,8 @@ def fine_tune(
             optimizer.zero_grad()
             if step in averages:
                 copy.average(method.average_share)
+                for buffer, start in zip(statistics, before, strict=True):
+                    buffer.lerp_(start, method.average_share)
             if step % config.log_every == 0 or step == len(steps):
                 line = {
                     "step": step, "epoch": step / len(steps) * config.epochs, **interval.line(step),
