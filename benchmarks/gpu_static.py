@@ -14,6 +14,8 @@ AMD) it reads:
 
 Loops that compute no exponential (they write the zeros of a skipped row) are left out. Narrow accesses outside loops are
 the row's scalars, one per block and not one per thread, up to the number the kernel's source has (MAX_ROW_SCALARS).
+V and row strides are multiples of 16 here. Of any other V Triton only knows that its mask may end anywhere, so that all
+accesses are one element wide, in Liger's kernel as in ours.
 flow_weights_kernel reads row losses, 4 bytes each from offsets that need not be aligned; its accesses are narrow, and its
 bytes a V-th of the logits'.
 
@@ -252,6 +254,7 @@ def _markdown(rows: list[dict]) -> str:
         "",
         f"`python benchmarks/gpu_static.py`, triton {triton.__version__}, torch {torch.__version__}; nothing ran on a GPU.",
         "Columns are explained at the head of the program. Kernels of `liger_*` are liger-kernel's.",
+        "V and row strides are multiples of 16, as most vocabularies are; for any other V the accesses of both are narrow.",
         f"{len(rows)} rows; what is not listed has not been compiled in the run that wrote this.",
         "",
         "| " + " | ".join(COLUMNS[:-1]) + " |",
