@@ -21,6 +21,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     one of few.
     """
     if a.dtype != total.dtype and takes_out_dtype(a):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        try:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+            return
+        except RuntimeError:
+            # Refused for this GPU or these dtypes. The reference takes this way by default, and no GPU has tried it.
+            pass
+    total.addmm_(a.to(total.dtype), b.to(total.dtype))
