@@ -28,17 +28,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
-from cases import relative_error
+from cases import CASES, relative_error
 
 import flow_kernels
 
 DEVICE = "cuda"
-# As on the CPU (cases.py); the last one needs a head.
-CASES = ("score", "train", "train weighted", "train half ignored", "train frozen head")
 # Given logits are the same numbers for everyone; a head's are rounded to 16 bits by most.
 LOSS_GATES = {False: 1e-3, True: harness.LOSS_GATE}
-# Beyond this many shapes torch.compile would go on in eager mode with a warning only.
-torch._dynamo.config.recompile_limit = 64
 KEYS = ("device", "case", "N", "D", "V", "dtype", "implementation")
 
 
@@ -143,6 +139,7 @@ IMPLEMENTATIONS = {
     "flow triton": (_flow("triton"), "triton", (True, True)),
     "flow cuda": (_flow("cuda"), "torch", (True, False)),
     "torch, fp32 logits": (_eager, "torch", (True, True)),
+    # implementations.py, which cases.py imports, lets it compile for as many shapes as there are.
     "torch.compile, fp32 logits": (torch.compile(_eager, dynamic=False), "torch", (True, True)),
     "liger": (_liger, "liger_kernel", (True, True)),
     "cut-cross-entropy": (_cut_cross_entropy, "cut_cross_entropy", (False, True)),
@@ -267,6 +264,7 @@ def device_rates(timer: Timer) -> tuple[float, float]:
 def measure(shape: Shape, case: str, names: list[str], timer: Timer, copy: float, matmul: float) -> list[dict]:
     """One row for each implementation that is installed and right."""
     rows = []
+    wanted = expected(shape, case, problem(shape, case))
     for name in names:
         if importlib.util.find_spec(IMPLEMENTATIONS[name][1]) is None:
             print(f"{name}: not timed: {IMPLEMENTATIONS[name][1]} is not installed")
@@ -274,13 +272,12 @@ def measure(shape: Shape, case: str, names: list[str], timer: Timer, copy: float
         inputs = problem(shape, case)
         call = call_of(name, shape, case, inputs)
         try:
-            wanted = expected(shape, case, inputs)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             result = call()
             peak = torch.cuda.max_memory_allocated() - before
             wrong, found = errors(shape, result, wanted)
-            del result, wanted
+            del result
             if wrong:
                 print(f"{name}: not timed: {wrong}")
                 continue

@@ -99,8 +99,7 @@ class Records:
         None where it is not measured, infinite where the training diverged.
         """
         records = {cell.candidate: self.read(cell) for cell in self.experiment.candidates(owner)}
-        losses = {rate: record and record["validation_loss"] for rate, record in records.items()}
-        return {rate: math.inf if records[rate] and loss is None else loss for rate, loss in losses.items()}
+        return {rate: record and _validation_loss(record) for rate, record in records.items()}
 
     def write(self, cell: Cell, made: Path, record: dict, names: dict[str, str]) -> None:
         """Keep what is small of the directory `made`, the `record` last.
@@ -117,6 +116,11 @@ class Records:
                         write_json(temporary / name, _rename(json.loads((made / name).read_text()), names))
             identity = self.experiment.identity(cell, self.learning_rate(cell))
             write_json(temporary / CELL_FILE, {**record, "identity": json.loads(json.dumps(identity))})
+
+
+def _validation_loss(record: dict) -> float:
+    # JSON has no infinity: a training that diverged is recorded with null.
+    return math.inf if record["validation_loss"] is None else record["validation_loss"]
 
 
 def _rename(value: object, names: dict[str, str]) -> object:

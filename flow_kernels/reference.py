@@ -157,6 +157,13 @@ def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index
     return (row_weight * loss).sum(), loss, dlogits
 
 
+def sum_rows(columns, cu_seqlens):
+    """Sum `columns [S, T, C]` over T, or with `cu_seqlens [S + 1]` `columns [N, C]` over each sample's rows; `[S, C]`."""
+    if cu_seqlens is None:
+        return columns.sum(1)
+    return torch.segment_reduce(columns, "sum", lengths=cu_seqlens.to(torch.int64).diff(), axis=0, unsafe=True)
+
+
 def flow_weights(loss, target, temperature, cu_seqlens, ignore_index, normalize):
     """`(mean_loss, weights)` of the samples that the rows belong to, `[S]` each.
 
@@ -169,11 +176,7 @@ def flow_weights(loss, target, temperature, cu_seqlens, ignore_index, normalize)
     keep = target != ignore_index
     # fp64, so that a sample's mean does not depend on the order of its rows.
     columns = torch.stack([torch.where(keep, loss, 0).double(), keep.double()], -1)
-    if cu_seqlens is None:
-        total, count = columns.sum(1).unbind(-1)
-    else:
-        lengths = cu_seqlens.to(torch.int64).diff()
-        total, count = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True).unbind(-1)
+    total, count = sum_rows(columns, cu_seqlens).unbind(-1)
     has_target = count > 0
     mean_loss = total / count.clamp(min=1)
     exponent = torch.where(has_target, -mean_loss / temperature.double(), -torch.inf)

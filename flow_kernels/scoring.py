@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flow_kernels import backends, ops
 from flow_kernels.losses import cast_for_autocast, check_chunk_size, check_head, check_options
-from flow_kernels.reference import accumulation_dtype
+from flow_kernels.reference import accumulation_dtype, sum_rows
 from flow_kernels.rows import check_floating, flatten
 from flow_kernels.weighting import NORMALIZATIONS
 
@@ -115,6 +115,13 @@ def linear_score_samples(
     return sum_samples(scores, target, cu_seqlens, options.get("ignore_index", -100), options.get("shift", False))
 
 
+def _by_sample(flat: Tensor, target: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Flat values of the rows as `[S, T]`, each row a sample where the target is `[N]`; with `cu_seqlens` as they are."""
+    if cu_seqlens is not None:
+        return flat
+    return flat.reshape(target.shape).flatten(1) if target.dim() >= 2 else flat.unsqueeze(1)
+
+
 @torch.no_grad()
 def sum_samples(
     scores: TokenScores,
@@ -127,14 +134,9 @@ def sum_samples(
     # An already flat target goes through flatten again only for its shift; a scalar logit stands in for the input.
     placeholder = scores.loss.unsqueeze(-1)
     valid = flatten(placeholder, target, cu_seqlens, ignore_index, shift).target != ignore_index
-    columns = torch.stack([scores.loss.reshape(-1).double(), valid.double(), scores.correct.reshape(-1).double()], 1)
-    if cu_seqlens is not None:
-        lengths = cu_seqlens.to(torch.int64).diff()
-        sums = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)
-    elif target.dim() >= 2:
-        sums = columns.reshape(*target.shape, 3).flatten(1, -2).sum(1)
-    else:
-        sums = columns
+    flat = [scores.loss.reshape(-1).double(), valid.double(), scores.correct.reshape(-1).double()]
+    columns = torch.stack([_by_sample(values, target, cu_seqlens) for values in flat], -1)
+    sums = sum_rows(columns, cu_seqlens)
     return SampleScores(sums[:, 0].to(scores.loss.dtype), sums[:, 1].long(), sums[:, 2].long())
 
 
@@ -186,10 +188,7 @@ def weigh_samples(
         temperature = torch.full((), temperature, dtype=accumulation_dtype(loss.dtype), device=loss.device)
     elif temperature.dim() != 0:
         raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
-    values, labels = rows.input.squeeze(-1), rows.target
-    if cu_seqlens is None:
-        num_samples = target.shape[0] if target.dim() else 1
-        values, labels = (tensor.reshape(num_samples, -1) for tensor in (values, labels))
+    values, labels = (_by_sample(t, target, cu_seqlens) for t in (rows.input.squeeze(-1), rows.target))
     backend = backends.resolve(backend, loss.device.type, accumulation_dtype(loss.dtype), "flow_weights")
     return SampleWeights(
         *ops.flow_weights(values, labels, temperature.to(loss.device), cu_seqlens, ignore_index, normalize, backend)

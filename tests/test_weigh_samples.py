@@ -56,6 +56,12 @@ def test_with_score_tokens_one_pass_over_the_logits_gives_losses_and_weights(bac
     torch.testing.assert_close(got.weight, torch.exp(-got.mean_loss / TAU) * (sums.num_targets > 0))
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
+def test_no_samples_and_no_rows(backend, shape):
+    got = weigh_samples(torch.zeros(shape), torch.zeros(shape, dtype=torch.long), 1.0, backend=backend)
+    assert got.mean_loss.tolist() == got.weight.tolist() == [0.0] * shape[0]
+
+
 def test_every_row_alone_is_a_sample_and_nothing_is_looked_at(backend):
     loss, target = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4, oracle.IGNORE, 0])
     expected = torch.tensor([-1.0, -torch.inf, -3.0]).exp()

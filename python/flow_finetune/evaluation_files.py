@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,17 +27,15 @@ def require_unused(output: Path, overwrite: bool = False) -> None:
 
 
 def keep_summary(model: str, output: Path) -> None:
-    """Copy what training said of the model beside its evaluation, so that a report knows that it was trained, and how.
+    """Add what training said of the model to its evaluation, so that a report knows that it was trained, and how.
 
     Args:
         model: a directory that training saved to (of images, its `model/`); nothing is done for anything else.
     """
-    for directory in (Path(model), Path(model).parent):
-        found = directory / SUMMARY_FILE
-        if found.is_file() and directory.resolve() != output.resolve():
-            (output / SUMMARY_FILE).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found, output / SUMMARY_FILE)
-            return
+    found = [d / SUMMARY_FILE for d in (Path(model), Path(model).parent) if (d / SUMMARY_FILE).is_file()]
+    if found:
+        evaluation = json.loads((output / EVALUATION_FILE).read_text())
+        write_json(output / EVALUATION_FILE, {**evaluation, "summary": json.loads(found[0].read_text())})
 
 
 def read_items(directory: Path) -> dict[tuple[str, str], Items]:

@@ -116,11 +116,13 @@ def _load_run(path: Path) -> Run:
     path = path.resolve()
     if not (path / EVALUATION_FILE).is_file():
         raise InputError(f"{path} is not an evaluated run: it has no {EVALUATION_FILE}")
-    summary = _read_json(path / SUMMARY_FILE) if (path / SUMMARY_FILE).is_file() else None
+    evaluation = _read_json(path / EVALUATION_FILE)
+    # Beside the model that training left; else in the evaluation, where that was made elsewhere.
+    summary = _read_json(path / SUMMARY_FILE) if (path / SUMMARY_FILE).is_file() else evaluation.get("summary")
     log = []
     if (path / LOG_FILE).is_file():
         log = [_parse(line, path / LOG_FILE) for line in (path / LOG_FILE).read_text().splitlines()]
-    return Run(path.name, _read_json(path / EVALUATION_FILE), read_items(path), summary, log)
+    return Run(path.name, evaluation, read_items(path), summary, log)
 
 
 def _read_json(path: Path) -> dict:

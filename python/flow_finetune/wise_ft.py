@@ -25,7 +25,8 @@ from flow_finetune.storage import SUMMARY_FILE, atomic_path, is_used, require_di
 
 # Far below the largest tensor of any model; large enough for the disk.
 PIECE_BYTES = 2**22
-# What transformers (of images, load_classifier) reads beside the weights; logs and evaluations of the fine-tuned model are not the average's.
+# What transformers, and of images load_classifier, reads beside the weights; logs and evaluations of the fine-tuned model
+# are not the average's.
 _COPIED = ("config.json", "classifier.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
            "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*", "preprocessor_config.json",
            "*.safetensors.index.json", "*.py")  # fmt: skip

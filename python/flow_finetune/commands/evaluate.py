@@ -126,8 +126,8 @@ def evaluate(
     with messages():
         if is_image(task, context):
             evaluate_images(
-                model, output, images, source_images, pretrained, (image_field, label_field, bad_images), size, limit,
-                revision, precision, device, overwrite,
+                context, model, output, images, source_images, pretrained, size, limit, revision, precision, device,
+                overwrite,
             )  # fmt: skip
             return
         from flow_finetune import models

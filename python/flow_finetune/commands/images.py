@@ -71,12 +71,15 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _columns(fields: tuple[str, str, str]) -> dict[str, str]:
-    choose("--bad-images", fields[2], ("stop", "skip"))
-    return dict(zip(("image_field", "label_field", "bad_images"), fields, strict=True))
+def _reading(context: typer.Context) -> dict[str, str]:
+    """How images are read: what all three commands take alike."""
+    choose("--bad-images", context.params["bad_images"], ("stop", "skip"))
+    return {name: context.params[name] for name in ("image_field", "label_field", "bad_images")}
 
 
-def score_images(model, data, output: Path, fields, size, id_field, limit, split, revision, precision, device) -> None:
+def score_images(
+    context: typer.Context, model, data, output: Path, size, id_field, limit, split, revision, precision, device
+) -> None:
     """`score --task image`: stage 0's model and its losses, `output/pretrained/model` and `output/scores.parquet`."""
     from flow_finetune.scores import read_metadata
     from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig
@@ -84,7 +87,7 @@ def score_images(model, data, output: Path, fields, size, id_field, limit, split
 
     config = ImageRunConfig(
         ImageModelConfig(model, revision, precision, device),
-        ImageDataConfig(data, split, **_columns(fields), id_field=id_field, size=size, limit=limit),
+        ImageDataConfig(data, split, **_reading(context), id_field=id_field, size=size, limit=limit),
     )
     check_image_run(config)
     prepared = probe_and_score(config, output)
@@ -93,8 +96,8 @@ def score_images(model, data, output: Path, fields, size, id_field, limit, split
 
 
 def train_images(
-    context: typer.Context, model, data, output: Path, scores, method: MethodConfig, fields, size, id_field, limit,
-    split, revision, precision, device, overwrite,
+    context: typer.Context, model, data, output: Path, scores, method: MethodConfig, size, id_field, limit, split,
+    revision, precision, device, overwrite,
 ) -> None:  # fmt: skip
     """`train --task image`: stages 1 and 2 from the model that `score` probed, into `output/model`.
 
@@ -110,7 +113,7 @@ def train_images(
     train = ImageTrainConfig(**{name: context.params[name] for name in sorted(names) if _is_given(context, name)})
     config = ImageRunConfig(
         ImageModelConfig(model, revision, precision, device),
-        ImageDataConfig(data, split, **_columns(fields), id_field=id_field, size=size, limit=limit),
+        ImageDataConfig(data, split, **_reading(context), id_field=id_field, size=size, limit=limit),
     )
     check_image_method(method)
     check_image_run(dataclasses.replace(config, train=train))
@@ -126,8 +129,9 @@ def train_images(
 
 
 def evaluate_images(
-    model, output: Path, images, source_images, pretrained, fields, size, limit, revision, precision, device, overwrite
-) -> None:
+    context: typer.Context, model, output: Path, images, source_images, pretrained, size, limit, revision, precision,
+    device, overwrite,
+) -> None:  # fmt: skip
     """`evaluate --task image`: accuracy and loss, of the pre-trained classes with their own head put back."""
     from flow_finetune.evaluation_files import keep_summary
     from flow_finetune.vision.config import ImageModelConfig, ImageTaskConfig
@@ -136,7 +140,7 @@ def evaluate_images(
     if source_images and not pretrained:
         raise InputError("--source-images needs --pretrained, the model whose head is put back")
     tasks = [
-        ImageTaskConfig(str(path), role=role, **_columns(fields), limit=limit)
+        ImageTaskConfig(str(path), role=role, **_reading(context), limit=limit)
         for role, paths in (("target", images), ("retained", source_images))
         for path in paths or []
     ]

@@ -77,8 +77,7 @@ def score(
     """
     with messages():
         if is_image(task, context):
-            fields = image_field, label_field, bad_images
-            score_images(model, data, output, fields, size, id_field, limit, split, revision, precision, device)
+            score_images(context, model, data, output, size, id_field, limit, split, revision, precision, device)
             return
         from flow_finetune import data as data_module
         from flow_finetune import models, scores

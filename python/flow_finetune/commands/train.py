@@ -161,8 +161,8 @@ def train(
         method_config = _method_config(method, {k: v for k, v in details.items() if v is not None})
         if image:
             train_images(
-                context, model, data, output, scores, method_config, (image_field, label_field, bad_images), size,
-                id_field, limit, split, revision, precision, device, overwrite,
+                context, model, data, output, scores, method_config, size, id_field, limit, split, revision, precision,
+                device, overwrite,
             )  # fmt: skip
             return
         from flow_finetune import data as data_module

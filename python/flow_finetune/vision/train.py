@@ -66,9 +66,9 @@ class _Directory:
                 raise used_error(self.path)
             if not overwrite:
                 require_same_run(self.path, json.loads(identity.read_text()), self._identity)
-            if not overwrite and (self._train / "summary.json").is_file():
-                say(f"{self.path} holds this run already, finished")
-                return json.loads((self._train / "summary.json").read_text())
+                if (self._train / "summary.json").is_file():
+                    say(f"{self.path} holds this run already, finished")
+                    return json.loads((self._train / "summary.json").read_text())
             shutil.rmtree(self.path)
         self._train.mkdir(parents=True)
         write_json(identity, self._identity)
