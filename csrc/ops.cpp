@@ -23,11 +23,10 @@ TORCH_LIBRARY(flow_kernels_cpu, m) {
   m.def("cross_entropy_fwd_bwd(Tensor logits, Tensor target, Tensor row_weight, " OPTIONS ") -> (Tensor, Tensor)");
   m.def("linear_cross_entropy_fwd(" HEAD ", Tensor? linear_bias, " OPTIONS ", str kernels)"
         " -> (Tensor, Tensor, Tensor)");
-  m.def("linear_cross_entropy_bwd(Tensor dloss, " HEAD ", Tensor lse, Tensor? linear_bias, " OPTIONS ", " NEEDS
-        ", str kernels) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_cross_entropy_bwd(Tensor dloss, " HEAD ", Tensor lse, Tensor? linear_bias, " OPTIONS
+        ", float grad_filter_eps, " NEEDS ", str kernels) -> (Tensor, Tensor, Tensor)");
   m.def("linear_cross_entropy_fwd_bwd(" HEAD ", Tensor row_weight, Tensor? linear_bias, " OPTIONS
-        ", int chunk_size, " NEEDS
-        ", str kernels) -> (Tensor, Tensor, Tensor, Tensor)");
+        ", int chunk_size, float grad_filter_eps, " NEEDS ", str kernels) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(flow_kernels_cpu, CPU, m) {

@@ -6,6 +6,8 @@ one-pass operator: the exponentials that it keeps for its gradients are those th
 gradient, which is written after them, and beside it those of `chunk_size` rows (by default what fits in 224 MiB); the
 others are made again by a fourth matrix product. bf16 keeps two bytes of each, or by default one where two do not fit
 for all: the probabilities that are largest within a row's tile stay exact, the others within 2^-8 sqrt(largest / p).
+With `grad_filter_eps` the products of the gradients are of those classes only that some row of the block (1024 rows)
+needs; benchmarks/results/grad_filter.md has what is saved and lost on a real model.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index
 
 def linear_cross_entropy_fwd(
     input, linear_weight, target, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss, chunk_size,
-    kernels="",
+    grad_filter_eps=0.0, kernels="",
 ):  # fmt: skip
     head = (input, linear_weight, target, linear_bias)
     options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
@@ -104,26 +106,28 @@ def linear_cross_entropy_fwd(
 
 def linear_cross_entropy_bwd(
     dloss, input, linear_weight, target, lse, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss,
-    chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias, kernels="",
+    chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias, grad_filter_eps=0.0, kernels="",
 ):  # fmt: skip
     head = (dloss, input, linear_weight, target, lse, linear_bias)
     options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
     if input.dtype == torch.float64:
         return reference.linear_cross_entropy_bwd(*head, *options, chunk_size, *needs)
-    return torch.ops.flow_kernels_cpu.linear_cross_entropy_bwd(*head, *options, *needs, kernels)
+    return torch.ops.flow_kernels_cpu.linear_cross_entropy_bwd(*head, *options, grad_filter_eps, *needs, kernels)
 
 
 def linear_cross_entropy_fwd_bwd(
     input, linear_weight, target, row_weight, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss,
-    chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias, kernels="",
+    chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias, grad_filter_eps=0.0, kernels="",
 ):  # fmt: skip
     head = (input, linear_weight, target, row_weight, linear_bias)
     options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
     if input.dtype == torch.float64:
         return reference.linear_cross_entropy_fwd_bwd(*head, *options, chunk_size, *needs)
-    loss, *grads = torch.ops.flow_kernels_cpu.linear_cross_entropy_fwd_bwd(*head, *options, chunk_size, *needs, kernels)
+    loss, *grads = torch.ops.flow_kernels_cpu.linear_cross_entropy_fwd_bwd(
+        *head, *options, chunk_size, grad_filter_eps, *needs, kernels
+    )
     return (row_weight * loss).sum(), loss, *grads
 
 

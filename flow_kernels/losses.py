@@ -115,6 +115,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     shift: bool = False,
     chunk_size: int | None = None,
+    grad_filter_eps: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """`cross_entropy` of a linear head, without ever holding the logits of all rows.
@@ -131,6 +132,10 @@ def linear_cross_entropy(
         target: class indices, `[...]`.
         linear_bias: `[V]`.
         chunk_size: rows of logits held at a time (for "cpu", of exponentials kept); each backend has a default.
+        grad_filter_eps: permission to leave a class out of the gradients of `input` and `linear_weight` where
+            `|d loss_i / d logit|`, before row weights, is below this for every row of a block (of up to 1024). 0 leaves
+            out nothing. "cpu" makes use of it, which saves most of two of the three products on a trained model; the
+            others compute everything. benchmarks/results/grad_filter.md has errors and times.
 
     The other arguments, the result and the errors are those of `cross_entropy`. Gradients flow to `input`,
     `linear_weight`, `linear_bias` and `sample_weight`.
@@ -144,6 +149,7 @@ def linear_cross_entropy(
     options = (
         weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), check_chunk_size(chunk_size),
     )  # fmt: skip
+    grad_filter_eps = check_grad_filter_eps(grad_filter_eps, label_smoothing)
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.input, linear_weight, linear_bias)
     ]
@@ -152,15 +158,17 @@ def linear_cross_entropy(
 
     if reduction == "none":
         _no_normalizer(normalizer)
-        loss, _, _ = ops.linear_cross_entropy_fwd(rows.input, linear_weight, kept, linear_bias, *options, backend)
+        loss, _, _ = ops.linear_cross_entropy_fwd(
+            rows.input, linear_weight, kept, linear_bias, *options, grad_filter_eps, backend
+        )
         return (loss if row_weight is None else row_weight * loss).reshape(rows.shape)
     row_weight = row_weights(rows, row_weight, weight, reduction, normalizer)
     if kind == "fwd_bwd":
         total, *_ = ops.linear_cross_entropy_fwd_bwd(
-            rows.input, linear_weight, kept, row_weight, linear_bias, *options, *needs, backend
+            rows.input, linear_weight, kept, row_weight, linear_bias, *options, *needs, grad_filter_eps, backend
         )
         return total
-    loss, _, _ = ops.linear_cross_entropy_fwd(rows.input, linear_weight, kept, linear_bias, *options, backend)
+    loss, _, _ = ops.linear_cross_entropy_fwd(rows.input, linear_weight, kept, linear_bias, *options, 0.0, backend)
     return (row_weight * loss).sum()
 
 
@@ -221,6 +229,18 @@ def check_chunk_size(chunk_size: int | None) -> int:
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive number of rows or None, got {chunk_size!r}")
     return chunk_size
+
+
+def check_grad_filter_eps(grad_filter_eps: float, label_smoothing: float) -> float:
+    """Check the permission to leave out small gradients against what would be lost."""
+    if not 0.0 <= grad_filter_eps < 1.0:
+        raise ValueError(f"grad_filter_eps must be in [0, 1), got {grad_filter_eps}")
+    if grad_filter_eps > 0.0 and label_smoothing > 0.0:
+        raise ValueError(
+            "grad_filter_eps would leave out what label_smoothing gives to every class (label_smoothing / V each); "
+            "use one of them"
+        )
+    return float(grad_filter_eps)
 
 
 def cast_for_autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -299,9 +319,16 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
     Example: `LinearCrossEntropyLoss(softcap=30.0)(hidden, model.lm_head.weight, labels, sample_weight=w)`.
     """
 
-    def __init__(self, weight: Tensor | None = None, *, chunk_size: int | None = None, **options) -> None:
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        chunk_size: int | None = None,
+        grad_filter_eps: float = 0.0,
+        **options,
+    ) -> None:
         super().__init__(weight, **options)
-        self.options["chunk_size"] = chunk_size
+        self.options.update(chunk_size=chunk_size, grad_filter_eps=grad_filter_eps)
 
     def forward(
         self,

@@ -9,7 +9,8 @@ Three operators for given logits, three for a linear head, each over N flat rows
     flow_weights    per-sample mean losses and FLOW weights of row losses; not differentiable
 
 `backend` is a resolved name of `flow_kernels.backends`. Gradients of the input, the head and the bias are made only
-where the `need_*` flags ask for them; an empty tensor stands for the others.
+where the `need_*` flags ask for them; an empty tensor stands for the others. `grad_filter_eps` permits a backend to leave
+out what is small of the first two; not every backend makes use of it.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ SCHEMAS = {
         f"(Tensor logits, Tensor target, Tensor row_weight, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)"
     ),
     "linear_cross_entropy_fwd": (
-        f"({_HEAD}, Tensor? linear_bias, {_OPTIONS}, int chunk_size, str backend) -> (Tensor, Tensor, Tensor)"
+        f"({_HEAD}, Tensor? linear_bias, {_OPTIONS}, int chunk_size, float grad_filter_eps, str backend)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
     "linear_cross_entropy_bwd": (
-        f"(Tensor dloss, {_HEAD}, Tensor lse, Tensor? linear_bias, {_OPTIONS}, int chunk_size, {_NEEDS}, str backend)"
+        f"(Tensor dloss, {_HEAD}, Tensor lse, Tensor? linear_bias, {_OPTIONS}, int chunk_size, {_NEEDS},"
+        " float grad_filter_eps, str backend)"
         " -> (Tensor, Tensor, Tensor)"
     ),
     "linear_cross_entropy_fwd_bwd": (
-        f"({_HEAD}, Tensor row_weight, Tensor? linear_bias, {_OPTIONS}, int chunk_size, {_NEEDS}, str backend)"
+        f"({_HEAD}, Tensor row_weight, Tensor? linear_bias, {_OPTIONS}, int chunk_size, {_NEEDS},"
+        " float grad_filter_eps, str backend)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "flow_weights": (
@@ -116,13 +120,13 @@ def _fake_head_gradients(input, linear_weight, linear_bias, need_dinput, need_dl
 
 @linear_cross_entropy_bwd.register_fake
 def _(dloss, input, linear_weight, target, lse, linear_bias, *rest):
-    return _fake_head_gradients(input, linear_weight, linear_bias, *rest[-4:-1])
+    return _fake_head_gradients(input, linear_weight, linear_bias, *rest[-5:-2])
 
 
 @linear_cross_entropy_fwd_bwd.register_fake
 def _(input, linear_weight, target, row_weight, linear_bias, *rest):
     loss = _rows(input)
-    return loss.new_empty(()), loss, *_fake_head_gradients(input, linear_weight, linear_bias, *rest[-4:-1])
+    return loss.new_empty(()), loss, *_fake_head_gradients(input, linear_weight, linear_bias, *rest[-5:-2])
 
 
 def _forbid_create_graph() -> None:
@@ -189,13 +193,13 @@ def _setup_linear_fwd(ctx, inputs, output):
 
 def _linear_fwd_backward(ctx, dloss, *_):
     input, linear_weight, target, lse, linear_bias, class_weight = ctx.saved_tensors
-    *options, backend = ctx.options
+    *options, grad_filter_eps, backend = ctx.options
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = linear_cross_entropy_bwd(
-        dloss, input, linear_weight, target, lse, linear_bias, class_weight, *options, *needs, backend
+        dloss, input, linear_weight, target, lse, linear_bias, class_weight, *options, *needs, grad_filter_eps, backend
     )
     dinput, dlinear_weight, dlinear_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dinput, dlinear_weight, None, dlinear_bias, *[None] * 7
+    return dinput, dlinear_weight, None, dlinear_bias, *[None] * 8
 
 
 linear_cross_entropy_fwd.register_autograd(_linear_fwd_backward, setup_context=_setup_linear_fwd)
@@ -211,13 +215,13 @@ def _setup_linear_fwd_bwd(ctx, inputs, output):
 def _linear_fwd_bwd_backward(ctx, dtotal, *_):
     _forbid_create_graph()
     if dtotal is None:
-        return (None,) * 15
+        return (None,) * 16
     loss, *grads = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     dinput, dlinear_weight, dlinear_bias = (
         _scale(g, dtotal) if need else None for g, need in zip(grads, needs, strict=True)
     )
-    return dinput, dlinear_weight, None, dtotal * loss, dlinear_bias, *[None] * 10
+    return dinput, dlinear_weight, None, dtotal * loss, dlinear_bias, *[None] * 11
 
 
 linear_cross_entropy_fwd_bwd.register_autograd(_linear_fwd_bwd_backward, setup_context=_setup_linear_fwd_bwd)

@@ -15,6 +15,7 @@ as an eager model does.
 
 Rows whose target is `ignore_index`, and rows of weight 0, are left out by selection, never by multiplication, so a
 NaN in them reaches nothing. The selection is data-dependent: on an accelerator this backend synchronises.
+`grad_filter_eps`, a permission to leave out small gradients, is not made use of here.
 """
 
 from __future__ import annotations
@@ -197,8 +198,9 @@ def _logits(input, linear_weight, linear_bias):
 
 
 def linear_cross_entropy_fwd(
-    input, linear_weight, target, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss, chunk_size
-):
+    input, linear_weight, target, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss, chunk_size,
+    grad_filter_eps=0.0,
+):  # fmt: skip
     """`cross_entropy_fwd` of `input [N, D] @ linear_weight [V, D].T + linear_bias [V]`, a chunk of logits at a time."""
     num_classes = linear_weight.shape[0]
     check_target(target, num_classes, ignore_index)
@@ -251,6 +253,7 @@ class _HeadGradients:
 def linear_cross_entropy_bwd(
     dloss, input, linear_weight, target, lse, linear_bias, class_weight,
     ignore_index, label_smoothing, softcap, z_loss, chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias,
+    grad_filter_eps=0.0,
 ):  # fmt: skip
     """`(dinput, dlinear_weight, dlinear_bias)` for the upstream gradient `dloss [N]`; the logits are made again."""
     grads = _HeadGradients(input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias)
@@ -266,6 +269,7 @@ def linear_cross_entropy_bwd(
 def linear_cross_entropy_fwd_bwd(
     input, linear_weight, target, row_weight, linear_bias, class_weight,
     ignore_index, label_smoothing, softcap, z_loss, chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias,
+    grad_filter_eps=0.0,
 ):  # fmt: skip
     """`(total, loss [N], dinput, dlinear_weight, dlinear_bias)` of `total = sum(row_weight * loss)` in one pass."""
     num_classes = linear_weight.shape[0]

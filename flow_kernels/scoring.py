@@ -78,7 +78,7 @@ def linear_score_tokens(
     check_options(rows, linear_weight.shape[0], None, 0.0, softcap, 0.0)
     loss, _, correct = ops.linear_cross_entropy_fwd(
         rows.input, linear_weight, rows.target, linear_bias, None, ignore_index, 0.0, float(softcap or 0.0), 0.0,
-        check_chunk_size(chunk_size),
+        check_chunk_size(chunk_size), 0.0,
         backends.resolve(backend, input.device.type, input.dtype, "linear_cross_entropy_fwd"),
     )  # fmt: skip
     return TokenScores(loss.reshape(rows.shape), correct.reshape(rows.shape))

@@ -172,6 +172,23 @@ def test_heads(backend, change, error, message):
             fn(HIDDEN, linear_weight, TARGET, **change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad_filter_eps": -1e-6}, "grad_filter_eps must be in [0, 1), got -1e-06"),
+        ({"grad_filter_eps": 1.0}, "grad_filter_eps must be in [0, 1), got 1.0"),
+        ({"grad_filter_eps": NAN}, "grad_filter_eps must be in [0, 1), got nan"),
+        (
+            {"grad_filter_eps": 1e-6, "label_smoothing": 0.1},
+            "would leave out what label_smoothing gives to every class",
+        ),
+    ],
+)
+def test_gradient_filters(backend, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        linear_cross_entropy(HIDDEN, HEAD, TARGET, backend=backend, **change)
+
+
 def test_sharded_heads_are_refused(backend):
     # A head sharded by FSDP2 or tensor parallelism; only its type's name is looked at, so no process group is needed.
     class DTensor(torch.Tensor):

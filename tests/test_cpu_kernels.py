@@ -65,7 +65,7 @@ def test_against_fp64(num_rows, dim, num_classes, dtype, name, has_options):
     expected_options = (*wide(options[0]), *options[1:])
     expected = reference.linear_cross_entropy_fwd_bwd(*arguments, *expected_options, 0, *needs)
     total, loss, *grads = cpu.linear_cross_entropy_fwd_bwd(
-        input, weight, target, row_weight, bias, *options, 0, *needs, name
+        input, weight, target, row_weight, bias, *options, 0, *needs, kernels=name
     )
     torch.testing.assert_close(total, expected[0].float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, expected[1].float(), rtol=1e-6, atol=1e-5)
@@ -73,12 +73,14 @@ def test_against_fp64(num_rows, dim, num_classes, dtype, name, has_options):
         assert error(actual, wanted) <= GRADIENT_ERROR[dtype]
 
     kept = torch.where(row_weight == 0, -100, target)
-    loss, lse, correct = cpu.linear_cross_entropy_fwd(input, weight, kept, bias, *options, 0, name)
+    loss, lse, correct = cpu.linear_cross_entropy_fwd(input, weight, kept, bias, *options, 0, kernels=name)
     wanted = reference.linear_cross_entropy_fwd(*wide(input, weight, kept, bias), *expected_options, 0)
     torch.testing.assert_close(loss, wanted[0].float(), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(lse, wanted[1].float(), rtol=1e-6, atol=1e-5)
     assert torch.equal(correct, wanted[2])
-    grads = cpu.linear_cross_entropy_bwd(row_weight, input, weight, target, lse, bias, *options, 0, *needs, name)
+    grads = cpu.linear_cross_entropy_bwd(
+        row_weight, input, weight, target, lse, bias, *options, 0, *needs, kernels=name
+    )
     for actual, wanted in zip(grads, expected[2:], strict=True):
         assert error(actual, wanted) <= GRADIENT_ERROR[dtype]
 
@@ -119,7 +121,7 @@ def test_confident_rows(dtype, name, p):
         *wide(input, weight, target, row_weight), None, *PLAIN, 0, *needs
     )
     _, actual_loss, *actual = cpu.linear_cross_entropy_fwd_bwd(
-        input, weight, target, row_weight.float(), None, *PLAIN, 0, *needs, name
+        input, weight, target, row_weight.float(), None, *PLAIN, 0, *needs, kernels=name
     )
     # The others' sum is made without the target: a loss of 1e-4 is off by what fp32 logits near 10 are, 1e-6, of itself.
     torch.testing.assert_close(actual_loss, loss.float(), rtol=2e-5, atol=0)
@@ -142,7 +144,7 @@ def test_threads_and_runs_agree(dtype, name):
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
             result = cpu.linear_cross_entropy_fwd_bwd(
-                input, weight, target, row_weight, None, *PLAIN, 0, True, True, False, name
+                input, weight, target, row_weight, None, *PLAIN, 0, True, True, False, kernels=name
             )
             same = results.setdefault(threads, result)
             assert all(torch.equal(a, b) for a, b in zip(result, same, strict=True)), "not the same from run to run"
@@ -165,7 +167,7 @@ def test_kept_exponentials(dtype, name):
     expected = reference.linear_cross_entropy_fwd_bwd(*wide(input, weight, target, row_weight, bias), *PLAIN, 0, *needs)
     for chunk_size in (1, 13, 40, 10**9):
         actual = cpu.linear_cross_entropy_fwd_bwd(
-            input, weight, target, row_weight, bias, *PLAIN, chunk_size, *needs, name
+            input, weight, target, row_weight, bias, *PLAIN, chunk_size, *needs, kernels=name
         )
         for got, wanted in zip(actual[2:], expected[2:], strict=True):
             assert error(got, wanted) <= GRADIENT_ERROR[dtype]
@@ -213,20 +215,20 @@ def test_bad_target_is_named(value):
 def test_strides(dtype, name):
     input, weight, target, row_weight = head(9, 24, 130, dtype)
     wanted = cpu.linear_cross_entropy_fwd_bwd(
-        input, weight, target, row_weight, None, *PLAIN, 0, True, True, False, name
+        input, weight, target, row_weight, None, *PLAIN, 0, True, True, False, kernels=name
     )
     strided = torch.zeros(9, 60, dtype=dtype)
     strided[:, 6:30] = input
     for other in (strided[:, 6:30], input.T.contiguous().T):
         got = cpu.linear_cross_entropy_fwd_bwd(
-            other, weight.T.contiguous().T, target, row_weight, None, *PLAIN, 0, True, True, False, name
+            other, weight.T.contiguous().T, target, row_weight, None, *PLAIN, 0, True, True, False, kernels=name
         )
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     # One row expanded to all, and an upstream gradient of stride 0.
     expanded = input[:1].expand(9, 24)
-    got = cpu.linear_cross_entropy_fwd(expanded, weight, target, None, *PLAIN, 0, name)
+    got = cpu.linear_cross_entropy_fwd(expanded, weight, target, None, *PLAIN, 0, kernels=name)
     grads = cpu.linear_cross_entropy_bwd(
-        torch.ones(1).expand(9), expanded, weight, target, got[1], None, *PLAIN, 0, True, True, False, name
+        torch.ones(1).expand(9), expanded, weight, target, got[1], None, *PLAIN, 0, True, True, False, kernels=name
     )
     wanted = reference.linear_cross_entropy_bwd(
         torch.ones(9).double(), *wide(expanded, weight), target, got[1].double(), None, *PLAIN, 0, True, True, False
@@ -240,7 +242,7 @@ def test_nothing_counts(dtype, name):
         input, weight, target, _ = head(num_rows, 8, 20, dtype)
         input.fill_(float("nan"))
         total, loss, *grads = cpu.linear_cross_entropy_fwd_bwd(
-            input, weight, target, torch.zeros(num_rows), None, *PLAIN, 0, True, True, True, name
+            input, weight, target, torch.zeros(num_rows), None, *PLAIN, 0, True, True, True, kernels=name
         )
         assert total == 0
         assert all(not t.any() for t in (loss, *grads))
@@ -255,16 +257,16 @@ def test_infinite_and_nan_logits(dtype, name):
     # A masked end of the vocabulary is a vocabulary without it, also where whole tiles are masked.
     bias = torch.zeros(700).to(dtype)
     bias[310:] = float("-inf")
-    masked = cpu.linear_cross_entropy_fwd(input, weight, target, bias, *PLAIN, 0, name)
-    short = cpu.linear_cross_entropy_fwd(input, weight[:310], target, None, *PLAIN, 0, name)
+    masked = cpu.linear_cross_entropy_fwd(input, weight, target, bias, *PLAIN, 0, kernels=name)
+    short = cpu.linear_cross_entropy_fwd(input, weight[:310], target, None, *PLAIN, 0, kernels=name)
     torch.testing.assert_close(masked[0], short[0], rtol=1e-6, atol=1e-6)
     bias = bias.flip(0)
-    masked = cpu.linear_cross_entropy_fwd(input, weight, 699 - target, bias, *PLAIN, 0, name)
-    short = cpu.linear_cross_entropy_fwd(input, weight[390:], 309 - target, None, *PLAIN, 0, name)
+    masked = cpu.linear_cross_entropy_fwd(input, weight, 699 - target, bias, *PLAIN, 0, kernels=name)
+    short = cpu.linear_cross_entropy_fwd(input, weight[390:], 309 - target, None, *PLAIN, 0, kernels=name)
     torch.testing.assert_close(masked[0], short[0], rtol=1e-6, atol=1e-6)
     # NaN is never swallowed by a maximum.
     weight[650, 3] = float("nan")
-    assert cpu.linear_cross_entropy_fwd(input, weight, target, None, *PLAIN, 0, name)[0].isnan().all()
+    assert cpu.linear_cross_entropy_fwd(input, weight, target, None, *PLAIN, 0, kernels=name)[0].isnan().all()
 
 
 def test_backend_choice():

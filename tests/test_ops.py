@@ -52,12 +52,12 @@ def arguments(name, options, backend, needs=(True, True, True), **kwargs):
     dloss = torch.randn(len(target), dtype=row_weight.dtype)
     with torch.no_grad():
         lse = ops.cross_entropy_fwd(logits, target, *options, backend)[1]
-    flags = (2, *needs)  # chunk_size = 2 makes several chunks
+    flags = (2, *needs, 0.0)  # chunk_size = 2 makes several chunks; the last is grad_filter_eps
     return {
         "cross_entropy_fwd": (logits, target, *options, backend),
         "cross_entropy_bwd": (dloss, logits, target, lse, *options, backend),
         "cross_entropy_fwd_bwd": (logits, target, row_weight, *options, backend),
-        "linear_cross_entropy_fwd": (input, linear_weight, target, linear_bias, *options, 2, backend),
+        "linear_cross_entropy_fwd": (input, linear_weight, target, linear_bias, *options, 2, 0.0, backend),
         "linear_cross_entropy_bwd": (
             dloss, input, linear_weight, target, lse, linear_bias, *options, *flags, backend,
         ),

@@ -105,10 +105,10 @@ def test_opcheck():
         (ops.cross_entropy_fwd, (logits, target, class_weight, *PLAIN)),
         (ops.cross_entropy_bwd, (row_weight, logits.detach(), target, lse, class_weight, *PLAIN)),
         (ops.cross_entropy_fwd_bwd, (logits, target, row_weight, class_weight, *PLAIN)),
-        (ops.linear_cross_entropy_fwd, (input, linear_weight, head_target, *head_arguments)),
+        (ops.linear_cross_entropy_fwd, (input, linear_weight, head_target, *head_arguments, 0.0)),
         (
             ops.linear_cross_entropy_fwd_bwd,
-            (input, linear_weight, head_target, head_row_weight, *head_arguments, True, True, True),
+            (input, linear_weight, head_target, head_row_weight, *head_arguments, True, True, True, 0.0),
         ),
     ):
         torch.library.opcheck(operator, (*arguments, "triton"), test_utils=tests)

@@ -44,6 +44,16 @@ struct Singles {
   static inline F dot(F c, I a, I b) { return Vec::fma(Vec::as_float(a), Vec::as_float(b), c); }
 };
 
+// What a word holds `group` of.
+template <int group>
+struct WordElement {
+  using type = uint32_t;
+};
+template <>
+struct WordElement<2> {
+  using type = uint16_t;
+};
+
 // The function behind MatrixUnit, set once before its kernels are handed out.
 static BrgemmFn brgemm_product = nullptr;
 
@@ -257,10 +267,11 @@ static void product(int64_t m0, int64_t m_rows, int64_t n, int64_t k_words, cons
   }
 }
 
-// out[0:count, 0:dim] = A B, rounded once to T; rows of A are padded to a multiple of MR.
+// out[0:count, 0:dim] = A B, rounded once to T, row m at index[m] where there is an index; rows of A are padded to a
+// multiple of MR.
 template <class C, DType T>
 static void product_rounded(int64_t count, int64_t dim, int64_t k_words, const AView& a, const uint32_t* b, char* out,
-                            int64_t out_stride_bytes) {
+                            int64_t out_stride_bytes, const int64_t* index = nullptr) {
   constexpr int64_t MB = C::uses_brgemm ? 64 : Vec::MR;
   alignas(64) float c[MB * panel_columns<C>];
   const int64_t n = round_up(dim, W), panel = panel_columns<C>;
@@ -270,7 +281,8 @@ static void product_rounded(int64_t count, int64_t dim, int64_t k_words, const A
       const int64_t rows = count - m < MB ? count - m : MB;
       panel_product<C>(m, round_up(rows, Vec::MR), columns, k_words, a, b + first * k_words, c, columns, false);
       for (int64_t r = 0; r < rows; ++r) {
-        char* to = out + (m + r) * out_stride_bytes + first * element_bytes<T>;
+        const int64_t row = index == nullptr ? m + r : index[m + r];
+        char* to = out + row * out_stride_bytes + first * element_bytes<T>;
         for (int64_t j = 0; j < columns; j += W) {
           store_some<T>(to + j * element_bytes<T>, Vec::load(c + r * columns + j), dim - first - j);
         }

@@ -7,6 +7,8 @@
 
 #include "gemm.h"
 
+#include "grad_filter.h"
+
 #include "tiles.h"
 
 #include "table.h"

@@ -246,10 +246,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_cpu(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd_cpu(
     const at::Tensor& dloss, const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
     const at::Tensor& lse, const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
-    double label_smoothing, double softcap, double z_loss, bool need_dinput, bool need_dlinear_weight,
-    bool need_dlinear_bias, const std::string& kernels) {
+    double label_smoothing, double softcap, double z_loss, double grad_filter_eps, bool need_dinput,
+    bool need_dlinear_weight, bool need_dlinear_bias, const std::string& kernels) {
   Head head(input, linear_weight, target, linear_bias, dloss, class_weight, ignore_index, label_smoothing, softcap,
             z_loss, kernels);
+  head.problem.grad_filter_eps = static_cast<float>(grad_filter_eps);
   auto [dinput, dweight, dbias] = head.gradients(need_dinput, need_dlinear_weight, need_dlinear_bias);
   head.lse = lse.to(at::kFloat).index_select(0, head.rows.index);
   head.problem.rows.lse = head.lse.const_data_ptr<float>();
@@ -262,11 +263,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd_cpu(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_bwd_cpu(
     const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target, const at::Tensor& row_weight,
     const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
-    double label_smoothing, double softcap, double z_loss, int64_t chunk_size, bool need_dinput, bool need_dlinear_weight,
-    bool need_dlinear_bias, const std::string& kernels) {
+    double label_smoothing, double softcap, double z_loss, int64_t chunk_size, double grad_filter_eps, bool need_dinput,
+    bool need_dlinear_weight, bool need_dlinear_bias, const std::string& kernels) {
   Head head(input, linear_weight, target, linear_bias, row_weight, class_weight, ignore_index, label_smoothing, softcap,
             z_loss, kernels);
   at::Tensor loss = at::zeros({input.size(0)}, at::kFloat);
+  head.problem.grad_filter_eps = static_cast<float>(grad_filter_eps);
   auto [dinput, dweight, dbias] = head.gradients(need_dinput, need_dlinear_weight, need_dlinear_bias);
   const auto exponentials = head.keep_exponentials(chunk_size);
   head.pack_a();

@@ -31,14 +31,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_cpu(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd_cpu(
     const at::Tensor& dloss, const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
     const at::Tensor& lse, const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
-    double label_smoothing, double softcap, double z_loss, bool need_dinput, bool need_dlinear_weight,
-    bool need_dlinear_bias, const std::string& kernels);
+    double label_smoothing, double softcap, double z_loss, double grad_filter_eps, bool need_dinput,
+    bool need_dlinear_weight, bool need_dlinear_bias, const std::string& kernels);
 
 // (loss, dinput, dlinear_weight, dlinear_bias)
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_bwd_cpu(
     const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target, const at::Tensor& row_weight,
     const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
-    double label_smoothing, double softcap, double z_loss, int64_t chunk_size, bool need_dinput, bool need_dlinear_weight,
-    bool need_dlinear_bias, const std::string& kernels);
+    double label_smoothing, double softcap, double z_loss, int64_t chunk_size, double grad_filter_eps, bool need_dinput,
+    bool need_dlinear_weight, bool need_dlinear_bias, const std::string& kernels);
 
 }  // namespace flow_kernels

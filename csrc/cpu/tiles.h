@@ -4,7 +4,8 @@
 //   statistics while they are in cache.
 // backward: per tile, gradients of the logits (from kept exponentials, or from the product made again) rounded to the
 //   words of the next products, then dinput += P W and dweight[tile] = P^T input while P is in cache. A tile's dweight
-//   is complete after its last row, so it is rounded once and never needs a second buffer the size of the head.
+//   is complete after its last row, so it is rounded once and never needs a second buffer the size of the head. With
+//   grad_filter_eps, both products are of the classes that matter (grad_filter.h).
 //
 // Blocks measured at N=1024, D=640, V=262144 on a Zen 4 core (1 MiB of L2). On one such core (V=16384, CPU time) the
 // forward pass multiplies at 205 of the 234 GFLOP/s that vdpbf16ps reaches from registers, exponentials included, and
@@ -35,8 +36,9 @@ static int64_t tile_width(int64_t dim) {
 // A thread's scratch, cut into its buffers.
 template <class C>
 struct Scratch {
-  uint32_t *weight_transposed, *weight_straight, *p, *p_pairs, *p_row_major;
-  float *logits, *dweight;
+  uint32_t *weight_transposed, *weight_straight, *p, *p_pairs, *p_row_major, *active;
+  int64_t* active_index;
+  float *logits, *dweight, *dweight_active;
   int64_t bytes = 0;
 
   Scratch(const HeadProblem& problem, bool backward, char* base) {
@@ -44,14 +46,18 @@ struct Scratch {
     const int64_t columns = round_up(problem.dim, W);
     const int64_t rows = problem.num_rows < row_block ? round_up(problem.num_rows, Vec::MR) : row_block;
     const int64_t p_words = backward ? rows * tile / C::group : 0;
+    const bool filter = backward && problem.grad_filter_eps > 0;
     weight_transposed = take<uint32_t>(base, tile * words);
     logits = take<float>(base, logit_rows<C> * tile);
-    p = take<uint32_t>(base, problem.need_dinput ? p_words : 0);
+    p = take<uint32_t>(base, problem.need_dinput || filter ? p_words : 0);
     weight_straight = take<uint32_t>(base, backward && problem.need_dinput ? tile / C::group * columns : 0);
     p_pairs = take<uint32_t>(base, problem.dweight != nullptr ? p_words : 0);
     p_row_major = take<uint32_t>(base, problem.dweight != nullptr && C::uses_brgemm ? p_words : 0);
     const bool in_blocks = backward && problem.dweight != nullptr && problem.num_rows > row_block;
     dweight = take<float>(base, in_blocks ? tile * columns : 0);
+    dweight_active = take<float>(base, in_blocks && filter ? tile * columns : 0);
+    active = take<uint32_t>(base, filter ? tile : 0);
+    active_index = take<int64_t>(base, filter ? tile : 0);
   }
 
  private:
@@ -178,13 +184,16 @@ static inline void write_probabilities(const Scratch<C>& s, bool dinput, bool dw
   }
 }
 
-// P of rows [row0, row0 + count) in one tile, in both layouts; padding rows are 0.
+// P of rows [row0, row0 + count) in one tile, in the layouts of the products to come; padding rows are 0. With a filter
+// row-major only, and the classes that matter are flagged.
 template <class C>
 static void tile_probabilities(const HeadProblem& problem, const Scratch<C>& s, int64_t row0, int64_t count,
                                int64_t tile) {
   const int64_t v0 = tile * problem.tile, n = tile_classes(problem, tile), padded = round_up(n, W);
   const int64_t k_words = round_up(count, Vec::MR) / C::group;
-  const bool dinput = problem.need_dinput, dweight = problem.dweight != nullptr;
+  const bool filter = problem.grad_filter_eps > 0;
+  const bool dinput = problem.need_dinput || filter, dweight = problem.dweight != nullptr && !filter;
+  if (filter) __builtin_memset(s.active, 0, padded * sizeof(uint32_t));
   for (int64_t row = 0; row < count; row += logit_rows<C>) {
     const int64_t some = count - row < logit_rows<C> ? count - row : logit_rows<C>;
     // The same for all of them: kept.in_dweight is a multiple of logit_rows or all rows.
@@ -199,6 +208,7 @@ static void tile_probabilities(const HeadProblem& problem, const Scratch<C>& s, 
         const KeptRow kept = kept_row(problem, tile, i);
         row_gradient(d, n, v0, problem.loss, gradient, problem.rows.log_p == nullptr ? nullptr : problem.rows.log_p + i,
                      kept.values, problem.kept.bytes, kept.values != nullptr ? *kept.shift : 0.0f);
+        if (filter) mark_active(d, padded, problem.grad_filter_eps * fabsf(gradient.g), s.active);
         if (problem.dbias != nullptr) {
           for (int64_t j = 0; j < n; ++j) problem.dbias[v0 + j] += d[j];
         }
@@ -234,40 +244,96 @@ static AView transposed_probabilities(const Scratch<C>& s, int64_t padded, int64
   return {s.p_row_major, INT64_MAX, 0, k_words, 1};
 }
 
+// What one tile of the backward pass adds to, and from where.
+struct Tile {
+  int64_t num_classes, padded;
+  Rows weight;
+  char* dweight;  // its rows of dweight, or null
+  int64_t dweight_stride;
+};
+
+// dinput += P W and dweight = P^T input, of rows [row, row + count) and all classes of the tile.
+template <class C, DType T>
+static void add_products(const HeadProblem& problem, const Scratch<C>& s, const Tile& tile, int64_t row, int64_t count,
+                         float* dinput, bool add) {
+  const int64_t columns = round_up(problem.dim, W), rows = round_up(count, Vec::MR), k_words = rows / C::group;
+  if (problem.need_dinput) {
+    const AView p{s.p, INT64_MAX, 0, tile.padded / C::group, 1};
+    product<C>(0, rows, columns, tile.padded / C::group, p, s.weight_straight, dinput + row * columns, columns, add);
+  }
+  if (tile.dweight == nullptr) return;
+  const AView p = transposed_probabilities<C>(s, tile.padded, k_words);
+  const uint32_t* rows_b = problem.rows_b + row / C::group * columns;
+  if (problem.num_rows > row_block) {
+    product<C>(0, tile.padded, columns, k_words, p, rows_b, s.dweight, columns, row > 0);
+  } else {
+    product_rounded<C, T>(tile.num_classes, problem.dim, k_words, p, rows_b, tile.dweight, tile.dweight_stride);
+  }
+}
+
+// The same of the classes flagged in s.active only; dinput is added to, dweight of the others is 0.
+template <class C, DType T>
+static void add_active_products(const HeadProblem& problem, const Scratch<C>& s, const Tile& tile, int64_t row,
+                                int64_t count, float* dinput) {
+  const int64_t columns = round_up(problem.dim, W), rows = round_up(count, Vec::MR), k_words = rows / C::group;
+  const bool in_blocks = problem.num_rows > row_block;
+  if (tile.dweight != nullptr && in_blocks && row == 0) {
+    __builtin_memset(s.dweight, 0, tile.num_classes * columns * sizeof(float));
+  } else if (tile.dweight != nullptr && !in_blocks) {
+    __builtin_memset(tile.dweight, 0, tile.num_classes * tile.dweight_stride);
+  }
+  const int64_t active = list_active(s.active, tile.num_classes, s.active_index), padded = round_up(active, W);
+  if (active == 0) return;
+  gather_active<C>(s.active_index, active, rows, tile.padded, s.p, tile.dweight == nullptr ? nullptr : s.p_pairs);
+  if (problem.need_dinput) {
+    const Rows weight{tile.weight.base, tile.weight.stride_bytes, s.active_index};
+    pack_straight<C, T>(weight, active, padded / C::group, problem.dim, s.weight_straight);
+    const AView p{s.p, INT64_MAX, 0, padded / C::group, 1};
+    product<C>(0, rows, columns, padded / C::group, p, s.weight_straight, dinput + row * columns, columns, true);
+  }
+  if (tile.dweight == nullptr) return;
+  const AView p = transposed_probabilities<C>(s, padded, k_words);
+  const uint32_t* rows_b = problem.rows_b + row / C::group * columns;
+  if (!in_blocks) {
+    product_rounded<C, T>(active, problem.dim, k_words, p, rows_b, tile.dweight, tile.dweight_stride, s.active_index);
+    return;
+  }
+  product<C>(0, padded, columns, k_words, p, rows_b, s.dweight_active, columns, false);
+  for (int64_t c = 0; c < active; ++c) {
+    float *to = s.dweight + s.active_index[c] * columns, *from = s.dweight_active + c * columns;
+    for (int64_t j = 0; j < columns; j += W) Vec::store(to + j, Vec::add(Vec::load(to + j), Vec::load(from + j)));
+  }
+}
+
 template <class C, DType T>
 static void backward_tiles(const HeadProblem& problem, int64_t first, int64_t last, float* dinput, char* scratch) {
   const Scratch<C> s(problem, true, scratch);
   const int64_t columns = round_up(problem.dim, W);
-  const bool in_blocks = problem.num_rows > row_block;
   const int64_t dweight_stride = problem.dim * element_bytes<T>;
-  for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t v0 = tile * problem.tile, n = tile_classes(problem, tile), padded = round_up(n, W);
-    const Rows weight = tile_of_weight(problem, v0);
+  const bool filter = problem.grad_filter_eps > 0;
+  if (filter && problem.need_dinput) {
+    __builtin_memset(dinput, 0, round_up(problem.num_rows, Vec::MR) * columns * sizeof(float));
+  }
+  for (int64_t t = first; t < last; ++t) {
+    const int64_t v0 = t * problem.tile, n = tile_classes(problem, t);
     char* dweight = problem.dweight == nullptr ? nullptr : static_cast<char*>(problem.dweight) + v0 * dweight_stride;
-    if (!all_rows_kept(problem, tile)) {
-      pack_transposed<C, T>(weight, n, padded, problem.dim, s.weight_transposed);
+    const Tile tile{n, round_up(n, W), tile_of_weight(problem, v0), dweight, dweight_stride};
+    if (!all_rows_kept(problem, t)) {
+      pack_transposed<C, T>(tile.weight, n, tile.padded, problem.dim, s.weight_transposed);
     }
-    if (problem.need_dinput) pack_straight<C, T>(weight, n, padded / C::group, problem.dim, s.weight_straight);
+    if (problem.need_dinput && !filter) {
+      pack_straight<C, T>(tile.weight, n, tile.padded / C::group, problem.dim, s.weight_straight);
+    }
     for (int64_t row = 0; row < problem.num_rows; row += row_block) {
       const int64_t rest = problem.num_rows - row, count = rest < row_block ? rest : row_block;
-      const int64_t rows = round_up(count, Vec::MR), k_words = rows / C::group;
-      tile_probabilities<C>(problem, s, row, count, tile);
-      if (problem.need_dinput) {
-        const AView p{s.p, INT64_MAX, 0, padded / C::group, 1};
-        product<C>(0, rows, columns, padded / C::group, p, s.weight_straight, dinput + row * columns, columns,
-                   tile > first);
-      }
-      if (dweight != nullptr) {
-        const AView p = transposed_probabilities<C>(s, padded, k_words);
-        const uint32_t* rows_b = problem.rows_b + row / C::group * columns;
-        if (in_blocks) {
-          product<C>(0, padded, columns, k_words, p, rows_b, s.dweight, columns, row > 0);
-        } else {
-          product_rounded<C, T>(n, problem.dim, k_words, p, rows_b, dweight, dweight_stride);
-        }
+      tile_probabilities<C>(problem, s, row, count, t);
+      if (filter) {
+        add_active_products<C, T>(problem, s, tile, row, count, dinput);
+      } else {
+        add_products<C, T>(problem, s, tile, row, count, dinput, t > first);
       }
     }
-    if (dweight == nullptr || !in_blocks) continue;
+    if (dweight == nullptr || problem.num_rows <= row_block) continue;
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t j = 0; j < problem.dim; j += W) {
         store_some<T>(dweight + r * dweight_stride + j * element_bytes<T>, Vec::load(s.dweight + r * columns + j),

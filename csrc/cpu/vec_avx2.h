@@ -33,6 +33,11 @@ struct Vec {
   // max and min return the second operand if one is NaN: a NaN passes where it stands second.
   static inline F max(F a, F b) { return _mm256_max_ps(a, b); }
   static inline F min(F a, F b) { return _mm256_min_ps(a, b); }
+  // Lanes of `flags` become non-zero where |x| is not below `bound`, so for NaN as well.
+  static inline I mark_not_below(I flags, F x, F bound) {
+    const F size = _mm256_andnot_ps(set1(-0.0f), x);
+    return _mm256_or_si256(flags, as_words(_mm256_cmp_ps(size, bound, _CMP_NLT_UQ)));
+  }
   static inline float hmax(F x) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));

@@ -31,6 +31,10 @@ struct Vec {
   // max and min return the second operand if one is NaN: a NaN passes where it stands second.
   static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
   static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+  // Lanes of `flags` become non-zero where |x| is not below `bound`, so for NaN as well.
+  static inline I mark_not_below(I flags, F x, F bound) {
+    return _mm512_mask_set1_epi32(flags, _mm512_cmp_ps_mask(_mm512_abs_ps(x), bound, _CMP_NLT_UQ), -1);
+  }
   static inline float hmax(F x) { return _mm512_reduce_max_ps(x); }
   static inline float hsum(F x) { return _mm512_reduce_add_ps(x); }
   static inline F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

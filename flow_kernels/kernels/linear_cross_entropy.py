@@ -10,6 +10,7 @@ kernel writes the gradient over it. Matrix products of 2 N V D flops each:
 `dlinear_weight` is accumulated over chunks in fp32 and rounded once, so its error does not grow with their number.
 Skipping ignored rows in the matmul would need their number on the host, a synchronisation; they cost their flops, and
 the row kernel writes zeros for them. Where a dropped row could reach a sum over rows (0 * NaN), it is selected away.
+`grad_filter_eps` saves nothing here: the products are the vendor's, of whole chunks.
 """
 
 from __future__ import annotations
@@ -91,8 +92,9 @@ def _unit_stride(tensor: Tensor | None) -> Tensor | None:
 
 
 def linear_cross_entropy_fwd(
-    input, linear_weight, target, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss, chunk_size
-):
+    input, linear_weight, target, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss, chunk_size,
+    grad_filter_eps=0.0,
+):  # fmt: skip
     """`reference.linear_cross_entropy_fwd`; holds one chunk of logits and stores none."""
     options = (ignore_index, label_smoothing, softcap, z_loss)
     chunks = _Chunks(input, linear_weight, chunk_size)
@@ -108,6 +110,7 @@ def linear_cross_entropy_fwd(
 def linear_cross_entropy_bwd(
     dloss, input, linear_weight, target, lse, linear_bias, class_weight,
     ignore_index, label_smoothing, softcap, z_loss, chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias,
+    grad_filter_eps=0.0,
 ):  # fmt: skip
     """`reference.linear_cross_entropy_bwd`; the logits are made again, a chunk at a time."""
     options = (ignore_index, label_smoothing, softcap, z_loss)
@@ -125,6 +128,7 @@ def linear_cross_entropy_bwd(
 def linear_cross_entropy_fwd_bwd(
     input, linear_weight, target, row_weight, linear_bias, class_weight,
     ignore_index, label_smoothing, softcap, z_loss, chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias,
+    grad_filter_eps=0.0,
 ):  # fmt: skip
     """`reference.linear_cross_entropy_fwd_bwd`; each chunk's gradient is made in place on its logits."""
     options = (ignore_index, label_smoothing, softcap, z_loss)
