@@ -198,11 +198,13 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="score: the K-th of M parts of the batches, K/M")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--grad-filter-eps", type=float, default=0.0, help="train: of our loss")
     parser.add_argument("--baseline", choices=("all", "targets"), default="all", help="positions it makes logits of")
     arguments = parser.parse_args()
     lm, tokenizer = load_model(ModelConfig(arguments.model, device="cpu"))
     config = DataConfig(arguments.data, prompt_field="question", response_field="answer", limit=arguments.samples)
     samples = load_samples(config, tokenizer).samples
+    lm.grad_filter_eps = arguments.grad_filter_eps
     # Scoring shares the weights; training changes them, so each side has its own.
     eager = EagerCausalLM(copy.deepcopy(lm.model) if arguments.program == "train" else lm.model).eval()
     eager.targets_only = arguments.baseline == "targets"
@@ -210,7 +212,8 @@ def main() -> None:
         exact(lm, eager, samples, arguments)
         return
     about = {
-        "program": arguments.program, "baseline": arguments.baseline, "model": Path(arguments.model).name,
+        "program": arguments.program + (f", grad_filter_eps {lm.grad_filter_eps:.1e}" if lm.grad_filter_eps else ""),
+        "baseline": arguments.baseline, "model": Path(arguments.model).name,
         "samples": len(samples), "batch_tokens": arguments.batch_tokens, "part": arguments.part,
     }  # fmt: skip
     row = {"score": bench_score, "train": bench_train}[arguments.program](lm, eager, samples, arguments)

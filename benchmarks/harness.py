@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 # Where the CSV files, tables and plots go; the quick run puts its own elsewhere.
 RESULTS = ROOT / "benchmarks" / "results"
 # The programs whose change would change a figure.
-MEASURING = ("harness", "cases", "implementations", "shapes", "head", "end_to_end")
+MEASURING = ("harness", "cases", "implementations", "shapes", "head", "end_to_end", "grad_filter")
 # A bf16 loss near 14 is off by up to 2^-5, its bf16 logits by as much; a mistake is off by more.
 LOSS_GATE = 0.15
 # A bf16 log-softmax near -13 is off by up to 2^-5, so are its probabilities; a wrong scale or sign is off by more.

@@ -115,3 +115,16 @@ def test_parts_of_an_end_to_end_run_are_summed():
     assert (row["flow_tokens_per_second"], row["transformers_tokens_per_second"]) == (50.0, 20.0)
     assert float(row["mean_loss_difference"]) == pytest.approx(1e-3)
     assert float(row["largest_loss_difference"]) == 2e-2
+
+
+def test_the_gradient_filter_is_measured_on_a_models_own_hidden_states(tiny_model_dir):
+    import grad_filter
+
+    hidden, weight, target = grad_filter.real_head(str(tiny_model_dir), "examples/data/gsm8k_train.jsonl.gz", 100)
+    assert hidden.shape == (100, weight.shape[1])
+    assert hidden.dtype == weight.dtype == torch.bfloat16
+    assert target.shape == (100,)
+    assert bool((target >= 0).all())
+    assert bool((target < len(weight)).all())
+    with pytest.raises(SystemExit, match="fewer than 1000000 target tokens"):
+        grad_filter.real_head(str(tiny_model_dir), "examples/data/gsm8k_train.jsonl.gz", 10**6)

@@ -1,6 +1,7 @@
 """Training: the gradient of the paper's loss, the whole trajectory, and a run that continues where it was killed."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +27,8 @@ from flow_finetune.train import Meter, accumulate_gradients, micro_batches, step
 from run_files import assert_same_files
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flow_kernels import cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -201,6 +204,25 @@ def test_no_clipping_is_clipping_at_infinity(setup, tmp_path):
     assert none != small
 
 
+@pytest.mark.skipif(cpu.why_not() is not None, reason=f"no compiled CPU kernels: {cpu.why_not()}")
+def test_small_gradients_are_left_out_when_asked(setup, tmp_path):
+    def weights(name, eps):
+        setup.train(tmp_path / name, epochs=1, learning_rate=1e-3, grad_filter_eps=eps)
+        return load_file(tmp_path / name / "model.safetensors")
+
+    exact, nearly, hardly = weights("exact", 0.0), weights("nearly", 1e-12), weights("hardly", 0.5)
+    for name, weight in exact.items():
+        torch.testing.assert_close(nearly[name], weight, rtol=1e-3, atol=1e-5)
+    # A bound that leaves out nearly everything moves the head elsewhere.
+    assert any((hardly[name] - weight).abs().max() > 1e-4 for name, weight in exact.items())
+
+
+def test_a_filter_that_would_do_nothing_is_refused(setup, tmp_path):
+    reference = load_model(dataclasses.replace(setup.config, backend="reference"))[0]
+    with pytest.raises(InputError, match="grad_filter_eps saves nothing with backend 'reference'"):
+        setup.train(tmp_path / "no", lm=reference, grad_filter_eps=1e-6)
+
+
 def test_saved_directory_is_what_transformers_loads(setup, tmp_path):
     lm = load_model(setup.config)[0]
     setup.train(tmp_path / "out", lm=lm, epochs=1)
@@ -263,6 +285,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
         ({"warmup": 2.0}, "warmup"), ({"log_every": 0}, "log_every"), ({"micro_batch_tokens": 0}, "micro_batch_tokens"),
         # Clipped to a negative norm, every step would go up the gradient.
         ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"), ({"weight_decay": -0.1}, "weight_decay must be"),
+        ({"grad_filter_eps": 1.0}, "grad_filter_eps must be in"),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(setup, tmp_path, options, match):

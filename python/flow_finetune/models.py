@@ -42,6 +42,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.backend = backend
+        self.grad_filter_eps = 0.0  # training sets it
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise InputError(
@@ -68,7 +69,7 @@ class CausalLM(nn.Module):
         return flow_kernels.linear_cross_entropy(
             self.target_hidden(batch), self.head.weight, batch.target, linear_bias=self.head.bias,
             sample_weight=weight, cu_seqlens=batch.cu_seqlens, normalizer=normalizer, softcap=self.softcap,
-            backend=self.backend,
+            grad_filter_eps=self.grad_filter_eps, backend=self.backend,
         )  # fmt: skip
 
     @torch.no_grad()

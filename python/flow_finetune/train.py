@@ -129,6 +129,10 @@ def train(
             disk is too small, or (DivergedError) the loss becomes NaN.
     """
     check_train(config, method)
+    if config.grad_filter_eps and lm.backend != "cpu":
+        raise InputError(
+            f"grad_filter_eps saves nothing with backend {lm.backend!r}: only the compiled CPU kernels leave classes out"
+        )
     accelerator = Accelerator(cpu=lm.head.weight.device.type == "cpu")
     fingerprints = scoring_fingerprints(lm, tokenizer, samples)
     found = None
@@ -191,6 +195,8 @@ def check_train(config: TrainConfig, method: MethodConfig) -> None:
         # A negative norm to clip to would turn every step around.
         if not value >= 0:
             raise InputError(f"{name} must be at least 0 (0 for none), got {value}")
+    if not 0 <= config.grad_filter_eps < 1:
+        raise InputError(f"grad_filter_eps must be in [0, 1), got {config.grad_filter_eps}")
     learning_rate = method.learning_rate or config.learning_rate
     if not learning_rate > 0:
         raise InputError(f"learning_rate must be positive, got {learning_rate}")
@@ -200,6 +206,7 @@ def _optimise(lm, samples, weights, directory, accelerator, method, config, mode
     """Every optimiser step from the last checkpoint on; returns the last log line, the meter and the weights."""
     device = accelerator.device
     lm.to(device).train()
+    lm.grad_filter_eps = config.grad_filter_eps
     torch.manual_seed(config.seed)
     lora = prepare_parameters(lm, method)
     if config.gradient_checkpointing:

@@ -115,6 +115,15 @@ def train(
             help="Log the distance from the pre-trained weights (keeps a copy).", rich_help_panel=OPTIMISATION_PANEL
         ),
     ] = True,
+    grad_filter_eps: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            rich_help_panel=OPTIMISATION_PANEL,
+            help="Compiled CPU kernels: leave out of the head's gradients the classes that are below this in all rows.",
+        ),
+    ] = 0.0,
     prompt_field: PromptField = "prompt",
     response_field: ResponseField = "response",
     id_field: IdField = None,
@@ -173,7 +182,7 @@ def train(
         data_config = DataConfig(data, split, prompt_field, response_field, id_field, template, max_length, limit)
         config = TrainConfig(
             epochs, batch_size, micro_batch_tokens, learning_rate, warmup, weight_decay, max_grad_norm, seed,
-            checkpoint_every, log_every, gradient_checkpointing, track_distance,
+            checkpoint_every, log_every, gradient_checkpointing, track_distance, grad_filter_eps,
         )  # fmt: skip
         lm, tokenizer = models.load_model(model_config)
         samples = data_module.load_samples(data_config, tokenizer)
