@@ -27,7 +27,7 @@ HEADS = {
         Head("smollm2-135m", 2048, 576, 49152, chunks=(1024, 2048)),
         Head("gemma-3-270m", 1024, 640, 262144),
         Head("gemma-2-2b", 1024, 2304, 256000, softcap=30.0),
-        Head("qwen3-0.6b", 1024, 1024, 151936),
+        Head("qwen3-0.6b", 1024, 1024, 151936, chunks=(1024, 1024)),
         Head("smollm2-135m-fp32", 2048, 576, 49152, dtype="float32", chunks=(1024, 2048)),
         Head("gemma-3-270m-fp32", 1024, 640, 262144, dtype="float32"),
         Head("small", 100, 256, 8192),
