@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flow_kernels import linear_cross_entropy, reference
 
-# Where bf16's own rounding (2^-9 of a gradient's entries) is far below, near and far above what is left out.
+# Where bf16's own rounding is above, near and below what is left out.
 BOUNDS = (0.0, 2.0**-20, 2.0**-16, 2.0**-12)
 KEYS = ("model", "rows", "grad_filter_eps")
 
@@ -32,6 +32,8 @@ KEYS = ("model", "rows", "grad_filter_eps")
 def real_head(model: str, data: str, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states `[num_rows, D]`, the head `[V, D]`, both bf16, and targets of answers to GSM8K's questions."""
     lm, tokenizer = load_model(ModelConfig(model, device="cpu"))
+    if lm.softcap or lm.head.bias is not None:
+        raise SystemExit(f"{model} has a soft-cap or a bias behind its head, which this program does not measure")
     samples = load_samples(DataConfig(data, prompt_field="question", response_field="answer", limit=64), tokenizer)
     hidden, targets = [], []
     for sample in samples.samples:

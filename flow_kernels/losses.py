@@ -133,8 +133,8 @@ def linear_cross_entropy(
         linear_bias: `[V]`.
         chunk_size: rows of logits held at a time (for "cpu", of exponentials kept); each backend has a default.
         grad_filter_eps: permission to leave a class out of the gradients of `input` and `linear_weight` where
-            `|d loss_i / d logit|`, before row weights, is below this for every row of a block (of up to 1024). 0 leaves
-            out nothing. "cpu" makes use of it, which on a trained model saves much of two of the three products: of Gemma
+            `|d loss_i / d (input_i · linear_weight_j)|`, before row weights, is below this for every row i of a block (of
+            up to 1024), as exactly as the backend holds it. 0 leaves out nothing. "cpu" makes use of it, which on a trained model saves much of two of the three products: of Gemma
             3's 262,144 classes, 2^-20 keeps a quarter at no measurable error; the others compute everything.
             benchmarks/results/grad_filter.md has errors and times.
 
@@ -169,7 +169,9 @@ def linear_cross_entropy(
             rows.input, linear_weight, kept, row_weight, linear_bias, *options, *needs, grad_filter_eps, backend
         )
         return total
-    loss, _, _ = ops.linear_cross_entropy_fwd(rows.input, linear_weight, kept, linear_bias, *options, 0.0, backend)
+    loss, _, _ = ops.linear_cross_entropy_fwd(
+        rows.input, linear_weight, kept, linear_bias, *options, grad_filter_eps, backend
+    )
     return (row_weight * loss).sum()
 
 

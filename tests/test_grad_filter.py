@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cpu_kernels import GRADIENT_ERROR, error, kernels
+from test_cpu_kernels import GRADIENT_ERROR, error, head, kernels
 
 from flow_kernels import LinearCrossEntropyLoss, cpu, linear_cross_entropy, reference
 
@@ -59,10 +59,17 @@ def expected(input, linear_weight, target, row_weight, eps, linear_bias=None, **
 
 
 @pytest.mark.parametrize(("dtype", "name"), kernels())
-@pytest.mark.parametrize(("num_rows", "eps"), [(3, EPS), (70, EPS), (ROW_BLOCK + 70, 0.3)])
+# Small chunks keep the exponentials of some rows in dweight's own memory, and those of the others for some tiles.
+@pytest.mark.parametrize(
+    ("num_rows", "eps", "dim", "chunk_size"),
+    [
+        (3, EPS, 24, 0), (70, EPS, 24, 0), (ROW_BLOCK + 70, 0.3, 24, 0),
+        (70, EPS, 128, 1), (150, EPS, 128, 1), (ROW_BLOCK + 70, 0.3, 128, 1), (ROW_BLOCK + 70, 0.3, 128, 400),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
-def test_leaves_out_exactly_what_is_small(num_rows, eps, options, dtype, name):
-    input, linear_weight, target, row_weight = problem(num_rows, dtype=dtype)
+def test_leaves_out_exactly_what_is_small(num_rows, eps, dim, chunk_size, options, dtype, name):
+    input, linear_weight, target, row_weight = problem(num_rows, dim, dtype=dtype)
     class_weight = linear_bias = None
     if options:
         class_weight, linear_bias = 0.5 + torch.rand(len(linear_weight)), torch.randn(len(linear_weight)).to(dtype)
@@ -77,10 +84,10 @@ def test_leaves_out_exactly_what_is_small(num_rows, eps, options, dtype, name):
     numbers = (class_weight, -100, 0.0, options.get("softcap", 0.0), options.get("z_loss", 0.0))
     head = (input, linear_weight, target)
     one_pass = cpu.linear_cross_entropy_fwd_bwd(
-        *head, row_weight, linear_bias, *numbers, 0, True, True, True, eps, kernels=name
+        *head, row_weight, linear_bias, *numbers, chunk_size, True, True, True, eps, kernels=name
     )
     whole = cpu.linear_cross_entropy_fwd_bwd(
-        *head, row_weight, linear_bias, *numbers, 0, True, True, True, kernels=name
+        *head, row_weight, linear_bias, *numbers, chunk_size, True, True, True, kernels=name
     )
     lse = cpu.linear_cross_entropy_fwd(*head, linear_bias, *numbers, 0, kernels=name)[1]
     two_pass = cpu.linear_cross_entropy_bwd(
@@ -156,9 +163,45 @@ def test_bit_equal_from_run_to_run():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("num_rows", [90, ROW_BLOCK + 30])
+def test_threads_change_the_sum_of_dinput_only(num_rows):
+    arguments = (*problem(num_rows), None, None, -100, 0.0, 0.0, 0.0, 0, True, True, False)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(cpu.linear_cross_entropy_fwd_bwd(*arguments, EPS))
+    finally:
+        torch.set_num_threads(threads)
+    one, three = found
+    assert torch.equal(one[3], three[3])
+    torch.testing.assert_close(one[2][2:], three[2][2:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-30, 2**-12])
+def test_exponentials_in_bytes(eps):
+    """As the test of the same name in test_cpu_kernels.py: kept in one byte, in dweight's memory and beside it."""
+    input, linear_weight, target, row_weight = head(1100, 64, 120_001, torch.bfloat16)
+    input *= 3
+    arguments = (input, linear_weight, target, row_weight, None, None, -100, 0.0, 0.0, 0.0, 0, True, True, False)
+    whole = cpu.linear_cross_entropy_fwd_bwd(*arguments)[2:4]
+    dinput, dlinear_weight = cpu.linear_cross_entropy_fwd_bwd(*arguments, eps)[2:4]
+    kept = (dlinear_weight != 0).any(1)
+    assert kept[target].all()
+    # What one block leaves out of a class that the other keeps is small.
+    assert error(dlinear_weight[kept], whole[1][kept].double()) <= 2 * GRADIENT_ERROR[torch.bfloat16]
+    if eps == 1e-30:
+        assert error(dlinear_weight, whole[1].double()) <= GRADIENT_ERROR[torch.bfloat16]
+        assert error(dinput, whole[0].double()) <= GRADIENT_ERROR[torch.bfloat16]
+    else:
+        assert 0.01 < kept.double().mean() < 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_public_functions_pass_it_on(reduction):
-    input, linear_weight, target, row_weight = problem(40)
+def test_public_functions_pass_it_on(reduction, dtype):
+    input, linear_weight, target, row_weight = problem(40, dtype=dtype)
 
     def gradients(fn):
         leaves = [t.clone().requires_grad_() for t in (input, linear_weight)]

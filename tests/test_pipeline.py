@@ -115,11 +115,17 @@ def test_the_average_of_a_directory_that_names_its_tensors_otherwise(mapping, tm
     [
         ({"train": {"max_grad_norm": -1.0}}, "max_grad_norm must be at least 0"),
         ({"methods": [{"name": "flow", "quantile": 50}]}, "quantile is a share"),
+        ({"train": {"grad_filter_eps": 1.0}}, "grad_filter_eps must be in"),
+        ({"train": {"grad_filter_eps": 1e-6}, "backend": "reference"}, "saves nothing with backend 'reference'"),
     ],
 )
 def test_an_option_out_of_range_is_refused_before_anything_is_made(mapping, tmp_path, change, message):
+    mapping["model"]["backend"] = change.get("backend", "auto")
     with pytest.raises(InputError, match=message):
-        run(from_mapping(RunConfig, {**mapping, **change}, "test"), tmp_path / "out")
+        run(
+            from_mapping(RunConfig, {**mapping, **{k: v for k, v in change.items() if k != "backend"}}, "test"),
+            tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()
 
 

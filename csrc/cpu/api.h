@@ -64,7 +64,8 @@ struct HeadProblem {
   LossOptions loss;
   RowResults rows;
   Kept kept;
-  // A class whose |dloss/dlogit| is below this in all rows of a block is left out of dinput and dweight; 0 keeps all.
+  // A class whose |dloss/dproduct|, before row_scale, is below this in all rows of a block is left out of dinput and
+  // dweight; 0 keeps all.
   float grad_filter_eps;
   // for gradients; dweight holds kept exponentials during the forward pass
   bool need_dinput;

@@ -51,7 +51,7 @@ struct WordElement {
 };
 template <>
 struct WordElement<2> {
-  using type = uint16_t;
+  typedef uint16_t __attribute__((may_alias)) type;  // stored one by one, read as words
 };
 
 // The function behind MatrixUnit, set once before its kernels are handed out.

@@ -25,13 +25,20 @@ static inline int64_t list_active(const uint32_t* flags, int64_t n, int64_t* ind
   return count;
 }
 
-// Columns index[0:count] of p [rows, padded], padded with zeros to vectors: in place as the left operand of dinput, and
+// Classes of a product of `count` active ones. oneDNN makes a kernel for every shape, so its shapes are few.
+template <class C>
+static inline int64_t padded_active(int64_t count, int64_t tile_padded) {
+  const int64_t kept = round_up(count, C::uses_brgemm ? panel_columns<C> : W);
+  return kept < tile_padded ? kept : tile_padded;
+}
+
+// Columns index[0:count] of p [rows, padded], padded with zeros to `kept`: in place as the left operand of dinput, and
 // in `pairs` (if any) as tiles.h keeps the probabilities for dweight.
 template <class C>
-static void gather_active(const int64_t* index, int64_t count, int64_t rows, int64_t padded, uint32_t* p,
-                          uint32_t* pairs) {
+static void gather_active(const int64_t* index, int64_t count, int64_t kept, int64_t rows, int64_t padded,
+                          uint32_t* p, uint32_t* pairs) {
   using Element = typename WordElement<C::group>::type;
-  const int64_t kept = round_up(count, W), k_words = rows / C::group;
+  const int64_t k_words = rows / C::group;
   Element* elements = reinterpret_cast<Element*>(p);
   for (int64_t r = 0; r < rows; r += C::group) {
     const Element *row0 = elements + r * padded, *row1 = row0 + (C::group - 1) * padded;
@@ -46,7 +53,7 @@ static void gather_active(const int64_t* index, int64_t count, int64_t rows, int
         to[c] = word;
       }
     }
-    // A row moves towards the front, where only rows already gathered lie.
+    // kept <= padded and index[c] >= c, so nothing is written in front of which something is still to be read.
     for (int64_t i = r; i < r + C::group; ++i) {
       for (int64_t c = 0; c < kept; ++c) elements[i * kept + c] = c < count ? elements[i * padded + index[c]] : 0;
     }

@@ -282,9 +282,11 @@ static void add_active_products(const HeadProblem& problem, const Scratch<C>& s,
   } else if (tile.dweight != nullptr && !in_blocks) {
     __builtin_memset(tile.dweight, 0, tile.num_classes * tile.dweight_stride);
   }
-  const int64_t active = list_active(s.active, tile.num_classes, s.active_index), padded = round_up(active, W);
+  const int64_t active = list_active(s.active, tile.num_classes, s.active_index);
+  const int64_t padded = padded_active<C>(active, tile.padded);
   if (active == 0) return;
-  gather_active<C>(s.active_index, active, rows, tile.padded, s.p, tile.dweight == nullptr ? nullptr : s.p_pairs);
+  gather_active<C>(s.active_index, active, padded, rows, tile.padded, s.p,
+                   tile.dweight == nullptr ? nullptr : s.p_pairs);
   if (problem.need_dinput) {
     const Rows weight{tile.weight.base, tile.weight.stride_bytes, s.active_index};
     pack_straight<C, T>(weight, active, padded / C::group, problem.dim, s.weight_straight);

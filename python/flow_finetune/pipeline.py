@@ -29,13 +29,13 @@ from flow_finetune.data import SampleSet, load_samples
 from flow_finetune.evaluate import evaluate
 from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.methods import needs_scores
-from flow_finetune.models import load_model, save_model
+from flow_finetune.models import load_model, resolve_device, save_model
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.scores import score
 from flow_finetune.tasks import prepare
-from flow_finetune.train import check_train, train
+from flow_finetune.train import check_grad_filter, check_train, train
 from flow_finetune.wise_ft import read_headers, wise_ft
 
 
@@ -51,6 +51,7 @@ def run(config: RunConfig, output: Path) -> Path:
     for method in methods:
         if method.of is None:
             check_train(config.train, method)
+    check_grad_filter(config.train, config.model.backend, resolve_device(config.model.device).type)
     claim(config, output)
     pretrained, scores = output / "pretrained", _scores_path(config, output)
     base = base_model(config.model, pretrained)

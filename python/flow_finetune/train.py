@@ -31,6 +31,7 @@ from flow_finetune.online import FrozenModel, OnlineWeights
 from flow_finetune.pretrained import averaging_steps, make_copy
 from flow_finetune.progress import say, track
 from flow_finetune.scores import read_scores, scoring_fingerprints
+from flow_kernels import backends
 
 
 def step_plan(num_samples: int, config: TrainConfig) -> list[list[int]]:
@@ -129,10 +130,6 @@ def train(
             disk is too small, or (DivergedError) the loss becomes NaN.
     """
     check_train(config, method)
-    if config.grad_filter_eps and lm.backend != "cpu":
-        raise InputError(
-            f"grad_filter_eps saves nothing with backend {lm.backend!r}: only the compiled CPU kernels leave classes out"
-        )
     accelerator = Accelerator(cpu=lm.head.weight.device.type == "cpu")
     fingerprints = scoring_fingerprints(lm, tokenizer, samples)
     found = None
@@ -156,6 +153,7 @@ def train(
     if summary is not None:
         say(f"{output} holds this run already, finished")
         return summary
+    check_grad_filter(config, lm.backend, lm.head.weight.device.type)
     last, meter, weights = _optimise(
         lm, samples, weights, directory, accelerator, method, config, model_config, temperature
     )
@@ -200,6 +198,20 @@ def check_train(config: TrainConfig, method: MethodConfig) -> None:
     learning_rate = method.learning_rate or config.learning_rate
     if not learning_rate > 0:
         raise InputError(f"learning_rate must be positive, got {learning_rate}")
+
+
+def check_grad_filter(config: TrainConfig, backend: str, device_type: str) -> None:
+    """Raise `InputError` where leaving small gradients out was asked for and would save nothing."""
+    if not config.grad_filter_eps:
+        return
+    try:
+        found = backends.resolve(backend, device_type, operator="linear_cross_entropy_fwd_bwd")
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if found != "cpu":
+        raise InputError(
+            f"grad_filter_eps saves nothing with backend {found!r}: only the compiled CPU kernels leave classes out"
+        )
 
 
 def _optimise(lm, samples, weights, directory, accelerator, method, config, model_config, temperature):

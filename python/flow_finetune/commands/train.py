@@ -121,7 +121,7 @@ def train(
             min=0,
             max=1,
             rich_help_panel=OPTIMISATION_PANEL,
-            help="Compiled CPU kernels: leave out of the head's gradients the classes that are below this in all rows.",
+            help="Compiled CPU kernels: leave out of the head's gradients classes below this in all of 1024 rows.",
         ),
     ] = 0.0,
     prompt_field: PromptField = "prompt",
@@ -184,6 +184,7 @@ def train(
             epochs, batch_size, micro_batch_tokens, learning_rate, warmup, weight_decay, max_grad_norm, seed,
             checkpoint_every, log_every, gradient_checkpointing, track_distance, grad_filter_eps,
         )  # fmt: skip
+        train_module.check_train(config, method_config)
         lm, tokenizer = models.load_model(model_config)
         samples = data_module.load_samples(data_config, tokenizer)
         say(f"{data}: {samples.describe()}")
