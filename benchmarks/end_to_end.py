@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from pathlib import Path
 
@@ -144,7 +143,7 @@ def exact(lm: CausalLM, eager: CausalLM, samples, arguments) -> None:
     for name, parts in errors.items():
         row[f"{name}_largest_error"] = f"{float(torch.cat(parts).abs().max()):.1e}"
         row[f"{name}_mean_error"] = f"{float(torch.cat(parts).mean()):.1e}"
-    row |= _source(arguments)
+    row |= harness.provenance_of_model("end_to_end.py", arguments.model)
     print(row)
     harness.update_csv("end_to_end_exact", [row], ("model", "samples"))
 
@@ -183,12 +182,6 @@ def total(parts: list[dict]) -> dict:
     }
 
 
-def _source(arguments) -> dict:
-    """Where the figures are from; the model by its file name, wherever it lay."""
-    words = [Path(arguments.model).name if word == arguments.model else word for word in sys.argv[1:]]
-    return harness.provenance("end_to_end.py", words)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", choices=("score", "train", "exact"))
@@ -218,7 +211,11 @@ def main() -> None:
     }  # fmt: skip
     row = {"score": bench_score, "train": bench_train}[arguments.program](lm, eager, samples, arguments)
     print(about | row)
-    harness.update_csv("end_to_end_parts", [about | row | _source(arguments)], (*KEYS, "part"))
+    harness.update_csv(
+        "end_to_end_parts",
+        [about | row | harness.provenance_of_model("end_to_end.py", arguments.model)],
+        (*KEYS, "part"),
+    )
     parts = [
         part for part in harness.read_csv("end_to_end_parts")
         if all(part[k] == str(about[k]) for k in KEYS) and part["part"].split("/")[1] == arguments.part.split("/")[1]
@@ -226,7 +223,9 @@ def main() -> None:
     if len(parts) == int(arguments.part.split("/")[1]):
         about["part"] = f"all {len(parts)}"
         print(total(parts))
-        harness.update_csv("end_to_end", [about | total(parts) | _source(arguments)], KEYS)
+        harness.update_csv(
+            "end_to_end", [about | total(parts) | harness.provenance_of_model("end_to_end.py", arguments.model)], KEYS
+        )
 
 
 if __name__ == "__main__":

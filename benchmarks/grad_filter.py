@@ -10,7 +10,6 @@ hidden states and head. "classes kept" is the share of the vocabulary with a gra
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import harness
@@ -69,8 +68,7 @@ def main() -> None:
         *wide, target, scale, None, None, -100, 0.0, 0.0, 0.0, 0, True, True, False
     )
     del wide
-    words = [Path(arguments.model).name if word == arguments.model else word for word in sys.argv[1:]]
-    source = harness.provenance("grad_filter.py", words)
+    source = harness.provenance_of_model("grad_filter.py", arguments.model)
     about = {"model": Path(arguments.model).name, "rows": len(target), "D": weight.shape[1], "V": len(weight)}
     about["mean_loss"] = round(float(exact[0]), 3)
     rows = []

@@ -60,6 +60,11 @@ def provenance(program: str, arguments: list[str] | None = None) -> dict:
     }
 
 
+def provenance_of_model(program: str, model: str) -> dict:
+    """`provenance`, the model on the command line by its file name, wherever it lay."""
+    return provenance(program, [Path(model).name if word == model else word for word in sys.argv[1:]])
+
+
 def interleave(calls: dict, repetitions: int, budget_s: float) -> dict:
     """Wall and CPU seconds of every (warm) call, `repetitions` times in turn, fewer if `budget_s` runs out after the second round."""
     times = {name: [] for name in calls}

@@ -128,3 +128,11 @@ def test_the_gradient_filter_is_measured_on_a_models_own_hidden_states(tiny_mode
     assert bool((target < len(weight)).all())
     with pytest.raises(SystemExit, match="fewer than 1000000 target tokens"):
         grad_filter.real_head(str(tiny_model_dir), "examples/data/gsm8k_train.jsonl.gz", 10**6)
+
+
+def test_commands_name_a_model_without_its_place(monkeypatch):
+    import harness
+
+    monkeypatch.setattr("sys.argv", ["end_to_end.py", "train", "--model", "some/where/model.gguf", "--steps", "2"])
+    command = harness.provenance_of_model("end_to_end.py", "some/where/model.gguf")["command"]
+    assert command == "python benchmarks/end_to_end.py train --model model.gguf --steps 2"
