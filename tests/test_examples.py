@@ -22,6 +22,14 @@ def test_replacing_the_loss_trains():
     assert 0 < last < 0.2 * first
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_trainer_trains_with_the_weighted_loss():
+    first, last = _load("trainer").main()
+    # A random model's loss is ln 500, and all its weights are about exp(-1).
+    assert abs(first - 6.2 * 0.37) < 0.2
+    assert 0 < last < 0.2 * first
+
+
 def test_the_linear_model_is_drawn_and_flow_is_below_the_best_average(tmp_path):
     best = _load("linear_model").main(tmp_path / "linear_model.png")
     assert (tmp_path / "linear_model.png").read_bytes()[:4] == b"\x89PNG"

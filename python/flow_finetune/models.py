@@ -43,18 +43,20 @@ class CausalLM(nn.Module):
         self.model = model
         self.backend = backend
         self.grad_filter_eps = 0.0  # training sets it
-        head = model.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise InputError(
-                f"{type(model).__name__} has a head of type {type(head).__name__}; the fused loss reads the weight of "
-                "a plain torch.nn.Linear, so merge or remove the adapter or quantisation on the head"
-            )
+        _ = self.head  # one that the fused loss cannot read is refused now
         text_config = model.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
 
     @property
     def head(self) -> nn.Linear:
-        return self.model.get_output_embeddings()
+        """The linear layer that makes logits; anything else there, such as an adapter's wrapper, is an `InputError`."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise InputError(
+                f"{type(self.model).__name__} has a head of type {type(head).__name__}; the fused loss reads the weight "
+                "of a plain torch.nn.Linear, so merge or remove the adapter or quantisation on the head"
+            )
+        return head
 
     def target_hidden(self, batch: Batch, **context) -> Tensor:
         """Hidden states `[R, D]` of the positions that predict a target token; the others never reach the head.
@@ -80,15 +82,18 @@ class CausalLM(nn.Module):
             softcap=self.softcap, backend=self.backend,
         )  # fmt: skip
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of hidden states `[..., D]`: `[..., V]`, soft-capped where it does that."""
+        logits = self.head(hidden)
+        return logits if not self.softcap else self.softcap * torch.tanh(logits / self.softcap)
+
     @torch.no_grad()
     def check_head(self) -> None:
         """Raise `InputError` unless head(body(x)), soft-capped, equals the logits of the model on a few tokens."""
         device = self.head.weight.device
         ids = torch.arange(8, device=device)[None] % self.head.weight.shape[0]
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        ours = self.head(hidden).float()
-        if self.softcap:
-            ours = self.softcap * torch.tanh(ours / self.softcap)
+        ours = self.logits(hidden).float()
         theirs = self.model(input_ids=ids, use_cache=False).logits.float()
         difference = float((ours - theirs).abs().max())
         # The same products in the same dtype: they differ by rounding only, or by something done to the logits.

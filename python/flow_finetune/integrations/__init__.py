@@ -1,0 +1,1 @@
+"""The weighted fused loss inside training programs of others."""

@@ -1,0 +1,374 @@
+"""Weights and the fused loss under transformers.Trainer, against Trainer with the loss written out from the logits."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from flow_finetune.config import DataConfig, ModelConfig
+from flow_finetune.data import load_samples
+from flow_finetune.errors import InputError
+from flow_finetune.integrations.trainer import add_sample_weights, sample_losses, use_weighted_loss
+from flow_finetune.models import load_model
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from flow_kernels import BackendUnavailable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def shifted_losses(logits, labels):
+    """Loss of every label but the first, `[B, T - 1]`, 0 where it is ignored."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+
+
+class LogitsTrainer(Trainer):
+    """The oracle: the weighted loss from logits, in fp32, divided by the target count that Trainer gives."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        weight = inputs.pop("sample_weight", None)
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits.float()
+        nll = shifted_losses(logits, labels)
+        per_sample = nll.sum(1) if weight is None else weight * nll.sum(1)
+        loss = per_sample.sum() / num_items_in_batch * self.accelerator.num_processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "sample_weight"]
+
+
+def rows(model_dir, qa_file) -> datasets.Dataset:
+    _, tokenizer = load_model(ModelConfig(str(model_dir), device="cpu"))
+    data = DataConfig(str(qa_file), prompt_field="question", response_field="answer")
+    samples = load_samples(data, tokenizer).samples
+    return datasets.Dataset.from_list(
+        [
+            {
+                "input_ids": s.input_ids.tolist(),
+                "attention_mask": [1] * len(s.input_ids),
+                "labels": [-100] * s.start + s.input_ids[s.start :].tolist(),
+                "id": s.id,
+            }
+            for s in samples
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_dir, qa_file):
+    return rows(tiny_model_dir, qa_file)
+
+
+@pytest.fixture(scope="module")
+def weighted(plain):
+    weights = torch.linspace(0.1, 2.0, len(plain))
+    weights[3] = 0.0
+    return plain.add_column("sample_weight", weights.numpy())
+
+
+@pytest.fixture(scope="module")
+def collator(tiny_model_dir):
+    return DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(tiny_model_dir), padding="longest")
+
+
+def new_model(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def trained(trainer_class, model, data, collator, output, **options):
+    arguments = TrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=3, gradient_accumulation_steps=2, num_train_epochs=1,
+        learning_rate=0.2, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=True, seed=1, disable_tqdm=True, **options,
+    )  # fmt: skip
+    trainer = trainer_class(model=model, args=arguments, train_dataset=data, data_collator=collator)
+    trainer.train()
+    return trainer
+
+
+def losses_of(trainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def assert_same_parameters(a, b):
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_trainer_takes_the_steps_of_the_weighted_loss(tiny_model_dir, weighted, collator, tmp_path):
+    expected, model, start = (new_model(tiny_model_dir) for _ in range(3))
+    oracle = trained(LogitsTrainer, expected, weighted, collator, tmp_path / "a")
+    trainer = trained(Trainer, use_weighted_loss(model), weighted, collator, tmp_path / "b")
+    assert trainer.state.global_step == 4
+    assert losses_of(trainer) == pytest.approx(losses_of(oracle), rel=1e-5)
+    assert_same_parameters(model, expected)
+    moved = max(
+        float((p - q).detach().abs().max()) for p, q in zip(model.parameters(), start.parameters(), strict=True)
+    )
+    assert moved > 1e-2
+
+
+def test_weights_of_one_are_plain_fine_tuning(tiny_model_dir, plain, collator, tmp_path):
+    expected, model, unweighted = (new_model(tiny_model_dir) for _ in range(3))
+    ones = plain.add_column("sample_weight", [1.0] * len(plain))
+    a = trained(Trainer, expected, plain, collator, tmp_path / "a")
+    b = trained(Trainer, use_weighted_loss(model), ones, collator, tmp_path / "b")
+    c = trained(Trainer, use_weighted_loss(unweighted, require_weights=False), plain, collator, tmp_path / "c")
+    for trainer in (b, c):
+        assert losses_of(trainer) == pytest.approx(losses_of(a), rel=1e-5)
+        assert_same_parameters(trainer.model, expected)
+
+
+@pytest.mark.parametrize("width", ["sample", "token"])
+def test_one_weight_per_label_moves_with_its_label(tiny_model_dir, weighted, collator, width):
+    model = use_weighted_loss(new_model(tiny_model_dir)).train()
+    batch = collator([{k: v for k, v in weighted[i].items() if k != "id"} for i in range(5)])
+    sample_weight = batch.pop("sample_weight")
+    weight = sample_weight if width == "sample" else torch.rand(batch["labels"].shape)
+    nll = shifted_losses(new_model(tiny_model_dir)(input_ids=batch["input_ids"]).logits, batch["labels"])
+    per_token = weight[:, None] if width == "sample" else weight[:, 1:]
+    expected = (per_token * nll).sum() / 7
+    out = model(**batch, sample_weight=weight, num_items_in_batch=torch.tensor(7))
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
+    assert out.logits is None
+    # Without a count: the targets of the batch.
+    alone = model(**batch, sample_weight=weight).loss
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    torch.testing.assert_close(alone, expected * 7 / count, rtol=1e-5, atol=1e-6)
+    # Labels that a collator shifted already.
+    shifted = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    weight = sample_weight if width == "sample" else torch.nn.functional.pad(weight[:, 1:], (0, 1))
+    again = model(**batch, shift_labels=shifted, sample_weight=weight).loss
+    torch.testing.assert_close(again, alone, rtol=1e-6, atol=1e-7)
+
+
+def test_positional_arguments_and_tuples(tiny_model_dir, plain):
+    ids = torch.tensor([plain[0]["input_ids"]])
+    labels = torch.tensor([plain[0]["labels"]])
+    expected = new_model(tiny_model_dir)(input_ids=ids, labels=labels).loss
+    model = use_weighted_loss(new_model(tiny_model_dir), require_weights=False).train()
+    torch.testing.assert_close(model(ids, torch.ones_like(ids), labels=labels).loss, expected, rtol=1e-5, atol=0)
+    (loss,) = model(ids, labels=labels, return_dict=False)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_evaluation_needs_no_weights_and_has_logits_when_asked(tiny_model_dir, plain, weighted, collator, tmp_path):
+    def evaluated(model, **options):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "e"), per_device_eval_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+            prediction_loss_only=not options,
+        )  # fmt: skip
+        return Trainer(model=model, args=arguments, eval_dataset=plain, data_collator=collator, **options).evaluate()
+
+    expected = evaluated(new_model(tiny_model_dir))["eval_loss"]
+    assert evaluated(use_weighted_loss(new_model(tiny_model_dir)))["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    seen = {}
+
+    def keep(prediction):
+        seen["logits"] = prediction.predictions
+        return {}
+
+    evaluated(new_model(tiny_model_dir), compute_metrics=keep)
+    theirs = seen.pop("logits")
+    evaluated(use_weighted_loss(new_model(tiny_model_dir), logits_in_eval=True), compute_metrics=keep)
+    assert seen["logits"].shape == theirs.shape
+    assert abs(seen["logits"] - theirs).max() < 1e-4
+
+
+def test_without_labels_the_model_is_what_it_was(tiny_model_dir, plain):
+    ids = torch.tensor([plain[0]["input_ids"][:6]])
+    untouched, model = new_model(tiny_model_dir).eval(), use_weighted_loss(new_model(tiny_model_dir)).eval()
+    assert torch.equal(model(ids).logits, untouched(ids).logits)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), untouched.generate(ids, **options))
+    del model.forward
+    assert torch.equal(model(ids, labels=ids).logits, untouched(ids, labels=ids).logits)
+
+
+@pytest.mark.parametrize("first", ["loss", "adapters"])
+def test_adapters_train_alone(tiny_model_dir, weighted, collator, tmp_path, first):
+    def with_adapters(model):
+        torch.manual_seed(3)
+        return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian"))
+
+    base = new_model(tiny_model_dir)
+    model = with_adapters(use_weighted_loss(base)) if first == "loss" else with_adapters(base)
+    if first == "adapters":
+        use_weighted_loss(model)
+    expected = with_adapters(new_model(tiny_model_dir))
+    oracle = trained(LogitsTrainer, expected, weighted, collator, tmp_path / "a", label_names=["labels"])
+    trainer = trained(Trainer, model, weighted, collator, tmp_path / "b", label_names=["labels"])
+    assert losses_of(trainer) == pytest.approx(losses_of(oracle), rel=1e-5)
+    assert_same_parameters(model, expected)
+    assert torch.equal(base.lm_head.weight, new_model(tiny_model_dir).lm_head.weight)
+
+
+def test_softcap_and_label_smoothing():
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=1.5, initializer_range=0.5,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config)
+    ids = torch.randint(0, 97, (3, 11))
+    weight = torch.tensor([0.3, 0.0, 1.7])
+    logits = model(ids).logits
+    assert float(logits.abs().max()) > 1.0
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none", label_smoothing=0.2
+    )
+    expected = (weight[:, None] * loss).sum() / loss.numel()
+    use_weighted_loss(model, label_smoothing=0.2, logits_in_eval=True)
+    torch.testing.assert_close(model.train()(ids, labels=ids, sample_weight=weight).loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(model.eval()(ids, labels=ids).logits, logits)
+
+
+def test_mixed_precision_casts_as_the_trainer_does(tiny_model_dir, weighted, collator, tmp_path):
+    model = use_weighted_loss(new_model(tiny_model_dir))
+    trainer = trained(Trainer, model, weighted, collator, tmp_path / "b", bf16=True)
+    exact = trained(Trainer, use_weighted_loss(new_model(tiny_model_dir)), weighted, collator, tmp_path / "c")
+    assert losses_of(trainer) == pytest.approx(losses_of(exact), rel=2e-2)
+    assert losses_of(trainer) != losses_of(exact)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_losses_are_means_over_targets_and_weights_are_flows(tiny_model_dir, plain, collator):
+    untouched = new_model(tiny_model_dir).eval()
+    expected = []
+    for row in plain:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        nll = shifted_losses(untouched(ids).logits, labels)
+        expected.append(float(nll.sum() / (labels[:, 1:] != -100).sum()))
+    expected = torch.tensor(expected)
+    model = new_model(tiny_model_dir).train()
+    losses = sample_losses(plain, model, collator, batch_size=5)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    data_set = add_sample_weights(plain, model, collator)
+    expected = torch.exp(-expected.double() / expected.double().quantile(0.5))
+    torch.testing.assert_close(torch.tensor(data_set["sample_weight"][:]).double(), expected, rtol=1e-5, atol=0)
+    assert data_set["id"][:] == plain["id"][:]
+    mean = add_sample_weights(plain, model, collator, quantile=0.25, normalize="mean")["sample_weight"][:]
+    assert sum(mean) / len(mean) == pytest.approx(1.0)
+
+
+def worker(rank: int, model_dir: str, data_dir: str, port: int, output: str) -> None:
+    """One of two processes that train together."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    model = use_weighted_loss(new_model(model_dir))
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_dir), padding="longest")
+    data = datasets.load_from_disk(data_dir)
+    options = {"train_sampling_strategy": "sequential", "ddp_backend": "gloo"}
+    trainer = trained(Trainer, model, data, collator, output, **options)
+    if rank == 0:
+        model.save_pretrained(output)
+        Path(output, "losses.json").write_text(json.dumps(losses_of(trainer)))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tiny_model_dir, weighted, collator, tmp_path):
+    weighted.save_to_disk(tmp_path / "data")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    both = tmp_path / "both"
+    torch.multiprocessing.spawn(worker, (str(tiny_model_dir), str(tmp_path / "data"), port, str(both)), nprocs=2)
+    # The two take batches in turn: of 3 rows each, twice, so that a step is of 12 rows, in an order of no effect.
+    one = use_weighted_loss(new_model(tiny_model_dir))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "one"), per_device_train_batch_size=12, num_train_epochs=1, learning_rate=0.2,
+        optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no", report_to=[],
+        use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = Trainer(model=one, args=arguments, train_dataset=weighted, data_collator=collator)
+    trainer.train()
+    assert_same_parameters(new_model(both), one)
+    assert json.loads((both / "losses.json").read_text()) == pytest.approx(losses_of(trainer), rel=1e-4)
+
+
+def test_a_weight_that_is_lost_is_an_error(tiny_model_dir, plain, weighted, collator, tmp_path):
+    with pytest.raises(InputError, match=r"no sample_weight reached the model.*require_weights=False"):
+        trained(Trainer, use_weighted_loss(new_model(tiny_model_dir)), plain, collator, tmp_path / "a")
+
+    def forgets(features):
+        return collator([{k: v for k, v in row.items() if k != "sample_weight"} for row in features])
+
+    with pytest.raises(InputError, match="collator must keep it"):
+        trained(Trainer, use_weighted_loss(new_model(tiny_model_dir)), weighted, forgets, tmp_path / "b")
+
+
+def test_labels_that_the_trainer_takes_out_are_an_error(tiny_model_dir, weighted, collator, tmp_path):
+    model = use_weighted_loss(new_model(tiny_model_dir))
+    with pytest.raises(InputError, match="give label_smoothing to use_weighted_loss"):
+        trained(Trainer, model, weighted, collator, tmp_path / "a", label_smoothing_factor=0.1)
+
+
+def test_bad_models_are_refused(tiny_model_dir):
+    model = use_weighted_loss(new_model(tiny_model_dir))
+    with pytest.raises(InputError, match="once a model"):
+        use_weighted_loss(model)
+    with pytest.raises(InputError, match="no causal language model"):
+        use_weighted_loss(torch.nn.Linear(2, 2))
+    with pytest.raises(BackendUnavailable, match="'cuda' cannot serve tensors on cpu"):
+        use_weighted_loss(new_model(tiny_model_dir), backend="cuda")
+    with pytest.raises(InputError, match="merge or remove the adapter"):
+        use_weighted_loss(get_peft_model(new_model(tiny_model_dir), LoraConfig(target_modules=["lm_head"])))
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="output_router_logits=False"):
+        use_weighted_loss(MixtralForCausalLM(config))
+
+
+def test_an_adapter_put_on_the_head_later_is_found(tiny_model_dir, plain):
+    model = use_weighted_loss(new_model(tiny_model_dir), require_weights=False)
+    get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    ids = torch.tensor([plain[0]["input_ids"]])
+    with pytest.raises(InputError, match="merge or remove the adapter"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_data_that_gives_no_weights_is_refused(tiny_model_dir, plain, weighted, collator):
+    model = new_model(tiny_model_dir)
+    with pytest.raises(InputError, match="column sample_weight already"):
+        add_sample_weights(weighted, model, collator)
+    with pytest.raises(InputError, match="data set is empty"):
+        sample_losses([], model, collator)
+    with pytest.raises(InputError, match="batch_size"):
+        sample_losses(plain, model, collator, batch_size=0)
+    with pytest.raises(InputError, match="at least 2 losses"):
+        add_sample_weights(plain.select([0]), model, collator)
+    without = [{"input_ids": [1, 5, 6], "labels": [-100, 5, 6]}, {"input_ids": [1, 5, 7], "labels": [4, -100, -100]}]
+    with pytest.raises(InputError, match=r"1 samples have no target token, the first are \[1\]"):
+        sample_losses(without, model, default_data_collator)
+    with pytest.raises(InputError, match="makes no labels"):
+        sample_losses([{"input_ids": [1, 2]}], model, default_data_collator)
+
+    def packs(features):
+        ids = torch.tensor([[token for f in features for token in f["input_ids"]]])
+        return {"input_ids": ids, "labels": ids}
+
+    with pytest.raises(InputError, match="1 rows of 2 samples"):
+        sample_losses(plain.select([0, 1]), model, packs)
