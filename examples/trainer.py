@@ -11,7 +11,7 @@ import tempfile
 
 import torch
 from datasets import Dataset
-from flow_finetune.integrations.trainer import add_sample_weights, use_weighted_loss
+from flow_finetune.integrations import add_sample_weights, use_weighted_loss
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 

@@ -1,8 +1,11 @@
 """Weights and the fused loss under transformers.Trainer, against Trainer with the loss written out from the logits."""
 
+import copy
 import json
 import os
+import pickle
 import socket
+import types
 from pathlib import Path
 
 import datasets
@@ -11,12 +14,15 @@ import torch
 from flow_finetune.config import DataConfig, ModelConfig
 from flow_finetune.data import load_samples
 from flow_finetune.errors import InputError
-from flow_finetune.integrations.trainer import add_sample_weights, sample_losses, use_weighted_loss
+from flow_finetune.integrations import add_sample_weights, sample_losses, use_weighted_loss
 from flow_finetune.models import load_model
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -203,6 +209,39 @@ def test_without_labels_the_model_is_what_it_was(tiny_model_dir, plain):
     assert torch.equal(model(ids, labels=ids).logits, untouched(ids, labels=ids).logits)
 
 
+def test_a_deep_copy_runs_itself(tiny_model_dir, plain):
+    ids, labels = (torch.tensor([plain[0][name]]) for name in ("input_ids", "labels"))
+    model = use_weighted_loss(new_model(tiny_model_dir), require_weights=False)
+    twin = copy.deepcopy(model)
+    expected = new_model(tiny_model_dir)(input_ids=ids, labels=labels)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    twin(input_ids=ids, labels=labels).loss.backward()
+    torch.testing.assert_close(twin(input_ids=ids, labels=labels).loss, expected.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(twin(input_ids=ids).logits, expected.logits)
+    assert float(twin.lm_head.weight.grad.abs().max()) > 0
+    assert model.lm_head.weight.grad is None
+
+
+def test_a_model_that_lost_the_loss_does_not_train_on(tiny_model_dir, weighted, collator, tmp_path):
+    model = use_weighted_loss(new_model(tiny_model_dir))
+    with pytest.raises(AttributeError, match="weighted_loss"):
+        pickle.loads(pickle.dumps(model))
+    # As Liger's patch of an instance does it.
+    model.forward = types.MethodType(type(model).forward, model)
+    with pytest.raises(InputError, match="was replaced after use_weighted_loss"):
+        trained(Trainer, model, weighted, collator, tmp_path / "a")
+
+
+def test_trainer_counts_targets_also_for_models_that_say_they_do_not(tiny_model_dir, weighted, collator, tmp_path):
+    expected, model = (new_model(tiny_model_dir) for _ in range(2))
+    model.accepts_loss_kwargs = False
+    oracle = trained(LogitsTrainer, expected, weighted, collator, tmp_path / "a")
+    trainer = trained(Trainer, use_weighted_loss(model), weighted, collator, tmp_path / "b")
+    assert losses_of(trainer) == pytest.approx(losses_of(oracle), rel=1e-5)
+
+
 @pytest.mark.parametrize("first", ["loss", "adapters"])
 def test_adapters_train_alone(tiny_model_dir, weighted, collator, tmp_path, first):
     def with_adapters(model):
@@ -218,7 +257,6 @@ def test_adapters_train_alone(tiny_model_dir, weighted, collator, tmp_path, firs
     trainer = trained(Trainer, model, weighted, collator, tmp_path / "b", label_names=["labels"])
     assert losses_of(trainer) == pytest.approx(losses_of(oracle), rel=1e-5)
     assert_same_parameters(model, expected)
-    assert torch.equal(base.lm_head.weight, new_model(tiny_model_dir).lm_head.weight)
 
 
 def test_softcap_and_label_smoothing():
@@ -231,7 +269,7 @@ def test_softcap_and_label_smoothing():
     ids = torch.randint(0, 97, (3, 11))
     weight = torch.tensor([0.3, 0.0, 1.7])
     logits = model(ids).logits
-    assert float(logits.abs().max()) > 1.0
+    assert float(logits.detach().abs().max()) > 1.0
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none", label_smoothing=0.2
     )
@@ -318,10 +356,19 @@ def test_a_weight_that_is_lost_is_an_error(tiny_model_dir, plain, weighted, coll
         trained(Trainer, use_weighted_loss(new_model(tiny_model_dir)), weighted, forgets, tmp_path / "b")
 
 
-def test_labels_that_the_trainer_takes_out_are_an_error(tiny_model_dir, weighted, collator, tmp_path):
+def test_labels_that_the_trainer_takes_out_are_an_error(tiny_model_dir, plain, weighted, collator, tmp_path):
     model = use_weighted_loss(new_model(tiny_model_dir))
     with pytest.raises(InputError, match="give label_smoothing to use_weighted_loss"):
         trained(Trainer, model, weighted, collator, tmp_path / "a", label_smoothing_factor=0.1)
+    with pytest.raises(InputError, match="no sample_weight reached the model"):
+        trained(Trainer, model, plain, collator, tmp_path / "b", label_smoothing_factor=0.1)
+
+
+def test_the_count_of_data_parallel_is_refused(tiny_model_dir, plain):
+    model = use_weighted_loss(new_model(tiny_model_dir), require_weights=False)
+    ids = torch.tensor([plain[0]["input_ids"]])
+    with pytest.raises(InputError, match="torchrun"):
+        model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor([[7]]))
 
 
 def test_bad_models_are_refused(tiny_model_dir):
@@ -334,12 +381,39 @@ def test_bad_models_are_refused(tiny_model_dir):
         use_weighted_loss(new_model(tiny_model_dir), backend="cuda")
     with pytest.raises(InputError, match="merge or remove the adapter"):
         use_weighted_loss(get_peft_model(new_model(tiny_model_dir), LoraConfig(target_modules=["lm_head"])))
+    with pytest.raises(ValueError, match="label_smoothing"):
+        use_weighted_loss(new_model(tiny_model_dir), label_smoothing=2.0)
+    spread = new_model(tiny_model_dir)
+    spread.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(InputError, match="several devices"):
+        use_weighted_loss(spread)
+    bodiless = new_model(tiny_model_dir)
+    bodiless.base_model_prefix = "nothing"
+    with pytest.raises(InputError, match="no body of its own"):
+        use_weighted_loss(bodiless)
+
+
+def test_models_with_a_loss_of_their_own_are_refused():
+    small = {"vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     config = MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
+        hidden_size=16, intermediate_size=16, num_local_experts=2, output_router_logits=True, **small
     )  # fmt: skip
     with pytest.raises(InputError, match="output_router_logits=False"):
         use_weighted_loss(MixtralForCausalLM(config))
+    config.output_router_logits = False
+    model = use_weighted_loss(MixtralForCausalLM(config), require_weights=False)
+    ids = torch.arange(6)[None]
+    with pytest.raises(InputError, match="output_router_logits=False"):
+        model(input_ids=ids, labels=ids, output_router_logits=True)
+    torch.manual_seed(0)
+    bart = BartConfig(
+        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, init_std=0.3,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="does not shift the labels"):
+        use_weighted_loss(BartForCausalLM(copy.deepcopy(bart)))  # it makes the config a decoder's
+    with pytest.raises(InputError, match="encoder-decoder"):
+        use_weighted_loss(BartForConditionalGeneration(bart))
 
 
 def test_an_adapter_put_on_the_head_later_is_found(tiny_model_dir, plain):
@@ -354,6 +428,10 @@ def test_data_that_gives_no_weights_is_refused(tiny_model_dir, plain, weighted, 
     model = new_model(tiny_model_dir)
     with pytest.raises(InputError, match="column sample_weight already"):
         add_sample_weights(weighted, model, collator)
+    with pytest.raises(InputError, match="takes no new column"):
+        add_sample_weights([{"input_ids": [1, 2]}], model, collator)
+    with pytest.raises(InputError, match="has no length"):
+        sample_losses(plain.to_iterable_dataset(), model, collator)
     with pytest.raises(InputError, match="data set is empty"):
         sample_losses([], model, collator)
     with pytest.raises(InputError, match="batch_size"):
@@ -365,6 +443,13 @@ def test_data_that_gives_no_weights_is_refused(tiny_model_dir, plain, weighted, 
         sample_losses(without, model, default_data_collator)
     with pytest.raises(InputError, match="makes no labels"):
         sample_losses([{"input_ids": [1, 2]}], model, default_data_collator)
+
+    def tokenises(features):
+        return collator([{k: v for k, v in plain[int(row["row"])].items() if k != "id"} for row in features])
+
+    numbered = datasets.Dataset.from_dict({"row": ["0", "5", "2"]})
+    expected = sample_losses(plain.select([0, 5, 2]), model, collator)
+    torch.testing.assert_close(sample_losses(numbered, model, tokenises), expected)
 
     def packs(features):
         ids = torch.tensor([[token for f in features for token in f["input_ids"]]])

@@ -44,6 +44,8 @@ class CausalLM(nn.Module):
         self.backend = backend
         self.grad_filter_eps = 0.0  # training sets it
         _ = self.head  # one that the fused loss cannot read is refused now
+        if model.base_model is model:
+            raise InputError(f"{type(model).__name__} has no body of its own to make hidden states with (base_model)")
         text_config = model.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
 
@@ -102,6 +104,29 @@ class CausalLM(nn.Module):
                 f"{type(self.model).__name__} changes its logits after the head (by up to {difference:.3g}), which the "
                 "fused loss does not know; use a model whose logits are the head's, soft-capped or not"
             )
+
+
+def causal_lm_of(model: nn.Module) -> CausalLM:
+    """`CausalLM` of a transformers model, or of the one in peft's wrapper, its head checked; modes stay as they are."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise InputError(f"{type(model).__name__} is no causal language model of transformers")
+    lm = CausalLM(model)
+    with evaluating(lm):
+        lm.check_head()
+    return lm
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module):
+    """Eval mode, and afterwards the mode of every module as it was."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def resolve_device(name: str) -> torch.device:

@@ -24,7 +24,7 @@ from flow_finetune.adapters import Lora
 from flow_finetune.config import MethodConfig
 from flow_finetune.data import PAD_ID, Sample, collate
 from flow_finetune.methods import temperature_of, weigh
-from flow_finetune.models import CausalLM, autocast
+from flow_finetune.models import CausalLM, autocast, evaluating
 
 
 class FrozenModel:
@@ -49,12 +49,9 @@ class FrozenModel:
         """Mean loss of every sample, `[len(samples)]` fp64 on the CPU, nats per target token."""
         device = self._lm.head.weight.device
         batch = collate(samples, PAD_ID).to(device)
-        was_training = self._lm.training
-        self._lm.eval()
         # Its own autocast: weights cast here without a graph must not be found again by the training's forward pass.
-        with self._adapters_off(), autocast(device, self._precision):
+        with evaluating(self._lm), self._adapters_off(), autocast(device, self._precision):
             scores = self._lm.score(batch)
-        self._lm.train(was_training)
         sums = flow_kernels.sum_samples(scores._replace(loss=scores.loss.double()), batch.target, batch.cu_seqlens)
         return (sums.loss_sum / sums.num_targets).cpu()
 

@@ -1,8 +1,7 @@
-"""Weights per sample and the fused loss under `transformers.Trainer`, or any loop that calls `model(**batch).loss`.
+"""The weighted fused loss under `transformers.Trainer`, or any loop that calls `model(**batch).loss`.
 
     dataset = add_sample_weights(dataset, model, data_collator)    # once, with the pre-trained model
-    use_weighted_loss(model)
-    Trainer(model=model, train_dataset=dataset, data_collator=data_collator, ...).train()
+    Trainer(model=use_weighted_loss(model), train_dataset=dataset, data_collator=data_collator, ...).train()
 
 The model's own `forward` takes the column `sample_weight` and gives the loss, so the trainer, its gradient accumulation and
 DDP stay as they are: `Trainer` keeps the columns that `forward` names, and hands it the target count of the whole
@@ -12,9 +11,8 @@ optimiser step. A weight that is lost on the way (by a collator, by column remov
 from __future__ import annotations
 
 import inspect
+import math
 import types
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,8 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import flow_kernels
 from flow_finetune.errors import InputError
-from flow_finetune.models import CausalLM
-from flow_finetune.progress import track
+from flow_finetune.models import CausalLM, causal_lm_of, evaluating
 from flow_kernels import backends
 
 COLUMN = "sample_weight"
@@ -46,79 +43,140 @@ def use_weighted_loss(
 
         loss = (sample_weight * nll).sum() / num_items_in_batch    # the batch's target count where none is given
 
-    Only this instance changes (`del model.forward` undoes it); without labels it does what it did, so `generate` works.
-    Call it before training, on the model or on peft's wrapper of it.
+    Only this instance (and deep copies of it) changes; without labels it does what it did, so `generate` works. Call it on
+    the model or on peft's wrapper of it, before a trainer or accelerate has it.
 
     Args:
         model: a causal language model whose head is a plain `torch.nn.Linear`.
-        require_weights: whether training without `sample_weight` is an error. Evaluation never needs weights.
+        require_weights: whether training without `sample_weight` is an error. Evaluation never needs weights; it applies
+            those that its data set has, and the options below.
         logits_in_eval: whether outputs in eval mode have their logits, which `compute_metrics` needs.
         label_smoothing, z_loss, grad_filter_eps, backend: as in `flow_kernels.linear_cross_entropy`.
 
     Returns:
-        The same model. Its `forward` takes, beside its own arguments, `sample_weight`: `[B]`, one per sequence, or in
-        the shape of the labels, one per label; floating. `loss` is 0-d fp32, in nats per target token.
+        The same model, or the wrapper. Its `forward` takes, beside its own arguments, `sample_weight`: `[B]`, one per
+        sequence, or in the shape of the labels, one per label; floating. `loss` is 0-d fp32, in nats per target token.
 
     Raises:
-        InputError: a head or a change of the logits that the fused loss does not know, or a model that has the loss
-            already. While training: `sample_weight` or `labels` did not arrive.
+        InputError: a model whose own loss is not the one described, for weights of 1, or that has the weighted loss
+            already. While training: weights or labels did not arrive.
+        ValueError: an option out of range.
         flow_kernels.BackendUnavailable: the named backend cannot serve the model's device.
     """
-    model = _unwrap(model)
-    if "sample_weight" in inspect.signature(model.forward).parameters:
+    wrapper, lm = model, causal_lm_of(model)
+    model = lm.model
+    if COLUMN in inspect.signature(model.forward).parameters:
         raise InputError(f"{type(model).__name__} takes {COLUMN} already; use_weighted_loss is called once a model")
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise InputError(
-            f"{type(model).__name__} adds a loss of its routers, which the fused loss does not; set "
-            "output_router_logits=False in its configuration"
-        )
-    lm = _language_model(model)
-    # Now, not in the first step. A backend by name is checked where the model is: move it to its device first.
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise InputError(f"this {type(model).__name__} is spread over several devices, which the loss cannot follow")
+    # Now, not in the first step.
     backends.resolve(backend, lm.head.weight.device.type, operator="linear_cross_entropy_fwd_bwd")
     options = {
         "label_smoothing": label_smoothing, "z_loss": z_loss, "grad_filter_eps": grad_filter_eps, "backend": backend
     }  # fmt: skip
-    forward = _with_loss(lm, model.forward, options, require_weights, logits_in_eval)
-    model.forward = types.MethodType(forward, model)
-    return model
-
-
-def _with_loss(
-    lm: CausalLM, original: Callable, options: dict, require_weights: bool, logits_in_eval: bool
-) -> Callable:
-    """`original`, a model's forward, as a function that makes the weighted loss where there are labels."""
-    signature = inspect.signature(original)
+    _check_own_loss(lm, options)
+    # A plain function where it is one, so that a deep copy runs itself and not the model it was copied from.
+    bound = getattr(model.forward, "__self__", None) is model
+    original = model.forward.__func__ if bound else lambda self, **inputs: wrapped(**inputs)
+    wrapped = model.forward
+    signature = inspect.signature(wrapped)
 
     def forward(self, *args, sample_weight=None, shift_labels=None, num_items_in_batch=None, **kwargs):
         inputs = _arguments(signature, args, kwargs)
         labels = inputs.pop("labels", None)
-        if labels is None and shift_labels is None:
-            if sample_weight is not None:
-                raise InputError(
-                    f"{COLUMN} arrived without labels: the trainer takes them out for label_smoothing_factor or "
-                    "compute_loss_func; leave both away and give label_smoothing to use_weighted_loss"
-                )
-            return original(**inputs)
-        if self.training and require_weights and sample_weight is None:
-            raise InputError(
-                f"no {COLUMN} reached the model: the data set needs that column (add_sample_weights makes it), and the "
-                "collator must keep it; for plain fine-tuning call use_weighted_loss(model, require_weights=False)"
-            )
+        has_labels = labels is not None or shift_labels is not None
+        needs_weights = require_weights and self.training
+        _check_arrived(has_labels, sample_weight, num_items_in_batch, needs_weights)
+        if not has_labels:
+            return original(self, **inputs)
+        _refuse_router_loss(self, inputs)
+        lm = CausalLM(self)
         body = {name: value for name, value in inputs.items() if name not in _NOT_OF_THE_BODY}
         hidden = self.base_model(**{"use_cache": False, **body}).last_hidden_state
-        head = lm.head
-        loss = flow_kernels.linear_cross_entropy(
-            hidden, head.weight, labels if shift_labels is None else shift_labels, linear_bias=head.bias,
-            sample_weight=sample_weight, normalizer="targets" if num_items_in_batch is None else num_items_in_batch,
-            softcap=lm.softcap, shift=shift_labels is None, **options,
+        loss = _loss(
+            lm, hidden, labels if shift_labels is None else shift_labels, sample_weight=sample_weight,
+            normalizer="targets" if num_items_in_batch is None else num_items_in_batch, shift=shift_labels is None,
+            **options,
         )  # fmt: skip
         logits = lm.logits(hidden) if logits_in_eval and not self.training else None
         output = CausalLMOutputWithPast(loss=loss, logits=logits)
         return output.to_tuple() if inputs.get("return_dict") is False else output
 
-    forward.__doc__ = original.__doc__
+    forward.__doc__ = wrapped.__doc__
     forward.__signature__ = _with_weights(signature)
-    return forward
+    # A method is pickled by its name, and would come back as the class's forward: nothing has this name.
+    forward.__name__ = "forward_with_weighted_loss"
+    model.forward = types.MethodType(forward, model)
+    # For models of which Trainer would otherwise average micro-batches, whatever their numbers of targets.
+    model.accepts_loss_kwargs = True
+    model.register_forward_pre_hook(_check_not_replaced)
+    return wrapper
+
+
+def _loss(lm: CausalLM, hidden: Tensor, labels: Tensor, **options) -> Tensor:
+    return flow_kernels.linear_cross_entropy(
+        hidden, lm.head.weight, labels, linear_bias=lm.head.bias, softcap=lm.softcap, **options
+    )
+
+
+def _check_arrived(has_labels: bool, sample_weight, num_items_in_batch, needs_weights: bool) -> None:
+    """Raise `InputError` for a call in which weights, labels or the target count were lost or changed on the way."""
+    # Trainer gives the count also where it takes the labels out, for a loss of its own.
+    if needs_weights and sample_weight is None and (has_labels or num_items_in_batch is not None):
+        raise InputError(
+            f"no {COLUMN} reached the model: the data set needs that column (add_sample_weights makes it), and the "
+            "collator must keep it; for plain fine-tuning call use_weighted_loss(model, require_weights=False)"
+        )
+    if sample_weight is not None and not has_labels:
+        raise InputError(
+            f"{COLUMN} arrived without labels: the trainer takes them out for label_smoothing_factor or "
+            "compute_loss_func; leave both away and give label_smoothing to use_weighted_loss"
+        )
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim():
+        raise InputError(
+            "DataParallel, which Trainer takes when one process sees several GPUs, is not served; start one process a "
+            "GPU with torchrun, or show the process one GPU with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _check_not_replaced(model: torch.nn.Module, _) -> None:
+    """Refuse to train where something put another forward in place of the weighted one, such as Liger's."""
+    if model.training and COLUMN not in inspect.signature(model.forward).parameters:
+        raise InputError(
+            f"the forward of {type(model).__name__} was replaced after use_weighted_loss, and the weights would be lost; "
+            "leave use_liger_kernel and other patches of the loss away"
+        )
+
+
+def _refuse_router_loss(model: PreTrainedModel, inputs: dict) -> None:
+    if inputs.get("output_router_logits", getattr(model.config.get_text_config(), "output_router_logits", False)):
+        raise InputError(
+            f"{type(model).__name__} adds a loss of its routers, which the fused loss does not; set "
+            "output_router_logits=False in its configuration"
+        )
+
+
+@torch.no_grad()
+def _check_own_loss(lm: CausalLM, options: dict) -> None:
+    """Raise `InputError` unless the model's loss on a few tokens is the mean over shifted labels."""
+    model = lm.model
+    _refuse_router_loss(model, {})
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{type(model).__name__} is an encoder-decoder; the fused loss serves decoders alone")
+    ids = torch.arange(8, device=lm.head.weight.device)[None] % lm.head.weight.shape[0]
+    with evaluating(model):
+        theirs = model(input_ids=ids, labels=ids, use_cache=False).loss
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours = _loss(lm, hidden, ids, shift=True)
+    _loss(lm, hidden, ids, shift=True, **options)  # an option out of range is named now
+    # Theirs may be of logits in 16 bits.
+    limit = 1e-4 if hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type) else 3e-2
+    theirs = math.nan if theirs is None else float(theirs)
+    if not abs(theirs - float(ours)) <= limit * max(1.0, float(ours)):
+        raise InputError(
+            f"the loss of {type(model).__name__} is {theirs:.6} where the mean over shifted labels is {float(ours):.6}: it "
+            "does not shift the labels, or adds something of its own"
+        )
 
 
 def _with_weights(signature: inspect.Signature) -> inspect.Signature:
@@ -132,124 +190,6 @@ def _with_weights(signature: inspect.Signature) -> inspect.Signature:
     ]
     named = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     return inspect.Signature([*named, *added, *(rest or [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])])
-
-
-def add_sample_weights(
-    dataset, model: PreTrainedModel, data_collator: Callable, *, batch_size: int = 8, backend: str = "auto", **options
-):
-    """The `datasets.Dataset` with a column `sample_weight`: FLOW's weight of every sample, `exp(-loss / median loss)`.
-
-    Args:
-        dataset: tokenised, with `labels` or a collator that makes them.
-        model: the pre-trained model, before any training.
-        data_collator: from a list of rows to a padded batch, the one that trains.
-        batch_size, backend: as in `sample_losses`.
-        **options: `temperature`, `quantile`, `clip`, `normalize` as in `flow_kernels.flow_weights`.
-
-    Raises:
-        InputError: the column exists, a sample has no target, or the weights cannot be made of these losses.
-    """
-    if COLUMN in dataset.column_names:
-        raise InputError(f"the data set has a column {COLUMN} already; remove it, or train with it as it is")
-    losses = sample_losses(dataset, model, data_collator, batch_size=batch_size, backend=backend)
-    try:
-        weights = flow_kernels.flow_weights(losses, **options)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return dataset.add_column(COLUMN, weights.numpy())
-
-
-@torch.no_grad()
-def sample_losses(
-    dataset: Sequence[dict],
-    model: PreTrainedModel,
-    data_collator: Callable,
-    *,
-    batch_size: int = 8,
-    backend: str = "auto",
-) -> Tensor:
-    """Mean loss of every sample over its target tokens, in eval mode, without making logits.
-
-    Args:
-        dataset: a `datasets.Dataset`, of which only the columns that the model takes are read, or a sequence of rows.
-        model: a causal language model; put the call under `torch.autocast` to score in less than its own precision.
-        data_collator: from a list of rows to a batch with one row per sample and `labels`, -100 where there is no
-            target. Batches are made in order.
-        batch_size: samples of one forward pass.
-        backend: as in `flow_kernels.linear_cross_entropy`.
-
-    Returns:
-        `[len(dataset)]` fp32 on the CPU, nats per target token.
-
-    Raises:
-        InputError: a collator that packs samples into one row or makes no labels, or samples without a target.
-    """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    model = _unwrap(model)
-    lm = _language_model(model)
-    names = inspect.signature(model.forward).parameters
-    if hasattr(dataset, "select_columns"):
-        dataset = dataset.select_columns([name for name in dataset.column_names if name in names and name != COLUMN])
-    found = []
-    with _evaluating(model), track("scoring", len(dataset), visible=True) as tracker:
-        for start in range(0, len(dataset), batch_size):
-            rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            batch = data_collator(rows)
-            labels = batch.get("labels")
-            if labels is None:
-                raise InputError("the data collator makes no labels; give one that does, or a data set that has them")
-            if labels.shape[0] != len(rows):
-                raise InputError(
-                    f"the data collator made {labels.shape[0]} rows of {len(rows)} samples; a packed batch has no loss "
-                    "of its own for each sample, so score with a collator that pads"
-                )
-            device = lm.head.weight.device
-            body = {name: value.to(device) for name, value in batch.items() if name in names and name != "labels"}
-            hidden = model.base_model(**body).last_hidden_state
-            found.append(
-                flow_kernels.linear_score_samples(
-                    hidden, lm.head.weight, labels.to(device), linear_bias=lm.head.bias, softcap=lm.softcap, shift=True,
-                    backend=backend,
-                )
-            )  # fmt: skip
-            tracker.advance(len(rows), tokens=labels.numel())
-    if not found:
-        raise InputError("the data set is empty")
-    loss_sum, num_targets = (torch.cat([getattr(s, name) for s in found]).cpu() for name in ("loss_sum", "num_targets"))
-    without = (num_targets == 0).nonzero().flatten().tolist()
-    if without:
-        raise InputError(
-            f"{len(without)} samples have no target token, the first are {without[:5]}; filter them out before weighting"
-        )
-    return loss_sum / num_targets
-
-
-def _unwrap(model) -> PreTrainedModel:
-    """The transformers model below peft's wrapper."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise InputError(f"{type(model).__name__} is no causal language model of transformers")
-    return model
-
-
-def _language_model(model: PreTrainedModel) -> CausalLM:
-    lm = CausalLM(model)
-    with _evaluating(model):
-        lm.check_head()
-    return lm
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel):
-    """Eval mode, and afterwards the mode of every module as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
