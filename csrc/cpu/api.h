@@ -43,7 +43,9 @@ struct RowResults {
 
 // Exponentials kept by the forward pass so that the backward pass need not multiply again. The first rows' lie where
 // dweight will be: a tile's are used up before its dweight is written. The other rows' have a buffer, for some tiles.
+// With a soft-cap, whose derivative needs them, it is the logits themselves.
 struct Kept {
+  bool logits;              // fp32 logits, and no maxima
   int bytes;                // 1, 2 or 4, as rows.h says
   int64_t in_dweight;       // rows kept in dweight, in every full tile
   float* dweight_maxima;    // [num_tiles, in_dweight]: what was subtracted

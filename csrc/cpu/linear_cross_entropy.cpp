@@ -21,8 +21,8 @@ namespace {
 // Stretches of the vocabulary that the forward pass hands to threads; also 12 bytes of statistics a row each.
 constexpr int64_t max_stretches = 64;
 
-// Bytes of exponentials a training pass keeps beside those in dweight's own memory: a tile that fits saves one of four
-// products. At most 256 MiB are to be used at N = 1024, and 3 to 4 MiB a thread go to tiles. Not what the threads leave
+// Bytes of exponentials (or logits) a training pass keeps beside those in dweight's own memory: a tile that fits saves one
+// of four products. At most 256 MiB are to be used at N = 1024, and 3 to 4 MiB a thread go to tiles. Not what the threads leave
 // of a budget: which tiles are kept must not depend on their number. A caller who has more memory says so with
 // chunk_size, in rows of logits. bf16 keeps 2 bytes each, or 1 where that makes more of them fit.
 constexpr int64_t kept_budget = int64_t{224} << 20;
@@ -149,7 +149,7 @@ struct Head {
     problem.rows.log_p = log_p_ptr;
   }
 
-  // Room for exponentials, where the backward pass can use them; call before `forward`, after `gradients`.
+  // Room for exponentials, or with a soft-cap for logits, that the backward pass need not make again; call before `forward`, after `gradients`.
   std::array<at::Tensor, 3> keep_exponentials(int64_t chunk_size) {
     Kept& kept = problem.kept;
     const int64_t n = problem.num_rows, row_elements = problem.num_tiles * problem.tile;
@@ -159,10 +159,10 @@ struct Head {
       return fit >= n ? n : fit / row_alignment * row_alignment;
     };
     const auto left = [&] { return (n - kept.in_dweight) * row_elements * kept.bytes; };
-    kept.bytes = problem.dtype == DType::bf16 ? 2 : 4;
+    kept.logits = problem.loss.softcap > 0;
+    kept.bytes = problem.dtype == DType::bf16 && !kept.logits ? 2 : 4;
     kept.in_dweight = 0;
-    // The derivative of the soft-cap needs the logits themselves.
-    const bool keep = problem.loss.softcap == 0 && n > 0;
+    const bool keep = n > 0;
     if (keep && left() > budget()) kept.in_dweight = in_dweight();
     if (keep && left() > budget() && kept.bytes == 2 && chunk_size == 0) {
       kept.bytes = 1;

@@ -175,8 +175,8 @@ struct RowGradient {
 // Logits a row function holds at a time.
 constexpr int64_t max_stretch = 1024;
 
-// d[0:n] = gradient of the logits [v0, v0 + n), in place of the logits, or from `kept` exponentials and their maximum
-// (without a soft-cap, whose derivative needs the logits).
+// d[0:n] = gradient of the logits [v0, v0 + n), in place of the logits, or (without a soft-cap) from `kept` exponentials
+// and their maximum.
 // log_p is the target's log-probability where it is known better than from z and lse.
 static inline void row_gradient(float* d, int64_t n, int64_t v0, const LossOptions& loss, const RowGradient& row,
                                 const float* log_p, const void* kept, int kept_bytes, float kept_max) {

@@ -2,7 +2,7 @@
 //
 // forward: pack the tile's rows of linear_weight once, multiply all rows with it, fold the logits into the rows'
 //   statistics while they are in cache.
-// backward: per tile, gradients of the logits (from kept exponentials, or from the product made again) rounded to the
+// backward: per tile, gradients of the logits (from what was kept, or from the product made again) rounded to the
 //   words of the next products, then dinput += P W and dweight[tile] = P^T input while P is in cache. A tile's dweight
 //   is complete after its last row, so it is rounded once and never needs a second buffer the size of the head. With
 //   grad_filter_eps, both products are of the classes that matter (grad_filter.h).
@@ -86,7 +86,7 @@ static inline bool is_full(const HeadProblem& problem, int64_t tile) {
   return (tile + 1) * problem.tile <= problem.num_classes;
 }
 
-// Where the exponentials of a row in a tile are kept and what was subtracted; null if they are not kept.
+// Where the exponentials (or logits) of a row in a tile are kept and what was subtracted; null if they are not kept.
 struct KeptRow {
   char* values;
   float* shift;
@@ -154,6 +154,11 @@ static void forward_tiles(const HeadProblem& problem, int64_t first, int64_t las
           problem.rows.max_before[i] = before > stats[i].max ? before : stats[i].max;
         }
         const KeptRow kept = kept_row(problem, tile, i);
+        if (kept.values != nullptr && problem.kept.logits) {
+          __builtin_memcpy(kept.values, z, padded * sizeof(float));
+          add_to_stats(z, n, t, weight, smoothing, stats[i], nullptr, 0);
+          continue;
+        }
         const float shift = add_to_stats(z, n, t, weight, smoothing, stats[i], kept.values, problem.kept.bytes);
         if (kept.values != nullptr) *kept.shift = shift;
       }
@@ -205,7 +210,11 @@ static void tile_probabilities(const HeadProblem& problem, const Scratch<C>& s, 
         const int64_t i = row0 + row + r;
         const RowGradient gradient(problem.loss, problem.rows.row_scale[i], problem.rows.lse[i],
                                    problem.rows.target[i]);
-        const KeptRow kept = kept_row(problem, tile, i);
+        KeptRow kept = kept_row(problem, tile, i);
+        if (kept.values != nullptr && problem.kept.logits) {
+          __builtin_memcpy(d, kept.values, padded * sizeof(float));
+          kept.values = nullptr;
+        }
         row_gradient(d, n, v0, problem.loss, gradient, problem.rows.log_p == nullptr ? nullptr : problem.rows.log_p + i,
                      kept.values, problem.kept.bytes, kept.values != nullptr ? *kept.shift : 0.0f);
         if (filter) mark_active(d, padded, problem.grad_filter_eps * fabsf(gradient.g), s.active);
