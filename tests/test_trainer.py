@@ -11,36 +11,25 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from flow_finetune.config import DataConfig, ModelConfig
-from flow_finetune.data import load_samples
 from flow_finetune.errors import InputError
-from flow_finetune.integrations import add_sample_weights, sample_losses, use_weighted_loss
-from flow_finetune.models import load_model
+from flow_finetune.integrations import use_weighted_loss
 from peft import LoraConfig, get_peft_model
+from tokenised_rows import new_model, padding, rows, shifted_losses
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BartConfig,
     BartForCausalLM,
     BartForConditionalGeneration,
-    DataCollatorForSeq2Seq,
     Gemma2Config,
     Gemma2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Trainer,
     TrainingArguments,
-    default_data_collator,
 )
 
 from flow_kernels import BackendUnavailable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def shifted_losses(logits, labels):
-    """Loss of every label but the first, `[B, T - 1]`, 0 where it is ignored."""
-    return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
 
 
 class LogitsTrainer(Trainer):
@@ -61,23 +50,6 @@ class LogitsTrainer(Trainer):
         self._signature_columns = [*self._signature_columns, "sample_weight"]
 
 
-def rows(model_dir, qa_file) -> datasets.Dataset:
-    _, tokenizer = load_model(ModelConfig(str(model_dir), device="cpu"))
-    data = DataConfig(str(qa_file), prompt_field="question", response_field="answer")
-    samples = load_samples(data, tokenizer).samples
-    return datasets.Dataset.from_list(
-        [
-            {
-                "input_ids": s.input_ids.tolist(),
-                "attention_mask": [1] * len(s.input_ids),
-                "labels": [-100] * s.start + s.input_ids[s.start :].tolist(),
-                "id": s.id,
-            }
-            for s in samples
-        ]
-    )
-
-
 @pytest.fixture(scope="module")
 def plain(tiny_model_dir, qa_file):
     return rows(tiny_model_dir, qa_file)
@@ -92,11 +64,7 @@ def weighted(plain):
 
 @pytest.fixture(scope="module")
 def collator(tiny_model_dir):
-    return DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(tiny_model_dir), padding="longest")
-
-
-def new_model(directory):
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return padding(tiny_model_dir)
 
 
 def trained(trainer_class, model, data, collator, output, **options):
@@ -288,34 +256,13 @@ def test_mixed_precision_casts_as_the_trainer_does(tiny_model_dir, weighted, col
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_losses_are_means_over_targets_and_weights_are_flows(tiny_model_dir, plain, collator):
-    untouched = new_model(tiny_model_dir).eval()
-    expected = []
-    for row in plain:
-        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
-        nll = shifted_losses(untouched(ids).logits, labels)
-        expected.append(float(nll.sum() / (labels[:, 1:] != -100).sum()))
-    expected = torch.tensor(expected)
-    model = new_model(tiny_model_dir).train()
-    losses = sample_losses(plain, model, collator, batch_size=5)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
-    assert model.training
-    assert all(module.training for module in model.modules())
-    data_set = add_sample_weights(plain, model, collator)
-    expected = torch.exp(-expected.double() / expected.double().quantile(0.5))
-    torch.testing.assert_close(torch.tensor(data_set["sample_weight"][:]).double(), expected, rtol=1e-5, atol=0)
-    assert data_set["id"][:] == plain["id"][:]
-    mean = add_sample_weights(plain, model, collator, quantile=0.25, normalize="mean")["sample_weight"][:]
-    assert sum(mean) / len(mean) == pytest.approx(1.0)
-
-
 def worker(rank: int, model_dir: str, data_dir: str, port: int, output: str) -> None:
     """One of two processes that train together."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}  # fmt: skip
     torch.set_num_threads(1)
     model = use_weighted_loss(new_model(model_dir))
-    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_dir), padding="longest")
+    collator = padding(model_dir)
     data = datasets.load_from_disk(data_dir)
     options = {"train_sampling_strategy": "sequential", "ddp_backend": "gloo"}
     trainer = trained(Trainer, model, data, collator, output, **options)
@@ -422,38 +369,3 @@ def test_an_adapter_put_on_the_head_later_is_found(tiny_model_dir, plain):
     ids = torch.tensor([plain[0]["input_ids"]])
     with pytest.raises(InputError, match="merge or remove the adapter"):
         model(input_ids=ids, labels=ids)
-
-
-def test_data_that_gives_no_weights_is_refused(tiny_model_dir, plain, weighted, collator):
-    model = new_model(tiny_model_dir)
-    with pytest.raises(InputError, match="column sample_weight already"):
-        add_sample_weights(weighted, model, collator)
-    with pytest.raises(InputError, match="takes no new column"):
-        add_sample_weights([{"input_ids": [1, 2]}], model, collator)
-    with pytest.raises(InputError, match="has no length"):
-        sample_losses(plain.to_iterable_dataset(), model, collator)
-    with pytest.raises(InputError, match="data set is empty"):
-        sample_losses([], model, collator)
-    with pytest.raises(InputError, match="batch_size"):
-        sample_losses(plain, model, collator, batch_size=0)
-    with pytest.raises(InputError, match="at least 2 losses"):
-        add_sample_weights(plain.select([0]), model, collator)
-    without = [{"input_ids": [1, 5, 6], "labels": [-100, 5, 6]}, {"input_ids": [1, 5, 7], "labels": [4, -100, -100]}]
-    with pytest.raises(InputError, match=r"1 samples have no target token, the first are \[1\]"):
-        sample_losses(without, model, default_data_collator)
-    with pytest.raises(InputError, match="makes no labels"):
-        sample_losses([{"input_ids": [1, 2]}], model, default_data_collator)
-
-    def tokenises(features):
-        return collator([{k: v for k, v in plain[int(row["row"])].items() if k != "id"} for row in features])
-
-    numbered = datasets.Dataset.from_dict({"row": ["0", "5", "2"]})
-    expected = sample_losses(plain.select([0, 5, 2]), model, collator)
-    torch.testing.assert_close(sample_losses(numbered, model, tokenises), expected)
-
-    def packs(features):
-        ids = torch.tensor([[token for f in features for token in f["input_ids"]]])
-        return {"input_ids": ids, "labels": ids}
-
-    with pytest.raises(InputError, match="1 rows of 2 samples"):
-        sample_losses(plain.select([0, 1]), model, packs)

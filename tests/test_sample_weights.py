@@ -1,0 +1,77 @@
+"""Losses of samples, and FLOW's weights of them, as a column of a tokenised data set."""
+
+import datasets
+import pytest
+import torch
+from flow_finetune.errors import InputError
+from flow_finetune.integrations import add_sample_weights, sample_losses
+from tokenised_rows import new_model, padding, rows, shifted_losses
+from transformers import default_data_collator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_dir, qa_file):
+    return rows(tiny_model_dir, qa_file)
+
+
+@pytest.fixture(scope="module")
+def collator(tiny_model_dir):
+    return padding(tiny_model_dir)
+
+
+def test_losses_are_means_over_targets_and_weights_are_flows(tiny_model_dir, plain, collator):
+    untouched = new_model(tiny_model_dir).eval()
+    expected = []
+    for row in plain:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        nll = shifted_losses(untouched(ids).logits, labels)
+        expected.append(float(nll.sum() / (labels[:, 1:] != -100).sum()))
+    expected = torch.tensor(expected)
+    model = new_model(tiny_model_dir).train()
+    losses = sample_losses(plain, model, collator, batch_size=5)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    data_set = add_sample_weights(plain, model, collator)
+    expected = torch.exp(-expected.double() / expected.double().quantile(0.5))
+    torch.testing.assert_close(torch.tensor(data_set["sample_weight"][:]).double(), expected, rtol=1e-5, atol=0)
+    assert data_set["id"][:] == plain["id"][:]
+    mean = add_sample_weights(plain, model, collator, quantile=0.25, normalize="mean")["sample_weight"][:]
+    assert sum(mean) / len(mean) == pytest.approx(1.0)
+
+
+def test_data_that_gives_no_weights_is_refused(tiny_model_dir, plain, collator):
+    model = new_model(tiny_model_dir)
+    with pytest.raises(InputError, match="column sample_weight already"):
+        add_sample_weights(plain.add_column("sample_weight", [1.0] * len(plain)), model, collator)
+    with pytest.raises(InputError, match="takes no new column"):
+        add_sample_weights([{"input_ids": [1, 2]}], model, collator)
+    with pytest.raises(InputError, match="has no length"):
+        sample_losses(plain.to_iterable_dataset(), model, collator)
+    with pytest.raises(InputError, match="data set is empty"):
+        sample_losses([], model, collator)
+    with pytest.raises(InputError, match="batch_size"):
+        sample_losses(plain, model, collator, batch_size=0)
+    with pytest.raises(InputError, match="at least 2 losses"):
+        add_sample_weights(plain.select([0]), model, collator)
+    without = [{"input_ids": [1, 5, 6], "labels": [-100, 5, 6]}, {"input_ids": [1, 5, 7], "labels": [4, -100, -100]}]
+    with pytest.raises(InputError, match=r"1 samples have no target token, the first are \[1\]"):
+        sample_losses(without, model, default_data_collator)
+    with pytest.raises(InputError, match="makes no labels"):
+        sample_losses([{"input_ids": [1, 2]}], model, default_data_collator)
+
+    def tokenises(features):
+        return collator([{k: v for k, v in plain[int(row["row"])].items() if k != "id"} for row in features])
+
+    numbered = datasets.Dataset.from_dict({"row": ["0", "5", "2"]})
+    expected = sample_losses(plain.select([0, 5, 2]), model, collator)
+    torch.testing.assert_close(sample_losses(numbered, model, tokenises), expected)
+
+    def packs(features):
+        ids = torch.tensor([[token for f in features for token in f["input_ids"]]])
+        return {"input_ids": ids, "labels": ids}
+
+    with pytest.raises(InputError, match="1 rows of 2 samples"):
+        sample_losses(plain.select([0, 1]), model, packs)
