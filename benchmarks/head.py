@@ -170,7 +170,11 @@ def main() -> None:
     parser.add_argument("--without", action="append", choices=tuple(IMPLEMENTATIONS), default=[])
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds after which no repetition starts")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the records, one for a CPU; benchmarks/results if not given"
+    )
     options = parser.parse_args()
+    harness.RESULTS = options.results or harness.RESULTS
     head = (HEADS | {head.name: head for heads in SWEEPS.values() for head in heads})[options.head]
     if options.rows:
         head = dataclasses.replace(head, num_rows=options.rows)

@@ -4,6 +4,9 @@ What all backends share is tested over all backends elsewhere; here is what only
 row-block edges, kept exponentials, threads, packing of skipped rows, and the precision that the tiles promise.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -298,3 +301,16 @@ def test_missing_and_broken_library(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "library_path", lambda: broken)
     with pytest.raises(ImportError, match="do not load"):
         backends.resolve("auto", "cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the CPU's vendor is read from Linux")
+def test_bf16_is_multiplied_in_fp32_where_vdpbf16ps_is_slow():
+    info = Path("/proc/cpuinfo").read_text()
+    flags = set(re.search(r"^flags\s*:(.*)$", info, re.MULTILINE)[1].split())
+    if "avx512_bf16" not in flags or not {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
+        expected = {"avx512", "avx2"}
+    elif "amx_bf16" in flags:
+        expected = {"brgemm"}
+    else:
+        expected = {"avx512"} if "GenuineIntel" in info else {"avx512_bf16"}
+    assert cpu.kernel_names(torch.bfloat16)[0] in expected

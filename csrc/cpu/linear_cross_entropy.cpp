@@ -149,7 +149,8 @@ struct Head {
     problem.rows.log_p = log_p_ptr;
   }
 
-  // Room for exponentials, or with a soft-cap for logits, that the backward pass need not make again; call before `forward`, after `gradients`.
+  // Room for exponentials, or with a soft-cap for logits, that the backward pass need not make again; call before
+  // `forward`, after `gradients`.
   std::array<at::Tensor, 3> keep_exponentials(int64_t chunk_size) {
     Kept& kept = problem.kept;
     const int64_t n = problem.num_rows, row_elements = problem.num_tiles * problem.tile;
