@@ -70,6 +70,8 @@ def status(backend: str, device_type: str, dtype: torch.dtype | None = None, ope
         if device_type != "cpu":
             return Status(False, "its kernels read CPU memory only")
         reason = cpu.why_not()
+        if reason is None and dtype is not None and dtype not in (*cpu.DTYPES, torch.float64):
+            reason = f"the CPU kernels take fp32, bf16, fp16 and (in eager torch) fp64, not {dtype}"
         return Status(reason is None, reason or cpu.describe())
     if backend == "triton":
         reason = _why_no_triton(device_type)

@@ -6,6 +6,8 @@ one-pass operator: the exponentials that it keeps for its gradients are those th
 gradient, which is written after them, and beside it those of `chunk_size` rows (by default what fits in 224 MiB); the
 others are made again by a fourth matrix product. bf16 keeps two bytes of each, or by default one where two do not fit
 for all: the probabilities that are largest within a row's tile stay exact, the others within 2^-8 sqrt(largest / p).
+Beside that, training holds N x D fp32 for the gradient of the input in each thread, which on many cores is the most of
+it: 8192 rows of 4096 in 64 threads are 8 GiB.
 With `grad_filter_eps` the products of the gradients are of those classes only that some row of the block (1024 rows)
 needs; benchmarks/results/grad_filter.md has what is saved and lost on a real model.
 """
@@ -16,6 +18,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from flow_kernels import compiled, reference
 
@@ -57,7 +60,9 @@ def why_not() -> str | None:
 
 def kernel_names(dtype: torch.dtype) -> list[str]:
     """The kernels that can multiply `dtype` on this CPU, best first; the first is used. `why_not` has loaded them."""
-    return torch.ops.flow_kernels_cpu.kernel_names(dtype)
+    # A question about the machine, not a part of what a trace (torch.export) records.
+    with _disable_current_modes():
+        return torch.ops.flow_kernels_cpu.kernel_names(dtype)
 
 
 def describe() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from flow_kernels import backends, ops
 from flow_kernels.reference import accumulation_dtype
@@ -48,7 +49,7 @@ def cross_entropy(
         target: class indices, `[...]`, integer; `ignore_index` where there is nothing to predict.
         weight: class weights, `[V]`, as in torch.
         sample_weight: one weight per row (`[...]`, the shape of `target`), per leading index (`[B]` for a target
-            `[B, ...]`), or per sequence of `cu_seqlens`. Zero and negative weights are legal; a row of weight 0 is
+            `[B, ...]`), or per sequence of `cu_seqlens` (which is meant where there are as many as rows). Zero and negative weights are legal; a row of weight 0 is
             left out as if its target were ignored.
         cu_seqlens: `[num_sequences + 1]` row offsets of packed sequences, from 0 to the number of rows.
         ignore_index: target value of rows that do not count.
@@ -67,7 +68,8 @@ def cross_entropy(
         Loss in nats, fp32 (fp64 for fp64 input): 0-d, or the shape of `target` for "none". If nothing counts it is 0
         with zero gradients.
 
-    Gradients flow to `input` (in its dtype) and to `sample_weight`.
+    Gradients flow to `input` (in its dtype) and to `sample_weight`. They are not differentiable themselves, there is no
+    forward mode, and the transforms of `torch.func` do not apply.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, by name.
@@ -82,6 +84,7 @@ def cross_entropy(
     row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
     kept = drop_zero_weight(rows, row_weight)
     options = (weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss))
+    _forbid_forward_mode(input, sample_weight)
     needs_grad = torch.is_grad_enabled() and rows.input.requires_grad
     kind = _kind(needs_grad, reduction, rows.input)
     backend = backends.resolve(backend, input.device.type, input.dtype, f"cross_entropy_{kind}")
@@ -124,7 +127,8 @@ def linear_cross_entropy(
 
     Rows that are ignored or have weight 0 are left out (before the matrix product, but for "triton"); a frozen head
     computes no `linear_weight` gradient and a frozen input no `input` gradient; gradients are accumulated in fp32 and
-    rounded once. For "mean" and "sum" they are made in the forward pass (three matrix products, not four).
+    rounded once. For "mean" and "sum" they are made in the forward pass (three matrix products, not four), but in fp16,
+    where a loss scale must reach them before they are rounded.
 
     Args:
         input: hidden states, `[..., D]`. Under autocast, floating inputs are cast as `F.linear` casts them.
@@ -151,6 +155,7 @@ def linear_cross_entropy(
         weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), check_chunk_size(chunk_size),
     )  # fmt: skip
     grad_filter_eps = check_grad_filter_eps(grad_filter_eps, label_smoothing)
+    _forbid_forward_mode(input, linear_weight, linear_bias, sample_weight)
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.input, linear_weight, linear_bias)
     ]
@@ -181,10 +186,10 @@ def check_options(
     """Check the options of a loss; returns the class weights in the accumulation dtype."""
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if not z_loss >= 0.0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
     if num_classes == 0 and rows.target.numel():
         raise ValueError("input has no classes: its vocabulary dimension is 0")
     if weight is None:
@@ -265,6 +270,17 @@ def _kind(needs_grad: bool, reduction: str, input: Tensor) -> str:
     # fp16 gradients of p / N underflow unless a loss scale reaches them before they are rounded, and that scale is the
     # upstream gradient, which a one-pass operator does not know yet: fp16 takes the two-pass operators.
     return "bwd" if reduction == "none" or input.dtype == torch.float16 else "fwd_bwd"
+
+
+def _forbid_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise where a forward-mode tangent is carried, which would be lost in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "flow_kernels' losses have no forward-mode derivative (torch.func.jvp, jacfwd); "
+            "use reverse mode, or torch.nn.functional.cross_entropy"
+        )
 
 
 def _no_normalizer(normalizer: Normalizer) -> None:

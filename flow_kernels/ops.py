@@ -158,9 +158,13 @@ def _scale(grad, dtotal):
     """`grad * dtotal` of a gradient made in the forward pass, without a copy where the factor can be seen to be 1.
 
     The copy of a large head's gradient is a tenth of a training step on a CPU, and its size again in memory. Only a plain
-    CPU tensor is looked at: an accelerator would synchronise, and a traced tensor has no value.
+    CPU tensor is looked at: an accelerator would synchronise, and a traced tensor has no value. Where the graph is
+    retained the gradient stays here for another backward pass, so what is handed out, which may be written to, is a copy.
     """
-    if type(dtotal) is Tensor and dtotal.device.type == "cpu" and not dtotal.requires_grad and dtotal.item() == 1:
+    looks = type(dtotal) is Tensor and dtotal.device.type == "cpu" and not torch.compiler.is_compiling()
+    # torch's own, as its compiled backward passes ask; an older torch without it copies.
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if looks and not dtotal.requires_grad and not keeps_graph() and dtotal.item() == 1:
         return grad
     return grad * dtotal
 

@@ -47,7 +47,7 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int) -> None:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise IndexError(
-            f"target[{row}] is {int(target[row])}, outside [0, {num_classes}) and not ignore_index={ignore_index}"
+            f"the target of row {row} is {int(target[row])}, outside [0, {num_classes}) and not ignore_index={ignore_index}"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from flow_kernels.reference import accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,12 @@ class Rows:
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Whether values may be looked at: only eagerly and on the CPU, so that no accelerator is synchronised."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may be looked at: only eagerly and on the CPU, so that no accelerator is synchronised.
+
+    Subclasses, such as the fake tensors of a shape-only run, have no values or hold them elsewhere.
+    """
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return is_plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -51,7 +56,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
     """Raise unless `cu_seqlens` is a 1-D integer tensor rising from 0 to `num_rows`."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype.is_floating_point or cu_seqlens.numel() < 1:
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in INDEX_DTYPES or cu_seqlens.numel() < 1:
         raise ValueError(
             "cu_seqlens must be a 1-D integer tensor of num_sequences + 1 offsets, got shape "
             f"{tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}"
@@ -62,7 +67,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
                 f"cu_seqlens must run from 0 to the number of rows {num_rows}, "
                 f"got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
             )
-        falls = (cu_seqlens.diff() < 0).nonzero()
+        falls = (cu_seqlens.to(torch.int64).diff() < 0).nonzero()
         if falls.numel():
             raise ValueError(f"cu_seqlens must not fall, but it does after entry {int(falls[0])}")
 
@@ -74,7 +79,7 @@ def flatten(input: Tensor, target: Tensor, cu_seqlens: Tensor | None, ignore_ind
     none; the input is not copied.
     """
     check_floating("input", input)
-    if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+    if not isinstance(target, Tensor) or target.dtype not in INDEX_DTYPES:
         got = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target must be an integer tensor of class indices, got {got}")
     if input.dim() == 0 or input.shape[:-1] != target.shape:
@@ -135,7 +140,7 @@ def spread_sample_weight(
             raise ValueError(f"sample_weight{index} is {float(weight[tuple(index)])}; weights must be finite")
     num_rows = rows.target.numel()
     if cu_seqlens is not None and weight.shape == (cu_seqlens.numel() - 1,):
-        return weight[segment_ids(cu_seqlens, num_rows)] if num_rows else weight.new_zeros(0)
+        return weight[segment_ids(cu_seqlens, num_rows)]
     if weight.shape == rows.shape:
         if not shift:
             return weight.reshape(-1)

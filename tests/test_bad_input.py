@@ -43,11 +43,11 @@ def weights(value, *index):
 
 # Everything that the two losses refuse alike: changes to the call, the error, what its message says.
 SHARED = {
-    "target too large": ({"target": target(5)}, IndexError, "target[4] is 5, outside [0, 5) and not ignore_index=-100"),
-    "target negative": ({"target": target(-1)}, IndexError, "target[4] is -1, outside [0, 5)"),
-    "first of several": ({"target": target(77, 2, target(-3))}, IndexError, "target[2] is 77"),
-    "old ignore_index": ({"target": target(-100), "ignore_index": 0}, IndexError, "target[4] is -100, outside"),
-    "huge target": ({"target": target(2**62)}, IndexError, f"target[4] is {2**62}"),
+    "target too large": ({"target": target(5)}, IndexError, "the target of row 4 is 5, outside [0, 5) and not ignore_index=-100"),
+    "target negative": ({"target": target(-1)}, IndexError, "the target of row 4 is -1, outside [0, 5)"),
+    "first of several": ({"target": target(77, 2, target(-3))}, IndexError, "the target of row 2 is 77"),
+    "old ignore_index": ({"target": target(-100), "ignore_index": 0}, IndexError, "the target of row 4 is -100, outside"),
+    "huge target": ({"target": target(2**62)}, IndexError, f"the target of row 4 is {2**62}"),
     "float target": ({"target": TARGET.float()}, TypeError, "target must be an integer tensor"),
     "probabilities": ({"target": torch.rand(2, 3, 5)}, TypeError, "got torch.float32"),
     "bool target": ({"target": TARGET.bool()}, TypeError, "got torch.bool"),
@@ -74,6 +74,7 @@ SHARED = {
     "offsets start": (offsets(1, 6), ValueError, "must run from 0 to the number of rows 6, got 1 to 6"),
     "offsets end": (offsets(0, 5), ValueError, "must run from 0 to the number of rows 6, got 0 to 5"),
     "offsets fall": (offsets(0, 4, 2, 6), ValueError, "cu_seqlens must not fall, but it does after entry 1"),
+    "unsigned fall": (offsets(0, 4, 2, 6, dtype=torch.uint8), ValueError, "cu_seqlens must not fall"),
     "float offsets": (offsets(0.0, 6.0, dtype=torch.float32), ValueError, "cu_seqlens must be a 1-D integer tensor"),
     "2-D offsets": ({"cu_seqlens": torch.tensor([[0, 6]])}, ValueError, "got shape (1, 2)"),
     "no offsets": (offsets(), ValueError, "got shape (0,)"),
@@ -91,10 +92,11 @@ SHARED = {
     "smoothing": ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be in [0, 1], got 1.1"),
     "negative smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1], got -0.1"),
     "NaN smoothing": ({"label_smoothing": NAN}, ValueError, "label_smoothing must be in [0, 1], got nan"),
-    "softcap 0": ({"softcap": 0.0}, ValueError, "softcap must be positive or None, got 0.0"),
-    "softcap negative": ({"softcap": -30.0}, ValueError, "softcap must be positive or None, got -30.0"),
-    "softcap NaN": ({"softcap": NAN}, ValueError, "softcap must be positive or None, got nan"),
-    "z_loss": ({"z_loss": -1e-4}, ValueError, "z_loss must not be negative, got -0.0001"),
+    "softcap 0": ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, or None, got 0.0"),
+    "softcap negative": ({"softcap": -30.0}, ValueError, "softcap must be positive and finite, or None, got -30.0"),
+    "softcap NaN": ({"softcap": NAN}, ValueError, "softcap must be positive and finite, or None, got nan"),
+    "softcap inf": ({"softcap": INF}, ValueError, "softcap must be positive and finite, or None, got inf"),
+    "z_loss": ({"z_loss": -1e-4}, ValueError, "z_loss must be finite and not negative, got -0.0001"),
     "class weight size": ({"weight": torch.ones(4)}, ValueError, "one weight per class, shape (5,), got (4,)"),
     "class weight per row": ({"weight": torch.ones(2, 3)}, ValueError, "weights per sample are sample_weight"),
     "class weight grad": ({"weight": torch.ones(5, requires_grad=True)}, ValueError, "weight (per class) gets no gradient"),
@@ -237,5 +239,5 @@ def test_bad_target_is_refused_in_a_compiled_step(backend, value):
     compiled = torch.compile(cross_entropy, fullgraph=True, backend="eager")
     logits = torch.zeros(2, 3, 5, requires_grad=True)
     oracle.assert_close(compiled(logits, TARGET, backend=backend), torch.tensor(5.0).log())
-    with pytest.raises(IndexError, match=re.escape(f"target[4] is {value}, outside [0, 5)")):
+    with pytest.raises(IndexError, match=re.escape(f"the target of row 4 is {value}, outside [0, 5)")):
         compiled(logits, target(value), backend=backend)

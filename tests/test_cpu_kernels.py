@@ -216,7 +216,7 @@ def test_exponentials_in_bytes(need_dlinear_weight):
 def test_bad_target_is_named(value):
     input, weight, target, row_weight = head(5, 8, 40, torch.float32)
     target[3] = value
-    message = rf"target\[3\] is {value}, outside \[0, 40\) and not ignore_index=-100"
+    message = rf"the target of row 3 is {value}, outside \[0, 40\) and not ignore_index=-100"
     with pytest.raises(IndexError, match=message):
         cpu.linear_cross_entropy_fwd(input, weight, target, None, *PLAIN, 0)
     with pytest.raises(IndexError, match=message):
@@ -281,6 +281,44 @@ def test_infinite_and_nan_logits(dtype, name):
     # NaN is never swallowed by a maximum.
     weight[650, 3] = float("nan")
     assert cpu.linear_cross_entropy_fwd(input, weight, target, None, *PLAIN, 0, kernels=name)[0].isnan().all()
+
+
+@pytest.mark.parametrize(("dtype", "name"), kernels())
+def test_masked_tiles_before_low_logits(dtype, name):
+    # Of tiles that are masked from the first on, zeros are kept; their shift must not make 0 * exp(-lse) of them, which
+    # is NaN below an lse of -88.
+    input, weight, target, row_weight = head(5, 8, 1400, dtype)
+    target = 1000 + target % 400
+    bias = torch.full((1400,), -120.0).to(dtype)
+    bias[:1000] = float("-inf")
+    options = (*PLAIN, 0, True, True, True)
+    total, _, dinput, dweight, dbias = cpu.linear_cross_entropy_fwd_bwd(
+        input, weight, target, row_weight, bias, *options, kernels=name
+    )
+    expected = reference.linear_cross_entropy_fwd_bwd(
+        *wide(input, weight[1000:], target - 1000, row_weight, bias[1000:]), *options
+    )
+    torch.testing.assert_close(total, expected[0].float(), rtol=1e-5, atol=1e-5)
+    for actual, wanted in zip((dinput, dweight[1000:], dbias[1000:]), expected[2:], strict=True):
+        assert error(actual, wanted) <= GRADIENT_ERROR[dtype]
+    assert not dweight[:1000].any()
+    assert not dbias[:1000].any()
+
+
+def test_operators_refuse_rows_that_do_not_fit():
+    logits, target, options = torch.randn(2, 5), torch.zeros(3, dtype=torch.int64), PLAIN
+    with pytest.raises(ValueError, match=r"target must have shape \[2\].*got \[3\]"):
+        cpu.cross_entropy_fwd(logits, target, *options)
+    with pytest.raises(ValueError, match=r"target must have shape \[2\]"):
+        cpu.cross_entropy_fwd_bwd(logits, target, torch.ones(3), *options)
+    with pytest.raises(ValueError, match=r"lse must have shape \[2\], one per row of logits, got \[1\]"):
+        cpu.cross_entropy_bwd(torch.ones(2), logits, target[:2], torch.zeros(1), *options)
+
+
+def test_dtypes_without_kernels_are_left_to_the_reference():
+    assert backends.resolve("auto", "cpu", torch.float8_e5m2) == "reference"
+    with pytest.raises(backends.BackendUnavailable, match=r"take fp32.*not torch.float8_e5m2"):
+        backends.resolve("cpu", "cpu", torch.float8_e5m2)
 
 
 def test_backend_choice():

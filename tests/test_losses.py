@@ -208,6 +208,24 @@ def test_backward_twice(loss_fn, dtype, reduction):
         torch.testing.assert_close(gradient, torch.autograd.grad(once, logits, upstream.to(loss.dtype))[0])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_a_retained_graph_belong_to_the_caller(loss_fn, dtype, reduction):
+    # They are made in the forward pass, and with an upstream gradient of 1 handed out as they are: what is done to them
+    # must not reach the next backward pass.
+    logits, target = oracle.batch(dtype=dtype)
+    logits.requires_grad_()
+    loss = loss_fn(logits, target, reduction=reduction)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    expected = gradient.clone()
+    gradient.mul_(3)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(logits.grad, expected, rtol=0, atol=0)
+        logits.grad.data.zero_()  # which no version counter sees
+    loss.backward()
+    torch.testing.assert_close(logits.grad, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_without_gradients(loss_fn, dtype, reduction):
     logits, target = oracle.batch(dtype=dtype)
@@ -303,7 +321,7 @@ def test_modules(backend):
     assert "chunk_size=3" in repr(module)
 
 
-@pytest.mark.parametrize("target_dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("target_dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
 @pytest.mark.parametrize("shift", [False, True])
 def test_target_dtypes(backend, target_dtype, shift):
     logits, target = oracle.batch()

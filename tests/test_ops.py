@@ -242,6 +242,30 @@ def test_no_look_at_values(name):
         assert [g.shape for g in gradients] == [t.shape for t in tensors]
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_fake_cpu_tensors_have_no_values(name):
+    function, tensors, target, options = batch_of(name)
+    with FakeTensorMode():
+        options = {key: like(value, "cpu") for key, value in options.items()}
+        out = function(*(like(t, "cpu") for t in tensors), like(target, "cpu"), **options, backend="reference")
+    _, *call, options = batch_of(name)
+    real = results(function, *call, options)[0]
+    assert (out[0] if isinstance(out, tuple) else out).shape == real.shape
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_export(backend):
+    function, tensors, target, options = batch_of("linear sum")
+
+    class Step(torch.nn.Module):
+        def forward(self, *call):
+            return function(*call, **options, backend=backend)
+
+    call = (*(t.detach() for t in tensors), target)
+    program = torch.export.export(Step(), call)
+    torch.testing.assert_close(program.module()(*call), Step()(*call), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", ops.SCHEMAS)
 def test_operators_trace_with_fake_cuda_tensors(backend, name, options):
@@ -277,3 +301,17 @@ def test_nothing_is_differentiated_twice_in_silence(backend):
     head = torch.randn(logits.shape[-1], logits.shape[-1])
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(linear_cross_entropy(logits, head, target, backend=backend), logits, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode_is_refused(backend, reduction):
+    logits, target = oracle.batch()
+    head, options = torch.randn(5, logits.shape[-1]), {"reduction": reduction, "backend": backend}
+    for function, tensor in (
+        (lambda t: cross_entropy(t, target, **options), logits),
+        (lambda t: linear_cross_entropy(logits, t, target.clamp(max=4), **options), head),
+        (lambda t: cross_entropy(logits, target, sample_weight=t, **options), torch.ones(len(target))),
+    ):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(function, (tensor,), (torch.ones_like(tensor),))
+        function(tensor)  # outside, nothing is refused

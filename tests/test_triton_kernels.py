@@ -173,7 +173,7 @@ def test_infinite_logits_follow_the_reference():
 @pytest.mark.parametrize("bad", [-1, 50, 2**40])
 def test_target_out_of_range_raises_on_the_cpu(bad):
     logits, target = torch.zeros(3, 50), torch.tensor([0, bad, 1])
-    message = rf"target\[1\] is {bad}, outside \[0, 50\)"
+    message = rf"the target of row 1 is {bad}, outside \[0, 50\)"
     with pytest.raises(IndexError, match=message):
         kernels.cross_entropy_fwd(logits, target, None, *PLAIN)
     with pytest.raises(IndexError, match=message):

@@ -32,6 +32,11 @@ struct Logits {
   const void* row(int64_t i) const { return base + i * stride_bytes; }
 };
 
+void check_rows(const at::Tensor& logits, const at::Tensor& rows, const char* name) {
+  TORCH_CHECK_VALUE(rows.dim() == 1 && rows.numel() == logits.size(0), name, " must have shape [", logits.size(0),
+                    "], one per row of logits, got ", rows.sizes());
+}
+
 RowLoss loss_of_row(const Kernels& kernels, const Logits& logits, int64_t row, int64_t target,
                     const LossOptions& options) {
   double sum, smooth;
@@ -63,6 +68,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
     int64_t ignore_index, double label_smoothing, double softcap, double z_loss) {
   const Logits logits(logits_);
   const int64_t num_classes = logits_.size(1);
+  check_rows(logits_, target, "target");
   const KeptRows rows = keep_rows(target, std::nullopt, num_classes, ignore_index);
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat), lse = at::zeros_like(loss);
@@ -88,6 +94,8 @@ at::Tensor cross_entropy_bwd_cpu(const at::Tensor& dloss, const at::Tensor& logi
                                  int64_t ignore_index, double label_smoothing, double softcap, double z_loss) {
   const Logits logits(logits_);
   const int64_t num_classes = logits_.size(1);
+  check_rows(logits_, target, "target");
+  check_rows(logits_, lse, "lse");
   const KeptRows rows = keep_rows(target, dloss, num_classes, ignore_index);
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor dlogits = empty_gradient(logits_, rows);
@@ -114,6 +122,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_fwd_bwd_cpu(
     double z_loss) {
   const Logits logits(logits_);
   const int64_t num_classes = logits_.size(1);
+  check_rows(logits_, target, "target");
   const KeptRows rows = keep_rows(target, row_weight, num_classes, ignore_index);
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat);

@@ -96,7 +96,7 @@ KeptRows keep_rows(const at::Tensor& target, const std::optional<at::Tensor>& sc
   index.reserve(num_rows);
   for (int64_t i = 0; i < num_rows; ++i) {
     if (t[i] == ignore_index) continue;
-    TORCH_CHECK_INDEX(t[i] >= 0 && t[i] < num_classes, "target[", i, "] is ", t[i], ", outside [0, ", num_classes,
+    TORCH_CHECK_INDEX(t[i] >= 0 && t[i] < num_classes, "the target of row ", i, " is ", t[i], ", outside [0, ", num_classes,
                       ") and not ignore_index=", ignore_index);
     if (g == nullptr || g[i] != 0) index.push_back(i);
   }

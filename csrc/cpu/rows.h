@@ -136,7 +136,8 @@ static inline float weighted_sum(const float* z, int64_t n, const float* class_w
 
 // Add logits z[0:n] to the row's statistics, except the target's (at t, where it is among them), which becomes -inf; so
 // what is left of a confident row, the sum of the others, is not the difference of two numbers near 1.
-// If `kept` is given, store exp(z - shift) there (bytes 1, 2 or 4) and return the shift.
+// If `kept` is given, store exp(z - shift) there (bytes 1, 2 or 4) and return the shift: -inf where all there is so far is
+// -inf, since 0 times exp(shift - lse) is to be 0 however low the lse is.
 static inline float add_to_stats(float* z, int64_t n, int64_t t, const float* class_weight, bool smoothing,
                                  RowStats& stats, void* kept, int kept_bytes) {
   const int64_t padded = round_up(n, W);
@@ -152,7 +153,7 @@ static inline float add_to_stats(float* z, int64_t n, int64_t t, const float* cl
   stats.sum = stats.sum * (stats.max == new_max ? 1.0f : expf(stats.max - base));
   stats.sum += shift == base ? sum : sum * expf(shift - base);
   stats.max = new_max;
-  return shift;
+  return new_max == -INFINITY ? -INFINITY : shift;
 }
 
 // The gradient of g * loss of one row, in terms of its target and lse.
