@@ -11,9 +11,17 @@ from flow_finetune.config import DataConfig, MethodConfig, ModelConfig, TrainCon
 from flow_finetune.data import PAD_ID, collate, load_samples
 from flow_finetune.models import CausalLM, load_model, save_model
 from flow_finetune.train import train
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,6 +174,68 @@ def gpt2():
     """Its linear layers are transformers' Conv1D, whose matrices are transposed."""
     tokens = {"bos_token_id": 1, "eos_token_id": 2}
     return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, **tokens))
+
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def with_random_adapters(model):
+    """Its adapters far from the start's, and the matrices before."""
+    lm = CausalLM(model.eval())
+    before = {name: p.detach().clone() for name, p in lm.model.named_parameters()}
+    lora = Lora(lm, rank=4, alpha=4)
+    with torch.no_grad():
+        for p in lm.model.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.1)
+    return lm, lora, before
+
+
+def test_experts_that_peft_adapts_count_in_the_distance(capfd):
+    config = AutoConfig.for_model(
+        "qwen3_next", **SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )  # fmt: skip
+    lm, lora, before = with_random_adapters(AutoModelForCausalLM.from_config(config))
+    assert any(isinstance(layer, ParamWrapper) for layer in lm.model.modules())
+    distance = lora.distance()
+    lora.merge()
+    after = dict(lm.model.named_parameters())
+    assert after.keys() == before.keys()
+    moved = math.sqrt(sum(float((after[n] - before[n]).double().square().sum()) for n in before))
+    assert distance == pytest.approx(moved, rel=1e-5)
+
+
+def test_matrices_without_adapters_are_told_of(capfd):
+    config = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=2)
+    model = AutoModelForCausalLM.from_config(config)
+    shapes = {
+        n: p.numel() for n, p in model.named_parameters() if p.dim() >= 2 and "embed" not in n and "head" not in n
+    }
+    share = sum(size for n, size in shapes.items() if "self_attn" not in n) / sum(shapes.values())
+    with_random_adapters(model)
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"LoRA leaves out {share:.0%} of the body's matrix elements" in said
+    assert "model.layers.0.mlp.experts" in said
+    with_random_adapters(gemma3())
+    assert "leaves out" not in capfd.readouterr().err
+
+
+def test_vision_parts_get_no_adapters():
+    config = AutoConfig.for_model(
+        "gemma3", mm_tokens_per_image=1, image_token_index=5, boi_token_index=6, eoi_token_index=7,
+        text_config={**SIZES, "head_dim": 8},
+        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14},
+    )  # fmt: skip
+    lm, _, _ = with_random_adapters(AutoModelForCausalLM.from_config(config))
+    adapters = [name for name, _ in lm.model.named_parameters() if "lora_" in name]
+    assert len(adapters) == 2 * 14
+    assert all("language_model" in name for name in adapters)
 
 
 @pytest.mark.parametrize(("build", "num_adapters"), [(gemma3, 14), (gpt2, 8)])

@@ -1,5 +1,6 @@
 """Samples: which tokens are targets, what is dropped or cut, and how batches are laid out."""
 
+import copy
 import gzip
 import json
 
@@ -12,6 +13,7 @@ from flow_finetune.data import ALPACA_TEMPLATE, collate, load_samples, starts_wi
 from flow_finetune.errors import InputError
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 
@@ -40,6 +42,18 @@ def test_targets_are_the_response_and_its_end(tokenizer, qa_file):
         assert targets[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(targets[:-1]) == row["answer"]
         assert sample.num_targets == len(targets)
+
+
+def test_an_end_that_the_tokenizer_appends_is_not_left_inside(tokenizer, tmp_path, qa_file):
+    expected = load_samples(_config(qa_file), tokenizer).samples
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert other("a").input_ids[-1] == other.eos_token_id
+    for sample, wanted in zip(load_samples(_config(qa_file), other).samples, expected, strict=True):
+        assert sample.input_ids.tolist() == wanted.input_ids.tolist()
+        assert sample.start == wanted.start
 
 
 def test_braces_in_prompts_and_templates_stay(tokenizer, tmp_path):

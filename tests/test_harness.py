@@ -10,6 +10,7 @@ from flow_finetune.config import TaskConfig
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
 from flow_finetune.harness import task_manager
+from flow_finetune.results import load_runs, shown_metrics
 
 evaluator = pytest.importorskip("lm_eval.evaluator", reason="needs lm-evaluation-harness, the eval extra")
 
@@ -31,7 +32,7 @@ doc_to_text: "{{context}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: answer
 target_delimiter: ""
-metric_list: [{metric: acc}, {metric: acc_norm}, {metric: mcc}]
+metric_list: [{metric: acc}, {metric: acc_norm, higher_is_better: false}, {metric: mcc}]
 """
 _SUMS = """
 output_type: generate_until
@@ -102,6 +103,10 @@ def test_choices(tiny, tasks, tmp_path, shots):
     metrics = metrics_of(result, "flow_choices")
     # The correlation is no mean over items.
     assert set(metrics) == {"acc", "acc_norm"}
+    # As the task's file says, against the sense of the name.
+    assert [metrics[name]["higher_is_better"] for name in ("acc", "acc_norm")] == [True, False]
+    shown = shown_metrics(load_runs([tmp_path / "out"]))
+    assert {m.name: m.higher_is_better for m in shown} == {"acc": True, "acc_norm": False}
     items = read_items(tmp_path / "out")
     for name, metric in metrics.items():
         assert metric["value"] == pytest.approx(expected["results"]["flow_choices"][f"{name},none"])

@@ -103,6 +103,7 @@ def test_names_that_say_nothing_or_two_things(name, match):
         ({"online_copy": "bfloat16"}, "online_copy has no effect without online: true"),
         ({"weights": "none", "direction": "hard", "quantile": 0.1}, "direction, quantile has no effect without weights"),
         ({"weights": "none", "normalize": "mean"}, "normalize has no effect without weights"),
+        ({"temperature": 1.0, "quantile": 0.9}, "temperature is given, so quantile"),
         ({"weights": "words"}, "weights must be one of none, sequence, token, got 'words'"),
         ({"direction": "up"}, "direction must be one of easy, hard"),
         ({"train": "body"}, "train must be one of all, head, lora"),

@@ -9,12 +9,23 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
+from flow_finetune import choices, generate
 from flow_finetune.config import ModelConfig
 from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
 from flow_finetune.models import CausalLM, load_model, model_fingerprint, save_model, tokenizer_fingerprint
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +65,46 @@ def test_loss_equals_that_of_the_models_own_logits(softcap):
         sum(float(nn.functional.cross_entropy(logits[r, 2 : 7 + r], batch.input_ids[r, 3 : 8 + r], reduction="sum"))
             for r in range(3)), rel=1e-5,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "scale"), [("cohere", {"logit_scale": 0.0625}), ("granite", {"logits_scaling": 8.0})])
+def test_scaled_logits(name, scale):
+    config = AutoConfig.for_model(
+        name, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.5, pad_token_id=0, **scale,
+    )  # fmt: skip
+    lm = CausalLM(AutoModelForCausalLM.from_config(config).eval())
+    lm.check_head()
+    ids = torch.arange(3, 15)
+    found = lm.score(collate([Sample("", ids.int().numpy(), 1, "", "", False)], 0))
+    logits = lm.model(input_ids=ids[None]).logits[0].detach()
+    torch.testing.assert_close(found.loss, nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none"))
+
+
+def test_texts_beyond_learned_positions_are_refused():
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
+    lm = CausalLM(GPT2LMHeadModel(config).eval())
+    assert lm.max_positions == 32
+    lm.check_length(32, "a sample")
+    with pytest.raises(InputError, match="a sample has up to 33 tokens and GPT2LMHeadModel knows 32 positions; lower"):
+        lm.check_length(33, "a sample")
+    samples = [[Sample("0", torch.arange(33).numpy(), 30, "", "", False)]]
+    with pytest.raises(InputError, match="questions has up to 33 tokens"):
+        choices.score_groups(lm, samples, 0, 100, "full", "questions")
+    options = {"stop_ids": [], "pad_id": 0, "batch_tokens": 100, "precision": "full"}
+    generate.generate_greedily(lm, [torch.arange(30).numpy()], max_new_tokens=2, **options)
+    with pytest.raises(InputError, match="a prompt with its answer has up to 33 tokens"):
+        generate.generate_greedily(lm, [torch.arange(30).numpy()], max_new_tokens=3, **options)
+    assert CausalLM(_tiny_gemma2(None)).max_positions is None
+    opt = OPTConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, ffn_dim=32, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    lm = CausalLM(OPTForCausalLM(opt).eval())
+    assert lm.max_positions == 32
+    lm.model.base_model(input_ids=torch.arange(32)[None])
+    with pytest.raises(IndexError):
+        lm.model.base_model(input_ids=torch.arange(33)[None])
 
 
 def test_a_model_that_changes_its_logits_is_refused():

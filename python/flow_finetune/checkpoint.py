@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -24,6 +25,9 @@ from torch.utils.tensorboard import SummaryWriter
 from flow_finetune.config import non_defaults, without_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.storage import atomic_path, disk_space_errors, is_used, require_disk_space, used_error, write_json
+
+# The parts that are not the same in every process: what each has gone through itself.
+OF_A_PROCESS = {"meter"}
 
 
 class TrainDirectory:
@@ -101,16 +105,24 @@ class TrainDirectory:
             # weights_only: a checkpoint cannot run code.
             state = torch.load(found[-1] / "state.pt", weights_only=True, map_location="cpu")
             stored = load_file(found[-1] / "model.safetensors")
-            if not (parts.keys() <= state.keys() and _trained(lm.model).keys() <= stored.keys()):
+            shared = parts.keys() - OF_A_PROCESS | {"processes"}
+            if not (shared <= state.keys() and _trained(lm.model).keys() <= stored.keys()):
                 raise InputError(
                     f"{found[-1]} was written by another version; finish it with that one, or pass --overwrite"
                 )
             _load_trained(lm.model, stored)
+            own = state["processes"]
+            if len(own) != self._accelerator.num_processes:
+                raise InputError(
+                    f"{found[-1]} was written by {len(own)} processes and this call has "
+                    f"{self._accelerator.num_processes}; continue with as many, or pass --overwrite"
+                )
+            own = own[self._accelerator.process_index]
             for name, part in parts.items():
-                part.load_state_dict(state[name])
-            torch.set_rng_state(state["rng"])
+                part.load_state_dict(own[name] if name in OF_A_PROCESS else state[name])
+            torch.set_rng_state(own["rng"])
             if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+                torch.cuda.set_rng_state_all(own["cuda_rng"])
             step = state["step"]
         if self._accelerator.is_main_process:
             lines = [line for line in self._log_lines() if line["step"] <= step]
@@ -121,13 +133,18 @@ class TrainDirectory:
 
     def save_checkpoint(self, step: int, lm, parts: dict) -> None:
         """Write a checkpoint of what is trained and of the `parts`, then remove the older ones."""
+        own = {
+            **{name: part.state_dict() for name, part in parts.items() if name in OF_A_PROCESS},
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        processes = gather_object([own]) if self._accelerator.num_processes > 1 else [own]
         if self._accelerator.is_main_process:
             older = list(self._checkpoints.glob("step-*")) if self._checkpoints.is_dir() else []
             state = {
                 "step": step,
-                **{name: part.state_dict() for name, part in parts.items()},
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                **{name: part.state_dict() for name, part in parts.items() if name not in OF_A_PROCESS},
+                "processes": processes,
             }
             with atomic_path(self._checkpoints / f"step-{step:08d}") as temporary:
                 temporary.mkdir()

@@ -1,7 +1,8 @@
 """Log-likelihoods of choices, each context run once.
 
-A question's choices share its context, which is most of their tokens. The contexts of a batch are run left-padded, the
-keys and values are repeated for the choices, and only what differs is run after them.
+A question's choices share its context, which is most of their tokens. The contexts of a batch are run left-padded, what
+the model keeps of them is repeated for the choices, and only what differs is run after them; a model that does not
+continue contexts runs each choice as a whole.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 
 import flow_kernels
+from flow_finetune.context import Contexts, continues_contexts
 from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
-from flow_finetune.generate import left_pad
 from flow_finetune.models import CausalLM, autocast
 from flow_finetune.progress import track
 
@@ -59,7 +60,9 @@ class _Shape(NamedTuple):
         return self.num_questions * self.context, self.num_choices * self.rest
 
 
-def choice_batches(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[list[int]]:
+def choice_batches(
+    groups: Sequence[Sequence[Sample]], batch_tokens: int, *, share_contexts: bool = True
+) -> list[list[int]]:
     """Batches of groups such that neither the contexts nor the choices exceed `batch_tokens` padded tokens.
 
     Contexts and choices are padded each to their own length, which no one order suits: a batch also ends where a fifth
@@ -67,7 +70,7 @@ def choice_batches(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> lis
     """
     shapes = []
     for choices in groups:
-        split = split_length(choices)
+        split = split_length(choices) if share_contexts else 0
         rests = [len(c.input_ids) - split for c in choices]
         shapes.append(_Shape(1, len(choices), split, max(rests), split + sum(rests)))
     # By the choices' length in steps, because they are padded more often, then by the context's.
@@ -89,14 +92,15 @@ def choice_batches(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> lis
 
 @torch.no_grad()
 def score_choices(
-    lm: CausalLM, groups: Sequence[Sequence[Sample]], pad_id: int
+    lm: CausalLM, groups: Sequence[Sequence[Sample]], pad_id: int, *, share_contexts: bool = True
 ) -> tuple[flow_kernels.SampleScores, int]:
     """Scores of every choice of a batch of questions, question by question, and how many tokens were run.
 
-    `groups` holds the choices of each question, as samples whose targets are the choice.
+    `groups` holds the choices of each question, as samples whose targets are the choice. Without `share_contexts` each
+    choice is run as a whole.
     """
     device = lm.head.weight.device
-    splits = [split_length(choices) for choices in groups]
+    splits = [split_length(choices) if share_contexts else 0 for choices in groups]
     owner = torch.tensor([row for row, choices in enumerate(groups) for _ in choices], device=device)
     rests = [
         replace(c, input_ids=c.input_ids[split:], start=c.start - split)
@@ -106,20 +110,10 @@ def score_choices(
     batch = collate(rests, pad_id).to(device)
     context = {}
     if max(splits):
-        ids, mask = left_pad(
-            [choices[0].input_ids[:split] for choices, split in zip(groups, splits, strict=True)], pad_id
-        )
-        ids, mask = ids.to(device), mask.to(device)
-        cache = lm.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True
-        ).past_key_values
-        cache.batch_select_indices(owner)
-        first = torch.tensor(splits, device=device)[owner, None]
-        context = {
-            "attention_mask": torch.cat([mask[owner], batch.attention_mask], 1),
-            "position_ids": first + torch.arange(batch.input_ids.shape[1], device=device),
-            "past_key_values": cache,
-        }
+        texts = [choices[0].input_ids[:split] for choices, split in zip(groups, splits, strict=True)]
+        contexts = Contexts(lm, texts, pad_id)
+        contexts.select(owner)
+        context = contexts.options(batch.attention_mask)
     scores = flow_kernels.sum_samples(lm.score(batch, **context), batch.target, batch.cu_seqlens)
     return scores, sum(splits) + int(batch.attention_mask.sum())
 
@@ -133,11 +127,13 @@ def score_groups(
     """
     first = np.cumsum([0, *(len(group) for group in groups)])
     sums = np.zeros((3, first[-1]))
-    batches = choice_batches(groups, batch_tokens)
+    lm.check_length(max(len(s.input_ids) for group in groups for s in group), name)
+    share = continues_contexts(lm)
+    batches = choice_batches(groups, batch_tokens, share_contexts=share)
     # One autocast context over all batches: it keeps the cast weights, a noticeable part of a small batch's time.
     with track(f"evaluating {name}", len(batches)) as tracker, autocast(lm.head.weight.device, precision):
         for indices in batches:
-            scores, num_tokens = score_choices(lm, [groups[i] for i in indices], pad_id)
+            scores, num_tokens = score_choices(lm, [groups[i] for i in indices], pad_id, share_contexts=share)
             samples = np.concatenate([np.arange(first[i], first[i + 1]) for i in indices])
             sums[:, samples] = [column.cpu() for column in scores]
             bad = [s.id for i in indices for j, s in enumerate(groups[i], first[i]) if not math.isfinite(sums[0, j])]

@@ -152,6 +152,12 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
+def without_appended_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text that goes on: some tokenizers end every text with EOS."""
+    appends = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
+    return ids[:-1] if appends and ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
 def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleSet:
     """Read, render and tokenise a data set.
 
@@ -169,6 +175,8 @@ def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Samp
         part = slice(first, first + _TOKENIZE_AT_ONCE)
         # A chat template writes its own special tokens; for other texts the tokenizer adds its BOS if it has one.
         prompt_ids = tokenizer(rendered[part], add_special_tokens=config.template != "chat").input_ids
+        if config.template != "chat":
+            prompt_ids = [without_appended_eos(ids, tokenizer) for ids in prompt_ids]
         response_ids = tokenizer(responses[part], add_special_tokens=False).input_ids
         for index, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True), start=first):
             sample = _sample(ids[index], prompt, response, prompts[index], responses[index], config, tokenizer)

@@ -62,6 +62,7 @@ def metric_record(items: Items) -> dict:
         "value": value,
         "standard_error": None if math.isnan(standard_error) else standard_error,
         "num_items": len(items.ids),
+        **({} if items.higher_is_better is None else {"higher_is_better": items.higher_is_better}),
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flow_finetune.context import Contexts, continues_contexts, pad
 from flow_finetune.data import token_batches
 from flow_finetune.errors import InputError
 from flow_finetune.models import CausalLM, autocast
@@ -71,7 +72,7 @@ def generate_greedily(
     Args:
         prompts: token ids, BOS included where the model wants one.
         stop_ids: tokens that end a sequence; they are not part of what is returned.
-        pad_id: fills the left of shorter prompts; never attended to.
+        pad_id: fills up shorter prompts; never attended to.
         batch_tokens: padded prompt tokens of one batch.
         ends: whether the new tokens of a sequence, the last of them included, end it.
 
@@ -80,40 +81,62 @@ def generate_greedily(
     """
     lm.eval()
     device = lm.head.weight.device
+    start = _Continued if continues_contexts(lm) else _RunAgain
+    lm.check_length(max(len(p) for p in prompts) + max_new_tokens, f"{description}: a prompt with its answer")
     batches = token_batches([len(p) for p in prompts], batch_tokens)
     results: list[list[int]] = [[] for _ in prompts]
     # One autocast context over everything: it keeps the cast weights, which would cost more than a step of decoding.
     with track(description, len(prompts)) as tracker, autocast(device, precision):
         for indices in batches:
-            ids, mask = left_pad([prompts[i] for i in indices], pad_id)
-            ids, mask = ids.to(device), mask.to(device)
-            _decode(lm, ids, mask, set(stop_ids), ends, max_new_tokens, indices, results, tracker)
+            texts = start(lm, [prompts[i] for i in indices], pad_id)
+            _decode(lm.head, texts, set(stop_ids), ends, max_new_tokens, indices, results, tracker)
     return results
 
 
-def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask `[B, T]` of texts that end together."""
-    longest = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.as_tensor(np.asarray(prompt, np.int64))
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask
+class _Continued:
+    """Texts that grow at their end, from what the model keeps of them."""
+
+    def __init__(self, lm: CausalLM, texts: Sequence[np.ndarray], pad_id: int) -> None:
+        self._contexts = Contexts(lm, texts, pad_id)
+        self.last_hidden = self._contexts.last_hidden_state[:, -1]
+
+    def extend(self, tokens: Tensor) -> None:
+        self.last_hidden = self._contexts.run(tokens[:, None])[:, -1]
+
+    def select(self, rows: Tensor) -> None:
+        self._contexts.select(rows)
 
 
-def _decode(lm, ids, mask, stop_ids, ends, max_new_tokens, owners, results, tracker: Tracker) -> None:
-    """Extend `results[owner]` for every row of a left-padded batch."""
-    cache = None
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+class _RunAgain:
+    """The same of a model that cannot continue: every token is a run of the whole text."""
+
+    def __init__(self, lm: CausalLM, texts: Sequence[np.ndarray], pad_id: int) -> None:
+        self._lm, self._pad_id = lm, pad_id
+        self._texts = [np.asarray(text, np.int64) for text in texts]
+        self._run()
+
+    def _run(self) -> None:
+        ids, mask = (t.to(self._lm.head.weight.device) for t in pad(self._texts, self._pad_id, left=False))
+        hidden = self._lm.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        self.last_hidden = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
+
+    def extend(self, tokens: Tensor) -> None:
+        self._texts = [np.append(text, token) for text, token in zip(self._texts, tokens.tolist(), strict=True)]
+        self._run()
+
+    def select(self, rows: Tensor) -> None:
+        self._texts = [self._texts[row] for row in rows.tolist()]
+
+
+def _decode(head, texts, stop_ids, ends, max_new_tokens, owners, results, tracker: Tracker) -> None:
+    """Extend `results[owner]` for every row of a batch of texts."""
     owners, going = list(owners), [True] * len(owners)
+    chosen = None
     for _ in range(max_new_tokens):
-        output = lm.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        cache = output.past_key_values
+        if chosen is not None:
+            texts.extend(chosen)
         # The soft-cap is monotone, so the largest logit is the same without it.
-        chosen = lm.head(output.last_hidden_state[:, -1]).argmax(-1)
+        chosen = head(texts.last_hidden).argmax(-1)
         num_new = sum(going)
         for row, token in enumerate(chosen.tolist()):
             if going[row] and token in stop_ids:
@@ -124,13 +147,11 @@ def _decode(lm, ids, mask, stop_ids, ends, max_new_tokens, owners, results, trac
         tracker.advance(num_new - sum(going), tokens=num_new)
         if not any(going):
             return
-        ids, positions = chosen[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         if sum(going) <= _KEEP_SHARE * len(going):
             rows = [row for row, is_going in enumerate(going) if is_going]
-            kept = torch.tensor(rows, device=ids.device)
-            cache.batch_select_indices(kept)
-            ids, positions, mask = ids[kept], positions[kept], mask[kept]
+            kept = torch.tensor(rows, device=chosen.device)
+            texts.select(kept)
+            chosen = chosen[kept]
             owners, going = [owners[row] for row in rows], [True] * len(rows)
     tracker.advance(sum(going))
 

@@ -117,8 +117,9 @@ def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> di
             f"{task.name}: {model.num_truncated:,} texts lost their beginning, the first shots and any BOS, to max_length="
             f"{task.config.max_length}; raise it if the model can take more"
         )
-    columns, dropped = defaultdict(list), set()
+    columns, dropped, higher = defaultdict(list), set(), {}
     for part, samples in results["samples"].items():
+        directions = task.harness.loaded["tasks"][part].higher_is_better()
         for sample in sorted(samples, key=lambda s: s["doc_id"]):
             id = str(sample["doc_id"]) if len(results["samples"]) == 1 else f"{part}/{sample['doc_id']}"
             for metric in sample["metrics"]:
@@ -127,13 +128,14 @@ def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> di
                     dropped.add(metric)
                 else:
                     columns[name].append((id, value, weight))
+                    higher.setdefault(name, metric not in _LIKELIHOODS and bool(directions.get(metric, True)))
     if dropped:
         say(
             f"{task.name}: {', '.join(sorted(dropped))} left out, which {'is' if len(dropped) == 1 else 'are'} no mean over items"
         )
     if not columns:
         raise InputError(f"lm_eval task {task.name!r} has no metric that is a mean over items")
-    return {name: _items(rows) for name, rows in columns.items()}
+    return {name: _items(rows, higher[name]) for name, rows in columns.items()}
 
 
 def _item(metric: str, filter: str, found: object) -> tuple[str, float | None, float]:
@@ -148,6 +150,6 @@ def _item(metric: str, filter: str, found: object) -> tuple[str, float | None, f
     return name, None, 1.0
 
 
-def _items(rows: list[tuple[str, float, float]]) -> Items:
+def _items(rows: list[tuple[str, float, float]], higher_is_better: bool) -> Items:
     ids, values, weights = zip(*rows, strict=True)
-    return Items(ids, np.asarray(values, np.float64), np.asarray(weights, np.float64))
+    return Items(ids, np.asarray(values, np.float64), np.asarray(weights, np.float64), higher_is_better)

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from flow_finetune.choices import score_groups
-from flow_finetune.data import Sample
+from flow_finetune.data import Sample, without_appended_eos
 from flow_finetune.errors import InputError
 from flow_finetune.generate import generate_texts
 from flow_finetune.models import CausalLM
@@ -52,7 +52,8 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        return without_appended_eos(ids, self.tokenizer) if add_special_tokens else ids
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm)

@@ -113,6 +113,8 @@ def _contradictions(m: MethodConfig) -> list[tuple[bool, str]]:
          f"LoRA freezes the weights that {m.penalty} would hold; use train: all (or head), or penalty: none"),
         (is_lora and m.average_every is not None,
          "LoRA freezes the weights that SFA would average; use train: all, or WiSE-FT of the merged result"),
+        (m.temperature is not None and "quantile" in given,
+         "temperature is given, so quantile, which would find one, has no effect; give one of them"),
         (m.online and not is_weighted, "online weights need weights: sequence"),
         (m.online and m.weights == "token",
          "online weights are one per sample; use weights: sequence, or online: false with token scores"),

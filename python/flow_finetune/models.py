@@ -48,6 +48,10 @@ class CausalLM(nn.Module):
             raise InputError(f"{type(model).__name__} has no body of its own to make hidden states with (base_model)")
         text_config = model.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits, Granite divides them; both by powers of 2 in what is published.
+        self.logit_scale = getattr(text_config, "logit_scale", None) or 1 / (
+            getattr(text_config, "logits_scaling", None) or 1
+        )
 
     @property
     def head(self) -> nn.Linear:
@@ -67,7 +71,11 @@ class CausalLM(nn.Module):
         """
         options = {"attention_mask": batch.attention_mask, "use_cache": False, **context}
         hidden = self.model.base_model(input_ids=batch.input_ids, **options).last_hidden_state
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions)
+        return self.head_input(hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions))
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Hidden states whose product with the head is scaled as the model scales its logits."""
+        return hidden if self.logit_scale == 1 else hidden * self.logit_scale
 
     def forward(self, batch: Batch, weight: Tensor, normalizer: float | Tensor) -> Tensor:
         return flow_kernels.linear_cross_entropy(
@@ -84,9 +92,35 @@ class CausalLM(nn.Module):
             softcap=self.softcap, backend=self.backend,
         )  # fmt: skip
 
+    @property
+    def text_body(self) -> nn.Module:
+        """What makes hidden states of text: the model but for its vision or audio parts, where it has such."""
+        config = self.model.config
+        return self.model if config.get_text_config() is config else self.model.get_decoder()
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text of a model that learned a vector for each position; None for one that computes them."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        tables = [m for m in self.text_body.modules() if isinstance(m, nn.Embedding)]
+        # OPT's and its relatives' tables begin with 2 rows that stand for no position.
+        is_learned = limit and any(
+            m.num_embeddings in (limit, limit + 2) and m is not self.model.get_input_embeddings() for m in tables
+        )
+        return limit if is_learned else None
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raise `InputError` for a text that is longer than the positions that the model has learned."""
+        limit = self.max_positions
+        if limit is not None and length > limit:
+            raise InputError(
+                f"{what} has up to {length} tokens and {type(self.model).__name__} knows {limit} positions; lower "
+                "max_length, max_new_tokens or the number of shots"
+            )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model makes of hidden states `[..., D]`: `[..., V]`, soft-capped where it does that."""
-        logits = self.head(hidden)
+        logits = self.head(self.head_input(hidden))
         return logits if not self.softcap else self.softcap * torch.tanh(logits / self.softcap)
 
     @torch.no_grad()

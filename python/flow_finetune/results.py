@@ -157,8 +157,14 @@ def shown_metrics(runs: Sequence[Run]) -> list[Metric]:
 
 
 def _named_by_the_harness(task: dict) -> list[tuple[str, str, bool]]:
-    """Metrics of a task of lm-evaluation-harness: losses are nats, everything else is better the higher it is."""
-    return [(metric, metric, not metric.startswith("nats")) for metric in task["metrics"]]
+    """Metrics of a task of lm-evaluation-harness, each with the direction that the harness gives it.
+
+    Files written before it was kept lack it: there losses are nats, everything else is better the higher it is.
+    """
+    return [
+        (name, name, record.get("higher_is_better", not name.startswith("nats")))
+        for name, record in task["metrics"].items()
+    ]
 
 
 def _hardest_metrics(runs: Sequence[Run], task: str, kind: str) -> list[Metric]:

@@ -70,6 +70,7 @@ def score(
         InputError: `path` or its journal belongs to other scores, a loss is NaN or infinite (ids listed), or the disk
             is full.
     """
+    lm.check_length(max(len(s.input_ids) for s in samples.samples), "a sample")
     header = {
         "fingerprints": scoring_fingerprints(lm, tokenizer, samples),
         "settings": {

@@ -27,6 +27,7 @@ class Items:
     ids: Sequence[str]
     value: np.ndarray  # [n] fp64
     weight: np.ndarray  # [n] fp64, positive
+    higher_is_better: bool | None = None  # where the metric's name does not say it
 
 
 class Difference(NamedTuple):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
@@ -130,7 +131,8 @@ def train(
             disk is too small, or (DivergedError) the loss becomes NaN.
     """
     check_train(config, method)
-    accelerator = Accelerator(cpu=lm.head.weight.device.type == "cpu")
+    lm.check_length(max(len(s.input_ids) for s in samples.samples), "a sample")
+    accelerator = make_accelerator(lm.head.weight.device)
     fingerprints = scoring_fingerprints(lm, tokenizer, samples)
     found = None
     if needs_scores(method) and scores is None:
@@ -176,6 +178,23 @@ def train(
         directory.finish(summary)
     accelerator.wait_for_everyone()
     return directory.read_summary()
+
+
+def make_accelerator(device: torch.device) -> Accelerator:
+    """Processes, and nothing else of what accelerate can do, whatever the user's own settings of it ask for.
+
+    Raises:
+        InputError: those settings ask for a way of training that is not done here.
+    """
+    # Given here, because its environment would otherwise divide the loss, scale it, or change the precision, in silence.
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )  # fmt: skip
+    kind = accelerator.distributed_type
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise InputError(f"accelerate is set to {kind.value}; several processes train with plain data parallelism here")
+    return accelerator
 
 
 def check_train(config: TrainConfig, method: MethodConfig) -> None:

@@ -34,6 +34,7 @@ from flow_finetune.commands.options import (
     Revision,
     TrustRemoteCode,
 )
+from flow_finetune.commands.processes import require_one_process
 from flow_finetune.config import ModelConfig, TaskConfig
 from flow_finetune.errors import InputError
 from flow_finetune.progress import say
@@ -124,6 +125,7 @@ def evaluate(
         flow-finetune evaluate -m flow --completion mbpp.jsonl.gz --completion-response-field code -o code
     """
     with messages():
+        require_one_process("evaluate")
         if is_image(task, context):
             evaluate_images(
                 context, model, output, images, source_images, pretrained, size, limit, revision, precision, device,

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from flow_finetune.commands.messages import messages
+from flow_finetune.commands.processes import require_one_process
 from flow_finetune.config import RunConfig, choose, from_mapping, read_yaml
 from flow_finetune.errors import InputError
 from flow_finetune.progress import print_table, say
@@ -49,6 +50,7 @@ def run(
         flow-finetune run -m ./gemma -d train.jsonl --method standard --method flow --perplexity wiki.txt -o runs/a
     """
     with messages():
+        require_one_process("run")
         from flow_finetune.methods import named_method
         from flow_finetune.report import summary_table
         from flow_finetune.run_directory import run_directories

@@ -36,6 +36,7 @@ from flow_finetune.commands.options import (
     Template,
     TrustRemoteCode,
 )
+from flow_finetune.commands.processes import require_one_process
 from flow_finetune.config import DataConfig, ModelConfig
 from flow_finetune.progress import say
 
@@ -76,6 +77,7 @@ def score(
         flow-finetune score -m ./gemma -d train.jsonl --prompt-field question --response-field answer -o scores.parquet
     """
     with messages():
+        require_one_process("score")
         if is_image(task, context):
             score_images(context, model, data, output, size, id_field, limit, split, revision, precision, device)
             return

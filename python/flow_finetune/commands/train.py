@@ -60,6 +60,7 @@ from flow_finetune.commands.options import (
     TrustRemoteCode,
     Weights,
 )
+from flow_finetune.commands.processes import require_one_process
 from flow_finetune.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
 from flow_finetune.progress import say
 
@@ -149,8 +150,8 @@ def train(
 ) -> None:
     """Fine-tune with FLOW or another method, into a directory that transformers loads.
 
-    With checkpoints, a killed call continues when it is made again. Several processes: put `accelerate launch` or
-    `torchrun --nproc-per-node N --no-python` in front.
+    With checkpoints, a killed call continues when it is made again. Several processes: put
+    `accelerate launch --no_python` or `torchrun --nproc-per-node N --no-python` in front.
 
     **Examples**
 
@@ -161,6 +162,8 @@ def train(
     """
     with messages():
         image = is_image(task, context)
+        if image:
+            require_one_process("train --task image")
         details = {
             "weights": weights, "temperature": temperature, "quantile": quantile, "clip_low": clip_low,
             "clip_high": clip_high, "normalize": normalize, "keep_easiest": keep_easiest, "online_copy": online_copy,

@@ -98,7 +98,7 @@ def sample_losses(
             hidden = lm.model.base_model(**{"use_cache": False, **body}).last_hidden_state
             found.append(
                 flow_kernels.linear_score_samples(
-                    hidden, lm.head.weight, labels.to(device), linear_bias=lm.head.bias, softcap=lm.softcap, shift=True,
+                    lm.head_input(hidden), lm.head.weight, labels.to(device), linear_bias=lm.head.bias, softcap=lm.softcap, shift=True,
                     backend=backend,
                 )
             )  # fmt: skip

@@ -115,7 +115,7 @@ def use_weighted_loss(
 
 def _loss(lm: CausalLM, hidden: Tensor, labels: Tensor, **options) -> Tensor:
     return flow_kernels.linear_cross_entropy(
-        hidden, lm.head.weight, labels, linear_bias=lm.head.bias, softcap=lm.softcap, **options
+        lm.head_input(hidden), lm.head.weight, labels, linear_bias=lm.head.bias, softcap=lm.softcap, **options
     )
 
 
