@@ -45,7 +45,8 @@ test: lint
 	$(if $(filter cuda,$(DEVICE)),$(BIN)/python benchmarks/gpu.py --require)
 	$(if $(filter cuda,$(DEVICE)),DEVICE=cuda OPERATOR_BACKENDS="reference cpu triton") $(BIN)/python -m pytest
 
-# The sanitisers' runtimes must be the first libraries of the process. Leaks are Python's own.
+# The sanitisers' runtimes must be the first libraries of the process. Leaks are Python's own. The conftest.py of the
+# root is left out, because pytest would put its directory, with the ordinary kernels, before PYTHONPATH.
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
 ASAN_RUNTIMES = $(shell c++ -print-file-name=libasan.so):$(shell c++ -print-file-name=libubsan.so)
 ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_ops.py tests/test_losses.py tests/test_scoring.py \
@@ -54,7 +55,10 @@ test-asan: setup
 	FLOW_KERNELS_BUILD=cpu FLOW_KERNELS_CXXFLAGS="$(ASAN_FLAGS)" \
 	    $(BIN)/python setup.py build_ext --build-lib build/asan --build-temp build/asan-objects
 	cp flow_kernels/*.py build/asan/flow_kernels/
-	LD_PRELOAD=$(ASAN_RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan $(BIN)/pytest $(ASAN_TESTS)
+	cd build && PYTHONPATH=asan ../$(BIN)/python -c \
+	    "from flow_kernels import cpu; path = str(cpu.library_path()); print(path); assert 'build/asan' in path, path"
+	LD_PRELOAD=$(ASAN_RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan \
+	    $(BIN)/pytest --confcutdir=tests $(ASAN_TESTS)
 
 # One interpreted test is one thread of Python: two processes share the files, each of them about half of the time.
 TRITON_HALVES := "tests/test_losses.py" \

@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 MODE = os.environ.get("FLOW_KERNELS_BUILD", "auto")
 SOURCES = ["csrc/ops.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
+COMPILER = os.environ.get("CXX", "c++")
 REPORT = "build_report.txt"
 CUDA_REPORT = "cuda_build_report.txt"
 CUDA_ARCHS = "8.0;9.0;10.0;12.0"
@@ -33,10 +34,17 @@ def why_not() -> str | None:
         import torch  # noqa: F401
     except ImportError as error:
         return f"torch could not be imported at build time ({error}); install with --no-build-isolation"
-    compiler = os.environ.get("CXX", "c++")
-    if os.name != "nt" and not any(shutil.which(c) for c in (compiler, "g++")):
-        return f"no C++ compiler ({compiler} and g++ are not on the PATH)"
+    if os.name != "nt" and not any(shutil.which(c) for c in (COMPILER, "g++")):
+        return f"no C++ compiler ({COMPILER} and g++ are not on the PATH)"
     return None
+
+
+def compiler_version() -> str:
+    """The first line of what the compiler says of itself."""
+    try:
+        return subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, IndexError):
+        return COMPILER
 
 
 def why_not_cuda() -> str | None:
@@ -85,7 +93,10 @@ class BuildKernels(build_ext):
                 report.unlink(missing_ok=True)
                 return
             except Exception as error:
-                reason = f"compilation failed: {str(error).strip().splitlines()[0]}"
+                reason = (
+                    f"compilation failed with {compiler_version()}: {str(error).strip().splitlines()[0]} "
+                    "(FLOW_KERNELS_BUILD=cpu pip install -v --no-build-isolation . shows what the compiler said)"
+                )
                 if MODE == "auto":
                     print(f"flow-kernels: {error}")
         if MODE == "cpu":
@@ -139,6 +150,8 @@ class BuildKernels(build_ext):
         self.distribution.ext_modules = [extension]
         command.ensure_finalized()
         command.extensions = [extension]
+        # Without ninja, objects of an earlier build would be taken whatever headers, torch's among them, have changed.
+        command.force = True
         command.run()
         print(f"flow-kernels: CPU kernels compiled against torch {torch.__version__}")
 

@@ -8,6 +8,14 @@ import flow_kernels
 from flow_kernels import backends
 
 
+def _answer(question):
+    """The answer, or why there is none: compiled files that do not load are an error wherever they are used."""
+    try:
+        return question()
+    except ImportError as error:
+        return f"error: {error}"
+
+
 def describe() -> str:
     """The report as text."""
     lines = [
@@ -16,9 +24,11 @@ def describe() -> str:
         f"CUDA {'available' if torch.cuda.is_available() else 'not available'}",
     ]
     for device_type in ("cpu", "cuda"):
-        lines.append(f"{device_type}: auto -> {backends.resolve('auto', device_type)}")
+        lines.append(f"{device_type}: auto -> {_answer(lambda d=device_type: backends.resolve('auto', d))}")
         for backend in backends.BACKENDS:
-            found = backends.status(backend, device_type)
+            found = _answer(lambda b=backend, d=device_type: backends.status(b, d))
+            if isinstance(found, str):
+                found = backends.Status(False, found)
             lines.append(f"  {backend:<10} {'yes' if found.available else 'no '}  {found.reason}")
     return "\n".join(lines)
 

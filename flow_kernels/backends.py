@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from flow_kernels import cpu, cuda, reference
+from flow_kernels.compiled import CompiledFileError as CompiledFileError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 

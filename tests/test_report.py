@@ -1,6 +1,6 @@
 """The page and the table hold the right numbers, the pictures are pictures, and bad input is named."""
 
-import builtins
+import importlib.util
 import io
 import json
 import math
@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from flow_finetune import pipeline
 from flow_finetune.errors import InputError
 from flow_finetune.report import summary_table, write_report
 from flow_finetune.results import load_runs
 from flow_finetune.statistics import Items, paired_difference, ratio_and_standard_error
+from flow_finetune.vision import pipeline as vision_pipeline
 from rich.console import Console
 
 TASKS = (("sums", "qa", "target"), ("wiki", "perplexity", "retained"), ("arc", "multiple_choice", "retained"),
@@ -271,16 +273,15 @@ def test_bad_runs(runs, scores, tmp_path):
 
 
 def test_without_matplotlib(runs, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(InputError, match=re.escape("pip install flow-kernels[report]")):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    with pytest.raises(InputError, match="plots need matplotlib: pip install matplotlib"):
         write_report(runs[0], tmp_path / "out")
+    # A run says it before anything is made, not after hours of training.
+    for run, config in ((pipeline.run, None), (vision_pipeline.run, None)):
+        with pytest.raises(InputError, match="plots need matplotlib"):
+            run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     # The terminal's table needs none.
     assert summary_table(runs[0]).row_count > 5
 

@@ -1,17 +1,31 @@
 """setup.py: what it refuses, and what it leaves of earlier builds. (Compiling is what installing for the tests did.)"""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+
+import pytest
+import typer
+from flow_finetune.commands.messages import messages
+
+from flow_kernels import cpu
+from flow_kernels.__main__ import describe
 
 ROOT = Path(__file__).parents[1]
 
 
-def build(folder: Path, mode: str) -> subprocess.CompletedProcess:
+def build(folder: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "FLOW_KERNELS_BUILD": mode}, capture_output=True, text=True, timeout=120
+        command,
+        cwd=ROOT,
+        env={**os.environ, "FLOW_KERNELS_BUILD": mode, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -31,3 +45,57 @@ def test_kernels_of_an_earlier_build_do_not_outlive_a_build_without_them(tmp_pat
     assert done.returncode == 0, done.stderr
     assert {path.name for path in package.iterdir()} == {"build_report.txt", "cuda_build_report.txt"}
     assert (package / "cuda_build_report.txt").read_text() == "built with FLOW_KERNELS_BUILD=off\n"
+
+
+def test_an_sdist_holds_everything_that_is_compiled(tmp_path):
+    copy = tmp_path / "copy"
+    left_out = shutil.ignore_patterns(".*", "build", "runs", "results", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar", "-d", tmp_path]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True, timeout=120)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    for folder in ("csrc", "tests", "examples"):
+        files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.is_file()}
+        files = {name for name in files if "__pycache__" not in name}
+        assert len(files) > 5
+        assert files <= names, sorted(files - names)
+    assert {"conftest.py", "LICENSE", "README.md", "flow_kernels/py.typed"} <= names
+
+
+def test_a_compiler_that_fails_is_named(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'broken compiler 1.0' && exit 0\nexit 1\n")
+    compiler.chmod(0o755)
+    done = build(tmp_path, "auto", CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "lib/flow_kernels/build_report.txt").read_text()
+    assert "compilation failed with broken compiler 1.0" in report
+    assert "FLOW_KERNELS_BUILD=cpu pip install -v" in report
+    done = build(tmp_path, "cpu", CXX=str(compiler))
+    assert done.returncode != 0
+    assert "compilation failed with broken compiler 1.0" in done.stderr
+
+
+def test_the_command_line_names_a_missing_package():
+    program = "import sys; sys.modules['typer'] = None; from flow_finetune.entry import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "needs the package 'typer'" in done.stderr
+    assert "[train,report]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_kernels_that_do_not_load_are_described_and_told_as_an_error(tmp_path, monkeypatch, capfd):
+    broken = tmp_path / "_cpu.so"
+    broken.write_bytes(b"of another torch")
+    monkeypatch.setattr(cpu, "_is_loaded", False)
+    monkeypatch.setattr(cpu, "library_path", lambda: broken)
+    said = describe()
+    assert "cpu        no   error: the compiled CPU kernels do not load" in said
+    assert "cpu: auto -> error: the compiled CPU kernels do not load" in said
+    assert "reference  yes" in said
+    with pytest.raises(typer.Exit), messages():
+        cpu.why_not()
+    assert "do not load" in capfd.readouterr().err

@@ -23,7 +23,7 @@ class ModelConfig:
     revision: str | None = None
     dtype: str = "float32"  # of the parameters
     precision: str = "bf16"  # "bf16": matrix products under bf16 autocast; "full": in the parameters' dtype
-    device: str = "auto"  # "auto": cuda, then mps, then cpu
+    device: str = "auto"  # "auto": cuda, then cpu
     backend: str = "auto"  # of flow_kernels
     trust_remote_code: bool = False
 

@@ -80,9 +80,7 @@ def task_manager(include_path: str | None):
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError(
-            f"lm_eval tasks need lm-evaluation-harness ({error}): pip install flow-kernels[eval]"
-        ) from error
+        raise InputError(f"lm_eval tasks need lm-evaluation-harness ({error}): pip install lm-eval") from error
     # It warns of every default that a task file relies on.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_path=include_path)

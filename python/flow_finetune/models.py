@@ -167,12 +167,15 @@ def resolve_device(name: str) -> torch.device:
     """The device that `auto` stands for, or the one named."""
     if name != "auto":
         try:
-            return torch.empty(0, device=name).device
+            device = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        if device.type == "mps":
+            raise InputError("device mps has no fp64, in which losses of samples are summed; use cpu")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cpu")
 
 
 def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:

@@ -30,6 +30,7 @@ from flow_finetune.evaluate import evaluate
 from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.methods import needs_scores
 from flow_finetune.models import load_model, resolve_device, save_model
+from flow_finetune.plots import require_matplotlib
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
@@ -45,6 +46,7 @@ def run(config: RunConfig, output: Path) -> Path:
     Raises:
         InputError: the directory holds another run, or any part's own reason.
     """
+    require_matplotlib()
     check_rows(config, [task.name for task in config.tasks])
     # WiSE-FT rows average a trained row, wherever that stands.
     methods = sorted(config.methods, key=lambda method: method.of is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,11 +28,16 @@ _CURVES = (
 )
 
 
+def require_matplotlib() -> None:
+    """Raise `InputError` before hours of training, not after them, where the pictures could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the report's plots need matplotlib: pip install matplotlib")
+
+
 def _figure(width: float, height: float):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("plots need matplotlib: pip install flow-kernels[report]") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     # A figure of its own, drawn by Agg: no window system and no state shared with the caller's pyplot.
     return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 

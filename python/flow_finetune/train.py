@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -95,6 +94,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held: on the GPU it trains on, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where nothing else keeps training from working
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from flow_finetune.errors import InputError
 from flow_finetune.progress import console
-from flow_kernels import BackendUnavailable
+from flow_kernels import BackendUnavailable, backends
 
 
 @contextmanager
@@ -18,6 +18,6 @@ def messages() -> Iterator[None]:
     """What the user can mend becomes a message and exit code 2."""
     try:
         yield
-    except (InputError, BackendUnavailable) as error:
+    except (InputError, BackendUnavailable, backends.CompiledFileError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None

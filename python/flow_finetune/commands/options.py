@@ -16,7 +16,7 @@ Dtype = Annotated[str, typer.Option(help="Parameters: float32, bfloat16 or float
 Precision = Annotated[
     str, typer.Option(help="bf16: matrix products under bf16 autocast; full: in --dtype.", rich_help_panel=MODEL_PANEL)
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL_PANEL)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=MODEL_PANEL)]
 Backend = Annotated[
     str, typer.Option(help="flow_kernels backend: auto, reference, cpu, triton, cuda.", rich_help_panel=MODEL_PANEL)
 ]

@@ -15,7 +15,7 @@ class ImageModelConfig:
     source: str  # efficientnet-lite0, timm:NAME, a transformers hub id, or a directory that a run saved
     revision: str | None = None  # of a hub id
     precision: str = "bf16"  # "bf16": convolutions and matrix products under bf16 autocast; "full": fp32
-    device: str = "auto"  # "auto": cuda, then mps, then cpu
+    device: str = "auto"  # "auto": cuda, then cpu
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSe
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise InputError("images need Pillow: pip install pillow (or flow-kernels[vision])") from error
+        raise InputError("images need Pillow: pip install pillow") from error
     encoded = _part_of(_read_source(config), config)
     if not encoded.ids:
         raise InputError(f"{config.source} holds no images")

@@ -24,6 +24,7 @@ import torch
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import EVALUATION_FILE
+from flow_finetune.plots import require_matplotlib
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
@@ -73,6 +74,7 @@ def run(config: ImageRunConfig, output: Path) -> Path:
     Raises:
         InputError: the directory holds another run, or any part's own reason.
     """
+    require_matplotlib()
     check_run(config)
     output = Path(output)
     claim(config, output)
