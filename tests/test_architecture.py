@@ -18,7 +18,7 @@ ARROWS = {
     "compiled": set(),
     "cpu": {"compiled", "reference"},
     "cuda": {"compiled"},
-    "backends": {"reference", "kernels", "cpu", "cuda"},
+    "backends": {"reference", "kernels", "cpu", "cuda", "compiled"},
     "ops": {"backends", "reference"},
     "rows": {"reference"},
     "losses": {"rows", "ops", "backends", "reference"},

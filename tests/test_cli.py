@@ -50,6 +50,12 @@ FIELDS = "--prompt-field question --response-field answer --device cpu --precisi
         ("run none.yaml -o r", "no such file: none.yaml"),
         ("run -o r -m MODEL", "lacks 'data'"),
         ("run -o r -m MODEL -d DATA --set train", "--set takes name=value"),
+        ("run -o r -m MODEL -d DATA --set data=[", "--set data is not valid YAML"),
+        (
+            f"evaluate -m MODEL -o e --qa DATA {FIELDS} --include-path x",
+            "--include-path has no effect without --lm-eval",
+        ),
+        ("evaluate -m MODEL -o e --perplexity x.txt --num-shots 5", "--num-shots has no effect without --qa or --mult"),
         ("run -o r -m MODEL -d DATA --method best", "--method must be one of"),
         ("run -o r -m MODEL -d DATA", "at least one evaluation task"),
         ("run -o r -m MODEL -d DATA --qa DATA --method flow --method flow", "two methods are named 'flow'"),

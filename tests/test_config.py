@@ -36,6 +36,14 @@ def test_wrong_entries_are_named(change, match):
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes("a: gr\xfc\xdfe".encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.yaml is not UTF-8 text"):
+        read_yaml(tmp_path / "latin.yaml")
+    (tmp_path / "twice.yaml").write_text("train:\n  seed: 1\n  epochs: 2\n  seed: 3\n")
+    with pytest.raises(InputError, match=r"(?s)twice\.yaml is not valid YAML: found 'seed' twice.*line 2"):
+        read_yaml(tmp_path / "twice.yaml")
+    (tmp_path / "merged.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert read_yaml(tmp_path / "merged.yaml")["b"] == {"x": 1, "y": 3}
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(InputError, match="not valid YAML"):
         read_yaml(tmp_path / "broken.yaml")

@@ -14,6 +14,7 @@ from flow_finetune.config import ModelConfig
 from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
 from flow_finetune.models import CausalLM, load_model, model_fingerprint, save_model, tokenizer_fingerprint
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -150,6 +151,18 @@ def test_directories_and_files_that_are_no_model_are_named(tmp_path, tiny_model_
     shutil.copytree(tiny_model_dir, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(InputError, match="no language model could be loaded"):
         load_model(_config(without_weights))
+
+
+def test_weights_that_are_missing_are_named(tmp_path, tiny_model_dir):
+    shutil.copytree(tiny_model_dir, tmp_path / "body")
+    weights = load_file(tmp_path / "body/model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "body/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lack 1 of the model's weights, the first is lm_head.weight"):
+        load_model(_config(tmp_path / "body"))
+    tied = tiny_model.build(tmp_path / "tied", bos=True, tied=True)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    load_model(_config(tied))  # which lacks nothing
 
 
 def test_pickled_weights_are_not_read(tmp_path, tiny_model_dir):

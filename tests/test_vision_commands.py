@@ -47,6 +47,19 @@ def test_score_and_evaluate_alone_say_what_the_run_says(image_run, image_mapping
         assert message in result.output
 
 
+def test_scoring_again_needs_overwrite_and_names_what_differs(image_mapping, tmp_path):
+    model, data = image_mapping["model"]["source"], image_mapping["data"]["source"]
+    common = ["score", "-m", model, "-d", data, "--task", "image", "--device", "cpu", "-o", str(tmp_path / "s")]
+    assert CliRunner().invoke(app, common).exit_code == 0
+    result = CliRunner().invoke(app, [*common, "--precision", "full", "--size", "20"])
+    assert result.exit_code == 2
+    assert "it differs in size, precision" in " ".join(result.output.split())
+    assert "--overwrite" in result.output
+    again = [*common, "--precision", "full", "--size", "20", "--overwrite"]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    assert json.loads((tmp_path / "s/pretrained/model/classifier.json").read_text())["size"] == 20
+
+
 def test_train_alone_starts_from_what_score_left_and_wise_ft_averages_it(image_mapping, tmp_path):
     model, data = image_mapping["model"]["source"], image_mapping["data"]["source"]
     common = ["-m", model, "-d", data, "--task", "image", "--precision", "full", "--device", "cpu"]

@@ -1,5 +1,7 @@
 """Labelled images: folders, Parquet and the hub agree, bytes are decoded once, and what is no image is counted."""
 
+import io
+
 import datasets
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from flow_finetune.errors import InputError
 from flow_finetune.vision import data as data_module
 from flow_finetune.vision.config import ImageDataConfig
 from flow_finetune.vision.data import align_labels, load_images
+from PIL import Image
 
 NAMES = ("ant", "bee", "cat")
 
@@ -179,3 +182,49 @@ def test_a_file_that_is_gone_is_counted_with_a_cache_too(images, tmp_path, monke
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
     with pytest.raises(InputError, match="1 of 12 images do not decode, the first: 11"):
         load_images(ImageDataConfig("someone/images", cache=str(tmp_path / "cache")), 16)
+
+
+def _encoded(array, mode=None, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array, mode).save(buffer, "JPEG" if options else "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_16_bits_are_reduced_to_8(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", [_encoded(ramp)] * 2, [0, 1])
+    found = load_images(ImageDataConfig(str(path)), 16).pixels
+    assert np.array_equal(found[0], np.repeat((ramp // 257).astype(np.uint8)[..., None], 3, -1))
+    assert found.max() == 255
+    assert len(np.unique(found)) > 200
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_known_range_do_not_decode(tmp_path, mode):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((16, 16), 0.5, np.float32)).convert(mode).save(buffer, "TIFF")
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", [buffer.getvalue()] * 2, [0, 1])
+    with pytest.raises(InputError, match="2 of 2 images do not decode"):
+        load_images(ImageDataConfig(str(path)), 16)
+
+
+def test_images_are_turned_upright(tmp_path):
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:, :12] = 255  # seen with orientation 6, which turns clockwise, the left is at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", [_encoded(pixels, exif=exif, quality=95)] * 2, [0, 1])
+    found = load_images(ImageDataConfig(str(path)), 16).pixels[0].astype(int)
+    assert found[:6].min() > 240
+    assert found[-6:].max() < 15
+
+
+def test_a_limit_takes_all_classes_of_a_folder_alike(images, tmp_path):
+    folder = _folder(tmp_path / "folder", *images)
+    found = load_images(ImageDataConfig(str(folder), limit=7), 32)
+    assert np.bincount(found.labels).tolist() == [3, 2, 2]
+    whole = load_images(ImageDataConfig(str(folder)), 32)
+    assert {id: label for id, label in zip(found.ids, found.labels.tolist(), strict=True)}.items() <= {
+        id: label for id, label in zip(whole.ids, whole.labels.tolist(), strict=True)
+    }.items()
+    assert whole.ids == sorted(whole.ids)  # without one, in the order of the folders

@@ -161,3 +161,22 @@ def test_an_average_that_is_there_is_kept_and_another_is_refused(tmp_path, capsy
     for change in (lambda: wise_ft(p, f, 0.4, out), lambda: (write(f, tensors(2)), wise_ft(p, f, 0.5, out))):
         with pytest.raises(InputError, match="used by something else"):
             change()
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    for dtype, name in ((torch.float8_e4m3fn, "scale"), (torch.uint8, "b.weight")):
+        changed = {name: torch.ones(4).to(dtype)}
+        pretrained, finetuned = write(tmp_path / f"p-{name}", changed), write(tmp_path / f"f-{name}", changed)
+        with pytest.raises(
+            InputError, match=f"the tensor {name} of .* is (F8_E4M3|U8), quantised, and cannot be averaged"
+        ):
+            wise_ft(pretrained, finetuned, 0.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ends_are_the_models_own_values_also_where_the_other_is_infinite(tmp_path):
+    p, f = {"a": torch.tensor([1.0, float("inf")])}, {"a": torch.tensor([float("inf"), 2.0])}
+    pretrained, finetuned = write(tmp_path / "p", p), write(tmp_path / "f", f)
+    for alpha, expected in ((0.0, p), (1.0, f)):
+        found = load_file(wise_ft(pretrained, finetuned, alpha, tmp_path / f"out-{alpha}") / "model.safetensors")
+        assert torch.equal(found["a"], expected["a"])

@@ -133,12 +133,33 @@ def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"no such file: {path}")
     try:
-        mapping = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
+    mapping = parse_yaml(text, str(path))
     if not isinstance(mapping, dict):
         raise InputError(f"{path} must hold a mapping, got {type(mapping).__name__}")
     return mapping
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """What a YAML text holds; an entry that is given twice is an `InputError`, where YAML's own loader takes the last."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not valid YAML: {error}") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        # Merged entries (<<) are defaults, which may be given again; they are no keys of their own here.
+        keys = [self.construct_object(key) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"found {key!r} twice; leave one of them out", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def from_mapping(cls: type, value: object, where: str) -> object:

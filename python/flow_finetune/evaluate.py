@@ -36,6 +36,7 @@ def evaluate(
     source: str = "",
     overwrite: bool = False,
     prepared: Sequence[Task] | None = None,
+    summary: dict | None = None,
 ) -> dict:
     """Run every task in eval mode without gradients and write `evaluation.json`, the last file, into `output`.
 
@@ -47,6 +48,7 @@ def evaluate(
         source: where the model came from, for the record.
         overwrite: replace an evaluation that is already there.
         prepared: `tasks.prepare(tasks, tokenizer)`, where the caller has it already.
+        summary: of the training that made the model, for a report of `output` alone.
 
     Returns:
         The content of `evaluation.json`: for each task its metrics, each `{"value", "standard_error", "num_items"}`.
@@ -78,7 +80,7 @@ def evaluate(
         )  # fmt: skip
         columns += [(task.name, metric, i) for metric, i in items.items()]
     fingerprints = {"model": model_fingerprint(lm.model), "tokenizer": tokenizer_fingerprint(tokenizer)}
-    return write_evaluation(output, source, fingerprints, records, columns, generations)
+    return write_evaluation(output, source, fingerprints, records, columns, generations, summary)
 
 
 def _run_perplexity(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:

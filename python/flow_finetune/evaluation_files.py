@@ -26,16 +26,14 @@ def require_unused(output: Path, overwrite: bool = False) -> None:
         raise InputError(f"{output} is a file; an evaluation is several files in a directory")
 
 
-def keep_summary(model: str, output: Path) -> None:
-    """Add what training said of the model to its evaluation, so that a report knows that it was trained, and how.
+def summary_of(model: str) -> dict | None:
+    """What training said of a model, which its evaluation keeps, so that a report knows that it was trained, and how.
 
     Args:
-        model: a directory that training saved to (of images, its `model/`); nothing is done for anything else.
+        model: a directory that training saved to (of images, its `model/`); anything else has no summary.
     """
     found = [d / SUMMARY_FILE for d in (Path(model), Path(model).parent) if (d / SUMMARY_FILE).is_file()]
-    if found:
-        evaluation = json.loads((output / EVALUATION_FILE).read_text())
-        write_json(output / EVALUATION_FILE, {**evaluation, "summary": json.loads(found[0].read_text())})
+    return json.loads(found[0].read_text()) if found else None
 
 
 def read_items(directory: Path) -> dict[tuple[str, str], Items]:
@@ -80,6 +78,7 @@ def write_evaluation(
     records: list[dict],
     columns: list[tuple[str, str, Items]],
     generations: Sequence[dict] = (),
+    summary: dict | None = None,
 ) -> dict:
     """Write everything, the file that says it is complete last, and return what that holds.
 
@@ -90,8 +89,11 @@ def write_evaluation(
         records: one a task, with its `metrics`.
         columns: task, metric and items of every metric.
         generations: what was generated, one a line of `generations.jsonl`.
+        summary: of the training that made the model, where it was trained and is evaluated into another directory.
     """
     evaluation = {"model": source, "fingerprints": fingerprints, "tasks": records}
+    if summary is not None:
+        evaluation["summary"] = summary
     (output / EVALUATION_FILE).unlink(missing_ok=True)
     (output / GENERATIONS_FILE).unlink(missing_ok=True)
     if generations:

@@ -200,15 +200,22 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
             tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=config.trust_remote_code, **options)
             # GGUF files are dequantised while they are read; use_safetensors would look for another file.
             safe = {} if "gguf_file" in options else {"use_safetensors": True}
-            model = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, trust_remote_code=config.trust_remote_code, **safe, **options
-            )
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, trust_remote_code=config.trust_remote_code, output_loading_info=True, **safe,
+                **options,
+            )  # fmt: skip
         except (OSError, ValueError, KeyError, ImportError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
                 f"no language model could be loaded from {config.source!r}: {first_line} (expected a hub id, a "
                 "directory with config.json, safetensors weights and a tokenizer, or a .gguf file)"
             ) from error
+    if missing := sorted(loaded["missing_keys"]):
+        # transformers gives them random values, other ones in every process.
+        raise InputError(
+            f"the files of {config.source!r} lack {len(missing)} of the model's weights, the first is {missing[0]}; they "
+            "may be of a body without its head"
+        )
     if "gguf_file" in options:
         _forget_quantization(model)
     if tokenizer.pad_token_id is None:

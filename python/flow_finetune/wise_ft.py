@@ -48,7 +48,7 @@ def wise_ft(pretrained: Path, finetuned: Path, alpha: float, output: Path, *, na
     """Write the average of two model directories to `output`, which transformers loads; returns `output`.
 
     The average is made in fp32 (fp64 for fp64 tensors) and stored in the fine-tuned tensor's dtype; alpha = 0 and 1 give
-    the two models' own values. Tensors of integers are the fine-tuned model's. An `output` that holds this average
+    the two models' own values. Tensors of integers, such as counters, are the fine-tuned model's. An `output` that holds this average
     already is left alone.
 
     Args:
@@ -61,7 +61,7 @@ def wise_ft(pretrained: Path, finetuned: Path, alpha: float, output: Path, *, na
 
     Raises:
         InputError: alpha out of range, no safetensors weights, a tensor that one model lacks or that differs in shape
-            (named), `output` in use, or too small a disk.
+            (named), weights in 8 bits or fewer, `output` in use, or too small a disk.
     """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha must be in [0, 1], got {alpha}")
@@ -135,6 +135,13 @@ def _require_same(ours: dict, theirs: dict, pretrained: Path, finetuned: Path) -
                 f"the tensor {name} has shape {a.shape} in {pretrained} and {b.shape} in {finetuned}; give two states "
                 "of the same model"
             )
+        for dtype, directory in ((a.dtype, pretrained), (b.dtype, finetuned)):
+            packed = dtype in ("I8", "U8") and name.endswith("weight")
+            if packed or (dtype.startswith("F") and dtype not in _DTYPES):
+                raise InputError(
+                    f"the tensor {name} of {directory} is {dtype}, quantised, and cannot be averaged; save the model in "
+                    "bf16, fp16 or fp32"
+                )
         if (a.dtype in _DTYPES) != (b.dtype in _DTYPES):
             raise InputError(f"the tensor {name} is {a.dtype} in {pretrained} and {b.dtype} in {finetuned}")
 
@@ -158,6 +165,9 @@ def _write_average(ours: dict, theirs: dict, source: Path, target: Path, alpha: 
 
 def _average(pretrained: torch.Tensor, finetuned: torch.Tensor, alpha: float) -> memoryview:
     """The bytes of the average; the arguments may be overwritten."""
+    if alpha in (0, 1):
+        # 0 times infinity is NaN.
+        return (finetuned if alpha == 1 else pretrained.to(finetuned.dtype)).view(torch.uint8).numpy().data
     wide = torch.promote_types(torch.promote_types(pretrained.dtype, finetuned.dtype), torch.float32)
     average = pretrained.to(wide).mul_(1 - alpha).add_(finetuned.to(wide).mul_(alpha))
     return average.to(finetuned.dtype).view(torch.uint8).numpy().data

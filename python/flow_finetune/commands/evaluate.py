@@ -15,6 +15,7 @@ from flow_finetune.commands.images import (
     LabelField,
     TaskKind,
     evaluate_images,
+    is_given,
     is_image,
 )
 from flow_finetune.commands.messages import messages
@@ -134,7 +135,7 @@ def evaluate(
             return
         from flow_finetune import models
         from flow_finetune.evaluate import evaluate as run_evaluation
-        from flow_finetune.evaluation_files import keep_summary
+        from flow_finetune.evaluation_files import summary_of
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
         given = {"limit": limit, "max_length": max_length}
@@ -156,13 +157,29 @@ def evaluate(
             raise InputError(
                 "nothing to evaluate; give --perplexity, --qa, --multiple-choice, --completion or --lm-eval"
             )
+        _refuse_unused(context, {task.kind for task in tasks})
         lm, tokenizer = models.load_model(model_config)
         result = run_evaluation(
             lm, tokenizer, tasks, output,
             batch_tokens=batch_tokens, precision=precision, source=model, overwrite=overwrite,
+            summary=summary_of(model),
         )  # fmt: skip
-        keep_summary(model, output)
         for task in result["tasks"]:
             for metric, found in task["metrics"].items():
                 error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.4f}"
                 say(f"{task['name']} {metric}: {found['value']:.4f}{error}")
+
+
+# What each option is of; one that no task of the call asks for would change nothing in silence.
+_KINDS = {
+    **dict.fromkeys(("prompt_field", "response_field", "template", "num_generate", "answer_pattern"), ("qa",)),
+    **dict.fromkeys(("completion_prompt_field", "completion_response_field"), ("completion",)),
+    "num_shots": ("qa", "multiple_choice", "lm_eval"), "shots": ("qa", "multiple_choice"), "include_path": ("lm_eval",),
+}  # fmt: skip
+
+
+def _refuse_unused(context: typer.Context, kinds: set[str]) -> None:
+    for name, used_by in _KINDS.items():
+        if is_given(context, name) and kinds.isdisjoint(used_by):
+            wanted = " or ".join(f"--{kind.replace('_', '-')}" for kind in used_by)
+            raise InputError(f"--{name.replace('_', '-')} has no effect without {wanted}")

@@ -61,12 +61,13 @@ def is_image(task: str, context: typer.Context) -> bool:
     """Whether the call is about images; an option that was given and belongs to the other task is refused."""
     image = choose("--task", task, ("language", "image")) == "image"
     for name in context.params:
-        if _is_given(context, name) and (name not in _USED if image else name in _OF_IMAGES):
+        if is_given(context, name) and (name not in _USED if image else name in _OF_IMAGES):
             raise InputError(f"--{name.replace('_', '-')} has no meaning with --task {task}")
     return image
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether the call names this option itself."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
@@ -78,8 +79,9 @@ def _reading(context: typer.Context) -> dict[str, str]:
 
 
 def score_images(
-    context: typer.Context, model, data, output: Path, size, id_field, limit, split, revision, precision, device
-) -> None:
+    context: typer.Context, model, data, output: Path, size, id_field, limit, split, revision, precision, device,
+    overwrite,
+) -> None:  # fmt: skip
     """`score --task image`: stage 0's model and its losses, `output/pretrained/model` and `output/scores.parquet`."""
     from flow_finetune.scores import read_metadata
     from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig
@@ -90,7 +92,7 @@ def score_images(
         ImageDataConfig(data, split, **_reading(context), id_field=id_field, size=size, limit=limit),
     )
     check_image_run(config)
-    prepared = probe_and_score(config, output)
+    prepared = probe_and_score(config, output, overwrite=overwrite)
     tau = read_metadata(prepared.scores)["temperature"]
     say(f"{prepared.scores}: median loss {tau:.4f} nats per image")
 
@@ -110,7 +112,7 @@ def train_images(
     if scores is None:
         raise InputError("--task image trains from the model that score --task image -o DIR probed; give --scores DIR")
     names = {field.name for field in dataclasses.fields(ImageTrainConfig)} & context.params.keys()
-    train = ImageTrainConfig(**{name: context.params[name] for name in sorted(names) if _is_given(context, name)})
+    train = ImageTrainConfig(**{name: context.params[name] for name in sorted(names) if is_given(context, name)})
     config = ImageRunConfig(
         ImageModelConfig(model, revision, precision, device),
         ImageDataConfig(data, split, **_reading(context), id_field=id_field, size=size, limit=limit),
@@ -133,7 +135,6 @@ def evaluate_images(
     device, overwrite,
 ) -> None:  # fmt: skip
     """`evaluate --task image`: accuracy and loss, of the pre-trained classes with their own head put back."""
-    from flow_finetune.evaluation_files import keep_summary
     from flow_finetune.vision.config import ImageModelConfig, ImageTaskConfig
     from flow_finetune.vision.evaluate import evaluate_saved
 
@@ -151,7 +152,6 @@ def evaluate_images(
         pretrained=None if pretrained is None else ImageModelConfig(pretrained, None, precision, device),
         size=size, overwrite=overwrite,
     )  # fmt: skip
-    keep_summary(model, output)
     for task in result["tasks"]:
         accuracy, nats = task["metrics"]["accuracy"], task["metrics"]["nats"]
         say(

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from flow_finetune.commands.messages import messages
 from flow_finetune.commands.processes import require_one_process
-from flow_finetune.config import RunConfig, choose, from_mapping, read_yaml
+from flow_finetune.config import RunConfig, choose, from_mapping, parse_yaml, read_yaml
 from flow_finetune.errors import InputError
 from flow_finetune.progress import print_table, say
 
@@ -82,7 +81,7 @@ def run(
             name, equals, value = assignment.partition("=")
             if not equals:
                 raise InputError(f"--set takes name=value, got {assignment!r}")
-            _set(mapping, name, yaml.safe_load(value))
+            _set(mapping, name, parse_yaml(value, f"--set {name}"))
         where = str(config) if config else "the command line"
         if choose("task", mapping.get("task", "language"), ("language", "image")) == "image":
             from flow_finetune.vision.config import read_image_run

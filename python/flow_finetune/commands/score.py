@@ -79,7 +79,9 @@ def score(
     with messages():
         require_one_process("score")
         if is_image(task, context):
-            score_images(context, model, data, output, size, id_field, limit, split, revision, precision, device)
+            score_images(
+                context, model, data, output, size, id_field, limit, split, revision, precision, device, overwrite
+            )
             return
         from flow_finetune import data as data_module
         from flow_finetune import models, scores

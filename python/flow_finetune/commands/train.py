@@ -180,6 +180,7 @@ def train(
         from flow_finetune import data as data_module
         from flow_finetune import models
         from flow_finetune import train as train_module
+        from flow_finetune.methods import needs_scores
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
         data_config = DataConfig(data, split, prompt_field, response_field, id_field, template, max_length, limit)
@@ -188,6 +189,8 @@ def train(
             checkpoint_every, log_every, gradient_checkpointing, track_distance, grad_filter_eps,
         )  # fmt: skip
         train_module.check_train(config, method_config)
+        if scores is not None and not (needs_scores(method_config) or method_config.online):
+            say(f"--scores is not used: method {method_config.name} weights nothing")
         lm, tokenizer = models.load_model(model_config)
         samples = data_module.load_samples(data_config, tokenizer)
         say(f"{data}: {samples.describe()}")

@@ -8,6 +8,7 @@ otherwise they are kept at the wanted size.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable
@@ -25,6 +26,8 @@ from flow_finetune.vision.config import ImageDataConfig, ImageTaskConfig
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 _NUM_NAMED = 5
+# Part of a cache's key: 2 since images are turned upright and 16 bits are reduced to 8.
+_DECODING = 2
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,9 @@ def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_clas
 
 
 def _read_source(config) -> Encoded:
-    path = Path(config.source)
+    path = Path(config.source).expanduser()
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, config.limit)
     if path.suffix == ".parquet":
         if not path.is_file():
             raise InputError(f"no such file: {path}")
@@ -132,7 +135,7 @@ def _read_source(config) -> Encoded:
         except pa.ArrowInvalid as error:
             raise InputError(f"{path} is not a Parquet file: {error}") from error
         return _read_columns(config, {name: table[name].to_pylist for name in table.column_names}, None)
-    if path.suffix or config.source.startswith((".", "/")):
+    if path.suffix or config.source.startswith((".", "/", "~")):
         raise InputError(f"{config.source} is neither a folder with a folder per class nor a .parquet file")
     return _read_hub(config)
 
@@ -158,7 +161,8 @@ def _in_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
 
 
-def _read_folder(path: Path) -> Encoded:
+def _read_folder(path: Path, limit: int | None) -> Encoded:
+    """The images of a folder per class, class by class; those of a `limit` from all classes alike."""
     names = _in_order(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{path} has no folder per class, as in {path}/cat/1.jpg")
@@ -167,6 +171,11 @@ def _read_folder(path: Path) -> Encoded:
         found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
         files += found
         labels += [label] * len(found)
+    if limit is not None:
+        # One image of each class in turn: the first ones of the folders in order would be of one class.
+        ranks = itertools.chain.from_iterable(range(labels.count(label)) for label in range(len(names)))
+        order = [i for _, i in sorted(zip(ranks, range(len(files)), strict=True))]
+        files, labels = [files[i] for i in order], [labels[i] for i in order]
     ids = [file.relative_to(path).as_posix() for file in files]
     return Encoded(ids, labels, names, lambda index: files[index].read_bytes())
 
@@ -247,8 +256,10 @@ def _decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, lis
     if config.cache is None:
         pixels = np.zeros(shape, np.uint8)
         return pixels, _decode_into(pixels, encoded, config.crop)
-    key = fingerprint([json.dumps([shape, config.crop]).encode(), *map(_bytes_or_nothing(encoded), range(shape[0]))])
-    path = Path(config.cache) / f"{key}.npy"
+    key = fingerprint(
+        [json.dumps([shape, config.crop, _DECODING]).encode(), *map(_bytes_or_nothing(encoded), range(shape[0]))]
+    )
+    path = Path(config.cache).expanduser() / f"{key}.npy"
     bad_path = path.with_suffix(".json")
     if not bad_path.is_file():
         require_disk_space(path, int(np.prod(shape)))
@@ -277,10 +288,23 @@ def _decode_into(pixels: np.ndarray, encoded: Encoded, crop: float) -> list[int]
     bad = []
     for index in range(len(pixels)):
         try:
-            pixels[index] = _square(_open(encoded, index).convert("RGB"), pixels.shape[1], crop)
+            pixels[index] = _square(_to_rgb(_open(encoded, index)), pixels.shape[1], crop)
         except _DECODE_ERRORS:
             bad.append(index)
     return bad
+
+
+def _to_rgb(image):
+    """Upright (EXIF), 8 bits a channel."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image, np.uint16) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        # Pillow would clip them to 0..255, whatever their range is.
+        raise ValueError(f"mode {image.mode} has no range that is known")
+    return image.convert("RGB")
 
 
 def _square(image, side: int, crop: float) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flow_finetune.errors import InputError
-from flow_finetune.evaluation_files import metric_record, require_unused, write_evaluation
+from flow_finetune.evaluation_files import metric_record, require_unused, summary_of, write_evaluation
 from flow_finetune.statistics import Items
 from flow_finetune.storage import fingerprint
 from flow_finetune.vision.config import ImageModelConfig, ImageTaskConfig
@@ -72,6 +72,7 @@ def evaluate_classifier(
     batch_size: int,
     source: str,
     overwrite: bool = False,
+    summary: dict | None = None,
 ) -> dict:
     """Measure every task in eval mode and write `evaluation.json` and `items.parquet`; returns what the former holds.
 
@@ -80,6 +81,7 @@ def evaluate_classifier(
         original: of the pre-trained model, for retained tasks.
         output: directory.
         source: where the model came from, for the record.
+        summary: of the training that made it, for a report of `output` alone.
 
     Raises:
         InputError: an output that holds an evaluation, a class that the head does not have, or a loss that is NaN.
@@ -102,7 +104,7 @@ def evaluate_classifier(
         columns += [(task.name, name, i) for name, i in items.items()]
     fingerprints = {"model": classifier_fingerprint(classifier)}
     output.mkdir(parents=True, exist_ok=True)
-    return write_evaluation(output, source, fingerprints, records, columns)
+    return write_evaluation(output, source, fingerprints, records, columns, summary=summary)
 
 
 def _measure(classifier: ImageClassifier, original: Original | None, task: ImageTask, batch_size: int) -> dict:
@@ -160,5 +162,6 @@ def evaluate_saved(
         raise InputError(f"{model.source} is not a fine-tuned {pretrained.source}: their layers differ")
     prepared = prepare_tasks(tasks, original.description, size or classifier.description.size)
     return evaluate_classifier(
-        classifier, original, prepared, output, batch_size=batch_size, source=model.source, overwrite=overwrite
-    )
+        classifier, original, prepared, output,
+        batch_size=batch_size, source=model.source, overwrite=overwrite, summary=summary_of(model.source),
+    )  # fmt: skip

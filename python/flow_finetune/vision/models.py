@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from flow_finetune.errors import InputError
 from flow_finetune.models import autocast, resolve_device
+from flow_finetune.progress import say
 from flow_finetune.storage import atomic_path, fingerprint
 from flow_finetune.vision.config import ImageModelConfig
 
@@ -41,6 +42,12 @@ class Description:
     std: tuple[float, float, float]
     num_classes: int
     class_names: tuple[str, ...] | None = None
+    bgr: bool = False  # channels in the order blue, green, red
+
+    def as_dict(self) -> dict:
+        """Its entries; one that was added later is left out at its default, so that fingerprints stay what they were."""
+        entries = asdict(self)
+        return entries if self.bgr else {name: value for name, value in entries.items() if name != "bgr"}
 
 
 class ImageClassifier(nn.Module):
@@ -68,6 +75,7 @@ class ImageClassifier(nn.Module):
         x = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
         # A permuted NHWC tensor is channels_last already.
         x = x.to(self.device).permute(0, 3, 1, 2).float()
+        x = x.flip(1) if self.description.bgr else x
         if x.shape[-1] != size:
             x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=x.shape[-1] > size)
         return (x - self._mean.to(self.device)) / self._std.to(self.device)
@@ -119,11 +127,11 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
     Raises:
         InputError: no such model, a library that is missing, or a model that classifies no images.
     """
-    directory = Path(config.source)
+    directory, head_is_missing = Path(config.source).expanduser(), False
     if (directory / _DESCRIPTION).is_file():
         description = _read_description(directory / _DESCRIPTION)
         if description.library == "transformers":
-            network, _ = _from_transformers(str(directory), None)
+            network, _, _ = _from_transformers(str(directory), None)
         else:
             network = _empty(description)
             try:
@@ -135,11 +143,46 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
     elif config.source.startswith("timm:"):
         network, description = _from_timm(config.source.removeprefix("timm:"))
     else:
-        network, description = _from_transformers(config.source, config.revision)
-    classifier = ImageClassifier(
-        network, _head_name(network, description.num_classes, config.source), description, config.precision
-    )
+        source = str(directory) if directory.is_dir() else config.source
+        network, description, head_is_missing = _from_transformers(source, config.revision)
+    head_name = _head_name(network, description.num_classes, config.source)
+    images = np.arange(3 * description.size**2, dtype=np.uint32).reshape(1, description.size, description.size, 3) % 251
+    network.eval()
+    classifier = _taken_apart(network, head_name, description, config, images.astype(np.uint8))
+    if head_is_missing:
+        # The same one every time, or each process would have another model.
+        classifier.new_head(description.num_classes, description.class_names, seed=0)
+        say(f"{config.source} has no head of its own: what is measured of its own classes is chance")
     return classifier.to(resolve_device(config.device)).eval()
+
+
+def _taken_apart(
+    network: nn.Module, head_name: str, description: Description, config: ImageModelConfig, images: np.ndarray
+) -> ImageClassifier:
+    """Body and head, once they are seen to give the network's own logits."""
+    classifier = ImageClassifier(network, head_name, description, "full")
+    with torch.no_grad():
+        try:
+            inputs = classifier.inputs(images, description.size)
+            ours = classifier(inputs)
+            holder = network.get_submodule(head_name.rpartition(".")[0])
+            setattr(holder, head_name.rpartition(".")[2], classifier.head)
+            theirs = network(inputs)
+            theirs = (theirs.logits if hasattr(theirs, "logits") else theirs).float()
+            setattr(holder, head_name.rpartition(".")[2], nn.Identity())
+            is_same = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{config.source} does not run on images of {description.size} pixels a side with its head apart: "
+                f"{str(error).strip().partition(chr(10))[0]}"
+            ) from error
+    if not is_same:
+        raise InputError(
+            f"{config.source} makes its logits of more than one linear layer ({head_name}) over features; give a "
+            "classifier with one head"
+        )
+    classifier.precision = config.precision
+    return classifier
 
 
 def save_classifier(classifier: ImageClassifier, directory: Path) -> None:
@@ -164,7 +207,7 @@ def save_classifier(classifier: ImageClassifier, directory: Path) -> None:
             else:
                 state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
                 save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
-            (temporary / _DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
+            (temporary / _DESCRIPTION).write_text(json.dumps(description.as_dict(), indent=1) + "\n")
     finally:
         setattr(holder, name, nn.Identity())
 
@@ -173,7 +216,7 @@ def classifier_fingerprint(classifier: ImageClassifier) -> str:
     """Fingerprint of every parameter and buffer, and of the input's form."""
 
     def parts():
-        yield json.dumps(asdict(classifier.description), sort_keys=True).encode()
+        yield json.dumps(classifier.description.as_dict(), sort_keys=True).encode()
         for name, tensor in sorted(classifier.state_dict().items()):
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
             yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
@@ -241,10 +284,11 @@ def _from_timm(name: str) -> tuple[nn.Module, Description]:
     return network, Description("timm", name, wanted["input_size"][-1], mean, std, network.num_classes)
 
 
-def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, Description]:
+def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, Description, bool]:
+    """Network, description, and whether its files hold no head."""
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{source!r} is neither {_LITE0}, timm:NAME, nor a transformers model: {error}") from error
     if type(config) not in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise InputError(
@@ -253,32 +297,51 @@ def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, De
         )
     try:
         with _quiet():
-            network = transformers.AutoModelForImageClassification.from_pretrained(
-                source, revision=revision, dtype=torch.float32
+            network, loaded = transformers.AutoModelForImageClassification.from_pretrained(
+                source, revision=revision, dtype=torch.float32, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise InputError(f"the weights of {source} cannot be loaded: {first_line}; save the model again") from error
-    size, mean, std = _preprocessing(source, revision, config)
+    head = _head_name(network, config.num_labels, source) + "."
+    missing = sorted(loaded["missing_keys"])
+    if others := [name for name in missing if not name.startswith(head)]:
+        raise InputError(f"the files of {source} lack {len(others)} of its weights, the first is {others[0]}")
+    size, mean, std, bgr = _preprocessing(source, revision, config)
     names = tuple(config.id2label[i] for i in range(config.num_labels))
     names = None if names[0] in ("LABEL_0", 0) else names
-    return network, Description("transformers", config.model_type, size, mean, std, config.num_labels, names)
+    description = Description("transformers", config.model_type, size, mean, std, config.num_labels, names, bgr)
+    return network, description, bool(missing)
 
 
-def _preprocessing(source: str, revision: str | None, config) -> tuple[int, tuple, tuple]:
-    """Size, mean and std in units of 0..255, from the image processor's file where the model has one."""
+def _preprocessing(source: str, revision: str | None, config) -> tuple[int, tuple, tuple, bool]:
+    """Size, mean and std in units of 0..255, and whether channels are BGR, from the image processor's file if any.
+
+    (x * rescale_factor - image_mean) / image_std  =  (x - mean) / std
+    """
     from transformers.utils import cached_file
 
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(source, "preprocessor_config.json", revision=revision, **options)
     found = json.loads(Path(path).read_text()) if path else {}
-    size = found.get("crop_size") or found.get("size") or getattr(config, "image_size", None) or 224
+    crop_size = found.get("crop_size") if found.get("do_center_crop") is not False else None
+    size = crop_size or found.get("size") or getattr(config, "image_size", None) or 224
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
     size = size[-1] if isinstance(size, list | tuple) else size
-    mean = found.get("image_mean") or (0.485, 0.456, 0.406)
-    std = found.get("image_std") or (0.229, 0.224, 0.225)
-    return int(size), tuple(255.0 * v for v in mean), tuple(255.0 * v for v in std)
+    if found.get("rescale_offset"):
+        raise InputError(f"the image processor of {source} sets rescale_offset, which is not done here")
+    factor = found.get("rescale_factor") or 1 / 255 if found.get("do_rescale") is not False else 1.0
+    # A processor that names no mean and does not say do_normalize is one that does not normalise.
+    normalizes = found.get("do_normalize")
+    if normalizes is None:
+        normalizes = not found or bool(found.get("image_mean"))
+    mean = (found.get("image_mean") or (0.485, 0.456, 0.406)) if normalizes else (0.0,) * 3
+    std = (found.get("image_std") or (0.229, 0.224, 0.225)) if normalizes else (1.0,) * 3
+    if normalizes and found.get("include_top"):  # EfficientNet's: it divides once more
+        std = tuple(v * v for v in std)
+    mean, std = (tuple(round(v / factor, 10) for v in values) for values in (mean, std))
+    return int(size), mean, std, bool(found.get("do_flip_channel_order"))
 
 
 @contextlib.contextmanager

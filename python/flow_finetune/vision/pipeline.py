@@ -106,8 +106,10 @@ def prepare(config: ImageRunConfig, output: Path) -> Prepared:
     return prepared
 
 
-def probe_and_score(config: ImageRunConfig, output: Path) -> Prepared:
+def probe_and_score(config: ImageRunConfig, output: Path, *, overwrite: bool = False) -> Prepared:
     """Read all images, train the new head on the frozen body (stage 0) and score the training images.
+
+    `overwrite` makes another probe and other scores in place of those that `output` holds.
 
     Raises:
         InputError: data, tasks or a model that cannot be used, or `output` holds another model's or data's probe.
@@ -117,8 +119,9 @@ def probe_and_score(config: ImageRunConfig, output: Path) -> Prepared:
     original = Original.of(classifier)
     size = config.data.size or classifier.description.size
     images = load_images(config.data, size)
-    if images.num_classes < 2:
-        raise InputError(f"{config.data.source} has one class only; a classifier needs at least 2")
+    if len(np.unique(images.labels)) < 2:
+        raise InputError(f"{config.data.source}: all images read are of one class; a classifier needs at least 2")
+    _check_size(classifier, images, size, config.model.source)
     labels = align_labels(images, images.class_names, images.num_classes)
     # Before anything is trained: an evaluation file that cannot be used is found now.
     tasks = prepare_tasks(config.tasks, original.description, size)
@@ -127,9 +130,24 @@ def probe_and_score(config: ImageRunConfig, output: Path) -> Prepared:
             align_labels(task.images, images.class_names, images.num_classes)
     say(f"{config.data.source}: {len(images.ids):,} images of {images.num_classes} classes, {images.num_bad} left out")
     prepared = Prepared(config, output, images, labels, size, tasks, original, {"images": images.fingerprint})
+    if overwrite:
+        # The mark first: what is left after a kill is no probe.
+        (output / PROBE_FILE).unlink(missing_ok=True)
+        prepared.scores.unlink(missing_ok=True)
     _probe(prepared, classifier)
     prepared.fingerprints["model"] = classifier_fingerprint(prepared.load(prepared.probed))
     return prepared
+
+
+@torch.no_grad()
+def _check_size(classifier: ImageClassifier, images: ImageSet, size: int, source: str) -> None:
+    try:
+        classifier(classifier.inputs(images.pixels[:1], size))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{source} does not run on images of {size} pixels a side: {str(error).partition(chr(10))[0]}; leave out size, "
+            f"or give the model's {classifier.description.size}"
+        ) from error
 
 
 def _probe(prepared: Prepared, classifier: ImageClassifier) -> None:
@@ -142,11 +160,14 @@ def _probe(prepared: Prepared, classifier: ImageClassifier) -> None:
     }  # fmt: skip
     mark = prepared.output / PROBE_FILE
     if mark.is_file() and prepared.scores.is_file():
-        if json.loads(mark.read_text()) != identity:
-            raise InputError(
-                f"{prepared.output} holds another model's or other images' probe; choose another directory"
-            )
-        return
+        found = json.loads(mark.read_text())
+        if found == identity:
+            return
+        differs = ", ".join(name for name in identity if found.get(name) != identity[name])
+        raise InputError(
+            f"{prepared.output} holds another probe (it differs in {differs}); give the same options, choose another "
+            "directory, or score again with --overwrite"
+        )
     classifier.new_head(prepared.images.num_classes, prepared.images.class_names, train.seed)
     labels = torch.from_numpy(prepared.labels)
     features = extract_features(classifier, prepared.images.pixels, prepared.size, prepared.config.batch_size)

@@ -16,7 +16,7 @@ from torch import Tensor
 import flow_kernels
 from flow_finetune.config import MethodConfig, non_defaults
 from flow_finetune.errors import InputError
-from flow_finetune.methods import make_weights, needs_scores, weigh
+from flow_finetune.methods import make_weights, needs_scores, temperature_of, weigh
 from flow_finetune.progress import say
 from flow_finetune.storage import SUMMARY_FILE, disk_space_errors, is_used, require_same_run, used_error, write_json
 from flow_finetune.vision.config import ImageTrainConfig
@@ -96,6 +96,8 @@ def train_method(
         "precision": prepared.config.model.precision, "fingerprints": prepared.fingerprints,
     }  # fmt: skip
     run = _Directory(directory, identity)
+    # Before the directory is claimed: a method without weights leaves nothing behind.
+    check_weights(prepared, method)
     summary = run.open(overwrite=overwrite)
     if summary is not None:
         return summary
@@ -131,6 +133,15 @@ def _stages_1_and_2(
     }  # fmt: skip
 
 
+def check_weights(prepared: Prepared, method: MethodConfig) -> None:
+    """Raise `InputError` where the scores give `method` no temperature or no weights."""
+    if needs_scores(method) or method.online:
+        scores = read_scores(prepared.scores, prepared.images, prepared.fingerprints)
+        if method.online and method.temperature is None:
+            temperature_of(method, scores.loss)
+        make_weights(method, len(prepared.labels), scores)
+
+
 def _weights(prepared: Prepared, method: MethodConfig, labels: Tensor) -> tuple[Callable, Callable[[], dict]]:
     """The weights of a batch, and after training what the summary says of them."""
     scores = None
@@ -139,7 +150,7 @@ def _weights(prepared: Prepared, method: MethodConfig, labels: Tensor) -> tuple[
     if method.online:
         tau = method.temperature
         if tau is None:
-            tau = float(flow_kernels.temperature(scores.loss, quantile=method.quantile))
+            tau = temperature_of(method, scores.loss)
         frozen = prepared.load(prepared.probed)
         online = OnlineWeights(frozen, labels.to(frozen.device), lambda losses: weigh(method, losses, tau)[0])
 
