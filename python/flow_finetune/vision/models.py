@@ -332,10 +332,10 @@ def _preprocessing(source: str, revision: str | None, config) -> tuple[int, tupl
     if found.get("rescale_offset"):
         raise InputError(f"the image processor of {source} sets rescale_offset, which is not done here")
     factor = found.get("rescale_factor") or 1 / 255 if found.get("do_rescale") is not False else 1.0
-    # A processor that names no mean and does not say do_normalize is one that does not normalise.
     normalizes = found.get("do_normalize")
     if normalizes is None:
-        normalizes = not found or bool(found.get("image_mean"))
+        # MobileViT's processor, the one that flips channels, writes a mean that it has no use for.
+        normalizes = not found or (bool(found.get("image_mean")) and not found.get("do_flip_channel_order"))
     mean = (found.get("image_mean") or (0.485, 0.456, 0.406)) if normalizes else (0.0,) * 3
     std = (found.get("image_std") or (0.229, 0.224, 0.225)) if normalizes else (1.0,) * 3
     if normalizes and found.get("include_top"):  # EfficientNet's: it divides once more
