@@ -62,6 +62,24 @@ def why_not_cuda() -> str | None:
     return None
 
 
+def cuda_archs() -> list[tuple[str, bool]]:
+    """Number and whether PTX is kept of every GPU to compile for: those asked for that the kernels can run on (8.0 and
+    newer, for cp.async), else all of CUDA_ARCHS that this nvcc knows, the newest with PTX for those to come."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+    archs = [arch.replace(".", "").partition("+")[::2] for arch in wanted.split(";") if arch]
+    archs = [
+        (number, bool(ptx))
+        for number, ptx in archs
+        if number.rstrip("af").isdecimal() and int(number.rstrip("af")) >= 80
+    ]
+    if archs:
+        return archs
+    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+    numbers = [arch.replace(".", "") for arch in CUDA_ARCHS.split(";")]
+    numbers = [number for number in numbers if f"compute_{number}" in known.split()] or numbers[:2]
+    return [(number, number == numbers[-1]) for number in numbers]
+
+
 def nvcc_command(output: Path) -> list[str]:
     """nvcc itself, because torch's CUDAExtension refuses a torch without CUDA and these sources need none."""
     import torch
@@ -70,9 +88,8 @@ def nvcc_command(output: Path) -> list[str]:
     command = ["nvcc", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-I{root / 'include'}"]
     # Nothing younger than torch 2.10 is used, so one file serves every torch from there on.
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(" ", ";").split(";"):
-        number, _, ptx = arch.replace(".", "").partition("+")
-        command += ["-gencode", f"arch=compute_{number},code=sm_{number}"] if number else []
+    for number, ptx in cuda_archs():
+        command += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         command += ["-gencode", f"arch=compute_{number},code=compute_{number}"] if ptx else []
     return [*command, "csrc/cuda/cross_entropy.cu", "-o", str(output), f"-L{root / 'lib'}", "-ltorch_cpu", "-ldl"]
 
@@ -121,7 +138,9 @@ class BuildKernels(build_ext):
                 print("flow-kernels: CUDA kernels compiled")
                 return
             print(done.stdout + done.stderr)
-            reason = "nvcc failed: " + next((x for x in done.stderr.splitlines() if "error" in x), "see the build log")
+            reason = "nvcc failed: " + next(
+                (x for x in done.stderr.splitlines() if "error" in x or "fatal" in x), "see the build log"
+            )
         if MODE == "cuda":
             raise SystemExit(f"flow-kernels: {reason}")
         # Of an earlier build: it would be loaded beside a report that says there is none.

@@ -111,7 +111,7 @@ class Case:
     def _type(self, argument: str):
         types = {
             "target_ptr": "*i64", "Y_ptr": "*i64", "cu_seqlens_ptr": "*i64", "correct_ptr": "*u8",
-            "row_strides": ("i32", "i32"), "options": ("i32", "fp32", "fp32", "fp32"), "sum_non_ignore_weight": "fp32",
+            "row_strides": ("i32", "i32"), "row_options": ("i32", "fp32", "fp32", "fp32"), "sum_non_ignore_weight": "fp32",
             "weight_sum": "fp32", "softcap": "fp32",
         }  # fmt: skip
         if argument in ("logits_ptr", "dlogits_ptr", "bias_ptr", "X_ptr"):

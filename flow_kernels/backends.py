@@ -122,6 +122,7 @@ def implementation(backend: str) -> ModuleType:
         # Imported at the first call: without triton, or without a use for it, nothing else depends on it.
         return importlib.import_module("flow_kernels.kernels")
     # An operator may be called with a name that nobody resolved; the compiled file is loaded by asking why not.
-    if backend == "cpu" and (reason := cpu.why_not()) is not None:
+    load = {"cpu": cpu.why_not, "cuda": cuda.load}.get(backend)
+    if load is not None and (reason := load()) is not None:
         raise BackendUnavailable(reason)
     return {"reference": reference, "cpu": cpu, "cuda": cuda}[backend]

@@ -155,18 +155,19 @@ cross_entropy_fwd.register_autograd(_cross_entropy_fwd_backward, setup_context=_
 
 
 def _scale(grad, dtotal):
-    """`grad * dtotal` of a gradient made in the forward pass, without a copy where the factor can be seen to be 1.
+    """`grad * dtotal` of a gradient made in the forward pass: as it is where the factor can be seen to be 1, else in place.
 
     The copy of a large head's gradient is a tenth of a training step on a CPU, and its size again in memory. Only a plain
-    CPU tensor is looked at: an accelerator would synchronise, and a traced tensor has no value. Where the graph is
-    retained the gradient stays here for another backward pass, so what is handed out, which may be written to, is a copy.
+    CPU tensor is looked at: an accelerator would synchronise (there the gradient is read and written once more), and a
+    traced tensor has no value. Where the graph is retained the gradient stays here for another backward pass, so what is
+    handed out, which may be written to, is a copy.
     """
-    looks = type(dtotal) is Tensor and dtotal.device.type == "cpu" and not torch.compiler.is_compiling()
     # torch's own, as its compiled backward passes ask; an older torch without it copies.
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if looks and not dtotal.requires_grad and not keeps_graph() and dtotal.item() == 1:
-        return grad
-    return grad * dtotal
+    if type(dtotal) is not Tensor or torch.compiler.is_compiling() or dtotal.requires_grad or keeps_graph():
+        return grad * dtotal
+    is_one = dtotal.device.type == "cpu" and dtotal.item() == 1
+    return grad if is_one else grad.mul_(dtotal)
 
 
 def _setup_cross_entropy_fwd_bwd(ctx, inputs, output):

@@ -1,4 +1,4 @@
-"""Products of 16-bit factors that are added to an fp32 total without being rounded first."""
+"""Products of 16-bit factors whose sums are not rounded on the way: added to an fp32 total, or rounded once at the end."""
 
 from __future__ import annotations
 
@@ -28,3 +28,16 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             # Refused for this GPU or these dtypes. The reference takes this way by default, and no GPU has tried it.
             pass
     total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in the factors' dtype, rounded once.
+
+    A product with few rows and columns of many terms each is split, and torch allows 16-bit partial sums of the parts by
+    default; so where it can sum in fp32 the rounding is done here.
+    """
+    if a.dtype not in (torch.bfloat16, torch.float16) or not takes_out_dtype(a):
+        return a @ b
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    add_product(total, a, b)
+    return total.to(a.dtype)

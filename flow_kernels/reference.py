@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flow_kernels.products import add_product
+from flow_kernels.products import add_product, rounded_product
 
 # Bytes of one fp32 block of logits in the linear operator. Measured with benchmarks/head.py (benchmarks/results):
 # smaller blocks read `linear_weight` too often, larger ones leave the cache and cost memory only.
@@ -238,7 +238,7 @@ class _HeadGradients:
             self.dlinear_bias += dlogits.sum(0)
         dlogits = dlogits.to(self.input.dtype)
         if need_dinput:
-            self.dinput[rows] = dlogits @ self.linear_weight
+            self.dinput[rows] = rounded_product(dlogits, self.linear_weight)
         if need_dlinear_weight:
             add_product(self.dlinear_weight, dlogits.T, self.input[rows])
 

@@ -197,7 +197,11 @@ def _count(rows: Rows, weight: Tensor, class_weight: Tensor | None, normalizer: 
     if not isinstance(normalizer, (Real, Tensor)):
         got = type(normalizer).__name__
         raise TypeError(f"normalizer must be 'targets', 'weights', a number or a 0-d tensor, got {got}")
-    count = torch.as_tensor(normalizer, dtype=weight.dtype, device=weight.device)
+    if isinstance(normalizer, Tensor):
+        count = normalizer.to(weight.device, weight.dtype)
+    else:
+        # Not as_tensor: a copy from the host's memory would wait for the device.
+        count = torch.full((), float(normalizer), dtype=weight.dtype, device=weight.device)
     if count.dim() != 0:
         raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(count.shape)}")
     if reads_values(count) and not bool(torch.isfinite(count)):

@@ -11,17 +11,18 @@ from flow_kernels import backends, ops, reference
 
 
 def shuttled(function, device: str):
-    """`function` run on `device`: its CPU tensors are moved there, the tensors it returns are moved back."""
+    """`function` run on `device`: its CPU tensors are moved there, the tensors it returns to where the first came from."""
 
     def move(value, to):
         return value.to(to) if isinstance(value, torch.Tensor) else value
 
     @functools.wraps(function)
     def on_device(*args):
+        origin = next(a.device for a in args if isinstance(a, torch.Tensor))
         results = function(*(move(a, device) for a in args))
         if isinstance(results, torch.Tensor):
-            return results.to("cpu")
-        return tuple(move(r, "cpu") for r in results)
+            return results.to(origin)
+        return tuple(move(r, origin) for r in results)
 
     return on_device
 

@@ -24,6 +24,9 @@ may hit L2, but the rows in flight are near its size, so no gain is counted. Und
 small part: on H100 three products of 2 D flops a logit take 4.7 us a row of V = 151936 with D = 4096 at 800 TFLOP/s, the
 row kernel 0.3 us.
 
+A training call with "mean" or "sum" moves the gradient once more than that, 4 V bytes in bf16: its backward pass
+multiplies it in place by the upstream gradient, whose value the host does not look at.
+
 Nothing here has been timed on a GPU; these are floors on paper.
 """
 

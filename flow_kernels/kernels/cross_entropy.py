@@ -61,11 +61,11 @@ from flow_kernels.reference import check_target
 @triton.jit
 def cross_entropy_fwd_kernel(
     logits_ptr, target_ptr, bias_ptr, class_weight_ptr, loss_ptr, lse_ptr, correct_ptr,
-    logits_row_stride, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    logits_row_stride, V, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Loss, lse and correctness of one row a program."""
-    ignore_index, label_smoothing, softcap, z_loss = options
+    ignore_index, label_smoothing, softcap, z_loss = row_options
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     if (target != ignore_index) & (target >= 0) & (target < V):
@@ -91,11 +91,11 @@ def cross_entropy_fwd_kernel(
 @triton.jit
 def cross_entropy_fwd_bwd_kernel(
     logits_ptr, target_ptr, row_weight_ptr, bias_ptr, class_weight_ptr, loss_ptr, dlogits_ptr,
-    row_strides, V, options,
+    row_strides, V, row_options,
     HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of one row a program, V <= BLOCK_V * NUM_BLOCKS: the row is read once and kept in registers."""
-    ignore_index, label_smoothing, softcap, z_loss = options
+    ignore_index, label_smoothing, softcap, z_loss = row_options
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_strides[0]
     target = tl.load(target_ptr + row)
@@ -152,11 +152,11 @@ def cross_entropy_fwd_bwd_kernel(
 @triton.jit
 def cross_entropy_walk_kernel(
     logits_ptr, target_ptr, row_weight_ptr, bias_ptr, class_weight_ptr, loss_ptr, dlogits_ptr,
-    row_strides, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    row_strides, V, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """`cross_entropy_fwd_bwd_kernel` for a row of any length: read once for the loss, once more for the gradient."""
-    ignore_index, label_smoothing, softcap, z_loss = options
+    ignore_index, label_smoothing, softcap, z_loss = row_options
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_strides[0]
     dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
@@ -192,10 +192,10 @@ def cross_entropy_walk_kernel(
 @triton.jit
 def cross_entropy_bwd_kernel(
     dloss_ptr, logits_ptr, target_ptr, lse_ptr, bias_ptr, class_weight_ptr, dlogits_ptr,
-    row_strides, V, options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    row_strides, V, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_V columns of one row a program, from the lse of the forward kernel; may run in place."""
-    ignore_index, label_smoothing, softcap, z_loss = options
+    ignore_index, label_smoothing, softcap, z_loss = row_options
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK_V
     cols = start + columns(logits_ptr, BLOCK_V, 1)
@@ -241,7 +241,10 @@ def with_sum(class_weight: Tensor | None) -> Tensor | None:
 
 
 def _launch(kernel, config, grid, tensors, sizes, options):
-    """Run `kernel` on the device of its first tensor; `options` is (ignore_index, label_smoothing, softcap, z_loss)."""
+    """Run `kernel` on the device of its first tensor; `options` is (ignore_index, label_smoothing, softcap, z_loss).
+
+    No parameter of a kernel may be called `options`: Triton's launcher has one of that name.
+    """
     device = tensors[0].device
     with torch.cuda.device_of(tensors[0]):
         kernel[grid](

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flow_kernels.kernels.cross_entropy import check_rows, launch_bwd, launch_fwd, launch_fwd_bwd, with_sum
-from flow_kernels.products import add_product
+from flow_kernels.products import add_product, rounded_product
 
 # The buffer of logits. 256 MiB are 512 rows of 262144 in bf16: with D = 640 or more such a chunk's products still run
 # at the matmul's full rate, and more would only cost memory.
@@ -72,7 +72,7 @@ class _HeadGradients:
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         if self.need_dinput:
-            torch.mm(dlogits, self.linear_weight, out=self.dinput[rows])
+            self.dinput[rows] = rounded_product(dlogits, self.linear_weight)
         if self.need_dlinear_weight:
             kept_input = torch.where(self.keep[rows, None], self.input[rows], 0)
             add_product(self.dlinear_weight, dlogits.T, kept_input)
