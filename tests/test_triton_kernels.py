@@ -308,6 +308,7 @@ def test_products_are_added_in_fp32_where_torch_can(monkeypatch):
     total = torch.full((8, 8), 1e-3, device=DEVICE)
     products.add_product(total, a, b)
     torch.testing.assert_close(total, a.float() @ b.float() + 1e-3)
+    assert torch.equal(products.rounded_product(a, b), (a.float() @ b.float()).bfloat16())
 
     def refuse(*_, **__):
         raise RuntimeError("gemm input type at::BFloat16 and output type float is not supported")
@@ -315,7 +316,7 @@ def test_products_are_added_in_fp32_where_torch_can(monkeypatch):
     monkeypatch.setattr(products.torch, "addmm", refuse)
     products.add_product(total, a, b)
     torch.testing.assert_close(total, 2 * (a.float() @ b.float()) + 1e-3)
-    assert calls == ([torch.float32] if DEVICE == "cpu" else [])
+    assert calls == ([torch.float32] * 2 if DEVICE == "cpu" else [])
 
 
 def samples():

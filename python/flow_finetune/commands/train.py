@@ -152,6 +152,7 @@ def train(
 
     With checkpoints, a killed call continues when it is made again. Several processes: put
     `accelerate launch --no_python` or `torchrun --nproc-per-node N --no-python` in front.
+    With `--task image` what is not given has other defaults than those below: `--lr 1e-4 --batch-size 32 --log-every 10`.
 
     **Examples**
 

@@ -31,7 +31,7 @@ class ImageDataConfig:
     crop: float = 1.0  # side of the central square that is seen, as a share of the short side
     part: str = "all"  # "train" or "validation": without or only a random share of the images, always the same
     holdout: float = 0.1  # that share
-    limit: int | None = None  # the first so many images
+    limit: int | None = None  # the first so many images; of a folder from all classes alike
     bad_images: str = "stop"  # an image that does not decode: "stop", or "skip" it and say so
     cache: str | None = None  # directory for memory-mapped decoded pixels; held in memory when not given
 
@@ -125,6 +125,8 @@ def check_image_run(config: ImageRunConfig) -> None:
             raise InputError(f"{place.source}: holdout is a share of the images, in (0, 1), got {place.holdout}")
         if place.size is not None and place.size < 1:
             raise InputError(f"{place.source}: size is a number of pixels, at least 1, got {place.size}")
+        if place.limit is not None and place.limit < 1:
+            raise InputError(f"{place.source}: limit is a number of images, at least 1, got {place.limit}")
         if not 0.0 < place.crop <= 1.0:
             raise InputError(f"{place.source}: crop is a share of the short side, in (0, 1], got {place.crop}")
     counts = {"train: epochs": train.epochs, "train: batch_size": train.batch_size, "batch_size": config.batch_size,
