@@ -41,30 +41,26 @@ class Contexts:
     """A left-padded batch of texts that was run, to be continued row by row."""
 
     def __init__(self, lm: CausalLM, texts: Sequence[np.ndarray], pad_id: int) -> None:
-        ids, mask = pad(texts, pad_id, left=True)
         self._lm = lm
         # Its name of old is deprecated in transformers 5.2x.
         names = inspect.signature(lm.model.base_model.forward).parameters
         self._argument = "cache" if "cache" in names else "past_key_values"
         self._cache = None
-        self._mask = mask[:, :0].to(lm.head.weight.device)
-        self._next = torch.zeros(len(mask), 1, dtype=torch.int64, device=self._mask.device)
-        mask = mask.to(self._mask.device)
-        self.last_hidden_state = self._run(ids.to(mask.device), mask, (mask.cumsum(1) - 1).clamp(min=0))
+        ids, mask = (t.to(lm.head.weight.device) for t in pad(texts, pad_id, left=True))
+        self._mask = mask[:, :0]
+        self._next = torch.zeros_like(mask[:, :1])  # the position that comes next
+        self.last_hidden_state = self._run(ids, mask)
 
-    def _run(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        self._mask = torch.cat([self._mask, mask], 1)
-        output = self._lm.model.base_model(
-            input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=True,
-            **{self._argument: self._cache},
-        )  # fmt: skip
-        self._cache = getattr(output, self._argument)
+    def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
+        options = self.options(mask)
+        output = self._lm.model.base_model(input_ids=ids, use_cache=True, **options)
+        self._cache, self._mask = getattr(output, self._argument), options["attention_mask"]
         self._next = self._next + mask.sum(1, keepdim=True)
         return output.last_hidden_state
 
     def run(self, ids: Tensor) -> Tensor:
         """Hidden states `[B, t, D]` of the `[B, t]` tokens that come next."""
-        return self._run(ids, torch.ones_like(ids), self._next + torch.arange(ids.shape[1], device=ids.device))
+        return self._run(ids, torch.ones_like(ids))
 
     def select(self, rows: Tensor) -> None:
         """Continue with these rows; a row may be named several times."""
@@ -75,7 +71,7 @@ class Contexts:
         """What the body is given beside `[B, t]` tokens with this mask, the last that come next."""
         return {
             "attention_mask": torch.cat([self._mask, mask], 1),
-            "position_ids": self._next + torch.arange(mask.shape[1], device=mask.device),
+            "position_ids": self._next + (mask.cumsum(1) - 1).clamp(min=0),
             self._argument: self._cache,
         }
 
