@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -91,6 +92,17 @@ class ImageClassifier(nn.Module):
         """`[B, C]` fp32 logits of `[B, 3, H, W]` normalised images; the head never runs in bf16."""
         return self.head(self.features(inputs))
 
+    @contextlib.contextmanager
+    def head_in_place(self) -> Iterator[nn.Module]:
+        """The network as its library made it, with this head in it, while the block runs."""
+        parent, _, name = self._head_name.rpartition(".")
+        holder = self.body.get_submodule(parent)
+        setattr(holder, name, self.head)
+        try:
+            yield self.body
+        finally:
+            setattr(holder, name, nn.Identity())
+
     def batch_norms(self) -> dict[str, nn.Module]:
         """The body's batch-norm layers by name, those of timm among them (subclasses of torch's)."""
         return {n: m for n, m in self.body.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -165,11 +177,9 @@ def _taken_apart(
         try:
             inputs = classifier.inputs(images, description.size)
             ours = classifier(inputs)
-            holder = network.get_submodule(head_name.rpartition(".")[0])
-            setattr(holder, head_name.rpartition(".")[2], classifier.head)
-            theirs = network(inputs)
+            with classifier.head_in_place() as whole:
+                theirs = whole(inputs)
             theirs = (theirs.logits if hasattr(theirs, "logits") else theirs).float()
-            setattr(holder, head_name.rpartition(".")[2], nn.Identity())
             is_same = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
         except (RuntimeError, ValueError, TypeError) as error:
             raise InputError(
@@ -190,26 +200,20 @@ def save_classifier(classifier: ImageClassifier, directory: Path) -> None:
 
     A transformers model is written as transformers writes it, so `AutoModelForImageClassification` loads it too.
     """
-    network, description = classifier.body, classifier.description
-    parent, _, name = classifier._head_name.rpartition(".")
-    holder = network.get_submodule(parent)
-    setattr(holder, name, classifier.head)
-    try:
-        with atomic_path(directory) as temporary:
-            temporary.mkdir()
-            if description.library == "transformers":
-                network.config.num_labels = description.num_classes
-                if description.class_names:
-                    network.config.id2label = dict(enumerate(description.class_names))
-                    network.config.label2id = {v: k for k, v in network.config.id2label.items()}
-                with _quiet():
-                    network.save_pretrained(temporary)
-            else:
-                state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-                save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
-            (temporary / _DESCRIPTION).write_text(json.dumps(description.as_dict(), indent=1) + "\n")
-    finally:
-        setattr(holder, name, nn.Identity())
+    description = classifier.description
+    with classifier.head_in_place() as network, atomic_path(directory) as temporary:
+        temporary.mkdir()
+        if description.library == "transformers":
+            network.config.num_labels = description.num_classes
+            if description.class_names:
+                network.config.id2label = dict(enumerate(description.class_names))
+                network.config.label2id = {v: k for k, v in network.config.id2label.items()}
+            with _quiet():
+                network.save_pretrained(temporary)
+        else:
+            state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+            save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
+        (temporary / _DESCRIPTION).write_text(json.dumps(description.as_dict(), indent=1) + "\n")
 
 
 def classifier_fingerprint(classifier: ImageClassifier) -> str:
