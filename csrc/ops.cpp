@@ -18,9 +18,9 @@ std::vector<std::string> kernel_names(at::ScalarType dtype) {
 
 TORCH_LIBRARY(flow_kernels_cpu, m) {
   m.def("kernel_names(ScalarType dtype) -> str[]", kernel_names);
-  m.def("cross_entropy_fwd(Tensor logits, Tensor target, " OPTIONS ") -> (Tensor, Tensor, Tensor)");
-  m.def("cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, " OPTIONS ") -> Tensor");
-  m.def("cross_entropy_fwd_bwd(Tensor logits, Tensor target, Tensor row_weight, " OPTIONS ") -> (Tensor, Tensor)");
+  m.def("cross_entropy_fwd(Tensor logits, Tensor target, " OPTIONS ", str kernels) -> (Tensor, Tensor, Tensor)");
+  m.def("cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, " OPTIONS ", str kernels) -> Tensor");
+  m.def("cross_entropy_fwd_bwd(Tensor logits, Tensor target, Tensor row_weight, " OPTIONS ", str kernels) -> (Tensor, Tensor)");
   m.def("linear_cross_entropy_fwd(" HEAD ", Tensor? linear_bias, " OPTIONS ", str kernels)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("linear_cross_entropy_bwd(Tensor dloss, " HEAD ", Tensor lse, Tensor? linear_bias, " OPTIONS

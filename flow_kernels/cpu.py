@@ -75,26 +75,30 @@ def _options(class_weight, *rest):
     return class_weight if class_weight is None else class_weight.contiguous(), *rest
 
 
-def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss, kernels=""):
     """See `flow_kernels.reference`, also for the functions below."""
     options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     if logits.dtype == torch.float64:
         return reference.cross_entropy_fwd(logits, target, *options)
-    return torch.ops.flow_kernels_cpu.cross_entropy_fwd(logits, target, *options)
+    return torch.ops.flow_kernels_cpu.cross_entropy_fwd(logits, target, *options, kernels)
 
 
-def cross_entropy_bwd(dloss, logits, target, lse, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+def cross_entropy_bwd(
+    dloss, logits, target, lse, class_weight, ignore_index, label_smoothing, softcap, z_loss, kernels=""
+):
     options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     if logits.dtype == torch.float64:
         return reference.cross_entropy_bwd(dloss, logits, target, lse, *options)
-    return torch.ops.flow_kernels_cpu.cross_entropy_bwd(dloss, logits, target, lse, *options)
+    return torch.ops.flow_kernels_cpu.cross_entropy_bwd(dloss, logits, target, lse, *options, kernels)
 
 
-def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index, label_smoothing, softcap, z_loss):
+def cross_entropy_fwd_bwd(
+    logits, target, row_weight, class_weight, ignore_index, label_smoothing, softcap, z_loss, kernels=""
+):
     options = _options(class_weight, ignore_index, label_smoothing, softcap, z_loss)
     if logits.dtype == torch.float64:
         return reference.cross_entropy_fwd_bwd(logits, target, row_weight, *options)
-    loss, dlogits = torch.ops.flow_kernels_cpu.cross_entropy_fwd_bwd(logits, target, row_weight, *options)
+    loss, dlogits = torch.ops.flow_kernels_cpu.cross_entropy_fwd_bwd(logits, target, row_weight, *options, kernels)
     return (row_weight * loss).sum(), loss, dlogits
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -56,7 +58,9 @@ def cross_entropy(
         reduction: "mean", "sum" or "none" (weighted row losses in the shape of `target`).
         normalizer: what "mean" divides by. "targets": the number of targets, with class weights torch's sum of
             `weight[target]`; rows of weight 0 count (the FLOW paper). "weights": the same, each times its sample
-            weight. Or a number or 0-d tensor, for example the target count of all micro-batches and ranks.
+            weight. Or a number or 0-d tensor, for example the target count of all micro-batches and ranks; multiply
+            the loss by what the training framework then divides by: DDP by the number of processes, accelerate's
+            `backward` by `gradient_accumulation_steps`.
         label_smoothing: in [0, 1], as in torch.
         softcap: logits are `softcap * tanh(input / softcap)`.
         z_loss: adds `z_loss * logsumexp(logits)^2` to every row loss, before the sample weight.
@@ -68,8 +72,9 @@ def cross_entropy(
         Loss in nats, fp32 (fp64 for fp64 input): 0-d, or the shape of `target` for "none". If nothing counts it is 0
         with zero gradients.
 
-    Gradients flow to `input` (in its dtype) and to `sample_weight`. They are not differentiable themselves, there is no
-    forward mode, and the transforms of `torch.func` do not apply.
+    Gradients flow to `input` (in its dtype) and to `sample_weight`: the row's loss, but 0 where the weight is 0 and the
+    loss of the row therefore unknown; `(w * cross_entropy(..., reduction="none")).sum()` has it there too. They are not
+    differentiable themselves, there is no forward mode, and the transforms of `torch.func` do not apply.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, by name.
@@ -132,7 +137,8 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states, `[..., D]`. Under autocast, floating inputs are cast as `F.linear` casts them.
-        linear_weight: `[V, D]`, the dtype of `input`.
+        linear_weight: `[V, D]`, the dtype of `input`. The whole head: an adapter around it, a bias, a scale or a soft-cap of
+            the model's logits is not in it.
         target: class indices, `[...]`.
         linear_bias: `[V]`.
         chunk_size: rows of logits held at a time (for "cpu", of exponentials kept); each backend has a default.
@@ -221,7 +227,9 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None)
         check_floating(name, tensor)
         check_same_device(input, **{name: tensor})
         if tensor.dim() != len(shape) or tensor.shape[-1] != shape[-1]:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+            # DeepSpeed's ZeRO-3 leaves an empty tensor where the parameter is not gathered.
+            hint = "; it is empty, so gather it first if it is sharded over processes" if tensor.shape == (0,) else ""
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}{hint}")
         if type(tensor).__name__ == "DTensor":
             raise TypeError(
                 f"{name} is a DTensor; call the loss inside the sharded module or pass {name}.full_tensor()"
@@ -234,9 +242,9 @@ def check_chunk_size(chunk_size: int | None) -> int:
     """The operators' form of `chunk_size`: 0 stands for the backend's default."""
     if chunk_size is None:
         return 0
-    if not isinstance(chunk_size, int) or chunk_size < 1:
+    if not isinstance(chunk_size, Integral) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive number of rows or None, got {chunk_size!r}")
-    return chunk_size
+    return int(chunk_size)
 
 
 def check_grad_filter_eps(grad_filter_eps: float, label_smoothing: float) -> float:
@@ -291,8 +299,8 @@ def _no_normalizer(normalizer: Normalizer) -> None:
 class CrossEntropyLoss(nn.Module):
     """`cross_entropy` as a module; the constructor takes its options, the call its tensors.
 
-    A drop-in for `torch.nn.CrossEntropyLoss` on `[N, V]` logits: `CrossEntropyLoss()(input, target)`, plus
-    `sample_weight`, `cu_seqlens` and `normalizer` by keyword.
+    A drop-in for `torch.nn.CrossEntropyLoss` on `[N, V]` logits and class indices: `CrossEntropyLoss()(input, target)`,
+    plus `sample_weight`, `cu_seqlens` and, for one call, another `normalizer` by keyword.
     """
 
     def __init__(
@@ -301,6 +309,7 @@ class CrossEntropyLoss(nn.Module):
         *,
         ignore_index: int = -100,
         reduction: str = "mean",
+        normalizer: Normalizer = "targets",
         label_smoothing: float = 0.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
@@ -310,9 +319,12 @@ class CrossEntropyLoss(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
         self.options = {
-            "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
-            "softcap": softcap, "z_loss": z_loss, "shift": shift, "backend": backend,
+            "ignore_index": ignore_index, "reduction": reduction, "normalizer": normalizer,
+            "label_smoothing": label_smoothing, "softcap": softcap, "z_loss": z_loss, "shift": shift, "backend": backend,
         }  # fmt: skip
+
+    def _options_with(self, normalizer: Normalizer | None) -> dict:
+        return self.options if normalizer is None else {**self.options, "normalizer": normalizer}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -324,11 +336,11 @@ class CrossEntropyLoss(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        normalizer: Normalizer = "targets",
+        normalizer: Normalizer | None = None,
     ) -> Tensor:
         return cross_entropy(
             input, target, weight=self.weight, sample_weight=sample_weight, cu_seqlens=cu_seqlens,
-            normalizer=normalizer, **self.options,
+            **self._options_with(normalizer),
         )  # fmt: skip
 
 
@@ -358,9 +370,9 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         linear_bias: Tensor | None = None,
         sample_weight: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        normalizer: Normalizer = "targets",
+        normalizer: Normalizer | None = None,
     ) -> Tensor:
         return linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, sample_weight=sample_weight,
-            cu_seqlens=cu_seqlens, normalizer=normalizer, **self.options,
+            cu_seqlens=cu_seqlens, **self._options_with(normalizer),
         )  # fmt: skip

@@ -81,7 +81,10 @@ def flatten(input: Tensor, target: Tensor, cu_seqlens: Tensor | None, ignore_ind
     check_floating("input", input)
     if not isinstance(target, Tensor) or target.dtype not in INDEX_DTYPES:
         got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be an integer tensor of class indices, got {got}")
+        hint = ""
+        if isinstance(target, Tensor) and target.dtype.is_floating_point:
+            hint = "; class probabilities (mixup, soft labels) are served by torch.nn.functional.cross_entropy"
+        raise TypeError(f"target must be an integer tensor of class indices, got {got}{hint}")
     if input.dim() == 0 or input.shape[:-1] != target.shape:
         hint = ""
         if input.dim() > 2 and target.shape == input.shape[:1] + input.shape[2:]:

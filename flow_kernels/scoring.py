@@ -130,7 +130,10 @@ def sum_samples(
     ignore_index: int = -100,
     shift: bool = False,
 ) -> SampleScores:
-    """Sum token scores over each sample, deterministically, in fp64 before the one rounding to the result."""
+    """Sum token scores over each sample, deterministically, in fp64 before the one rounding to the result.
+
+    `ignore_index`, `shift` and `cu_seqlens` are those of the call that scored the tokens: the targets are counted here.
+    """
     # An already flat target goes through flatten again only for its shift; a scalar logit stands in for the input.
     placeholder = scores.loss.unsqueeze(-1)
     valid = flatten(placeholder, target, cu_seqlens, ignore_index, shift).target != ignore_index

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 NORMALIZATIONS = ("none", "mean", "simplex")
+_MEDIAN = 0.5
 
 
 def _selected(losses: Tensor, mask: Tensor | None) -> Tensor:
@@ -105,7 +106,7 @@ def flow_weights(
     losses: Tensor,
     temperature: float | Tensor | None = None,
     *,
-    quantile: float = 0.5,
+    quantile: float = _MEDIAN,
     mask: Tensor | None = None,
     clip: tuple[float | None, float | None] | None = None,
     normalize: str = "none",
@@ -116,7 +117,7 @@ def flow_weights(
 
     Args:
         losses: the pre-trained model's losses, any shape, floating, nats.
-        temperature: in nats; the `quantile` of these losses when not given.
+        temperature: in nats; the `quantile` of these losses, their median, when not given.
         mask: boolean of the same shape, True where there is a loss; the weight is 0 elsewhere.
         clip: `(lowest, highest)` weight, either may be None; applied before `normalize`.
         normalize: "none"; "mean": the weights average 1, so the step keeps the size of plain fine-tuning;
@@ -134,6 +135,8 @@ def flow_weights(
     _check_finite(losses, mask)
     if temperature is None:
         tau = _quantile_of(losses, quantile, mask)
+    elif quantile != _MEDIAN:
+        raise ValueError(f"temperature is given, so quantile={quantile}, which would find one, has no effect; give one")
     else:
         tau = torch.as_tensor(temperature, dtype=torch.float64, device=losses.device)
         if tau.dim() != 0:
@@ -147,7 +150,7 @@ def flow_weights(
         if lowest is not None or highest is not None:
             weights = weights.clamp(lowest, highest)
     if normalize != "none" and values.numel():
-        if clip is None:
+        if clip is None or all(bound is None for bound in clip):
             # exp(-(f - min f) / tau) has the same ratios and cannot underflow everywhere.
             weights = torch.exp(-(values - values.min()) / tau)
         total = weights.sum()

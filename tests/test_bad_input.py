@@ -48,7 +48,7 @@ SHARED = {
     "first of several": ({"target": target(77, 2, target(-3))}, IndexError, "the target of row 2 is 77"),
     "old ignore_index": ({"target": target(-100), "ignore_index": 0}, IndexError, "the target of row 4 is -100, outside"),
     "huge target": ({"target": target(2**62)}, IndexError, f"the target of row 4 is {2**62}"),
-    "float target": ({"target": TARGET.float()}, TypeError, "target must be an integer tensor"),
+    "float target": ({"target": TARGET.float()}, TypeError, "got torch.float32; class probabilities (mixup, soft labels)"),
     "probabilities": ({"target": torch.rand(2, 3, 5)}, TypeError, "got torch.float32"),
     "bool target": ({"target": TARGET.bool()}, TypeError, "got torch.bool"),
     "list target": ({"target": [[1, 1, 1]] * 2}, TypeError, "got list"),
@@ -147,6 +147,11 @@ def test_input(backend, input, labels, error, message):
 HEADS = {
     "1-D": ({"linear_weight": torch.zeros(4)}, ValueError, "linear_weight must have shape ('V', 4), got (4,)"),
     "0-D": ({"linear_weight": torch.tensor(1.0)}, ValueError, "linear_weight must have shape ('V', 4), got ()"),
+    "sharded": (
+        {"linear_weight": torch.empty(0)},
+        ValueError,
+        "got (0,); it is empty, so gather it first if it is sharded",
+    ),
     "transposed": ({"linear_weight": HEAD.T}, ValueError, "linear_weight must have shape ('V', 4), got (4, 5)"),
     "dtype": (
         {"linear_weight": HEAD.bfloat16()},

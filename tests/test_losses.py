@@ -6,18 +6,15 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_heads import identity_head
 
 import flow_kernels
 from flow_kernels import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy, ops
 
-
-def identity_head(input, target, **options):
-    """linear_cross_entropy as a function of logits: a head that is the identity keeps them exactly, in every dtype."""
-    num_classes = input.shape[-1]
-    return linear_cross_entropy(input, torch.eye(num_classes, dtype=input.dtype), target, **options)
+LINEAR = identity_head(linear_cross_entropy)
 
 
-@pytest.fixture(params=[cross_entropy, identity_head], ids=lambda f: f.__name__)
+@pytest.fixture(params=[cross_entropy, LINEAR], ids=["cross_entropy", "identity_head"])
 def loss_fn(request, backend_dtype):
     """Each operator on each backend and dtype, called with logits."""
     return partial(request.param, backend=backend_dtype[0])
@@ -192,7 +189,7 @@ def test_fp16_gradients_survive_with_a_loss_scale(backend, scale):
     # A loss scale must act before gradients are rounded: entries of p / N lie below the smallest fp16 number.
     logits, target = oracle.batch(num_rows=64, num_classes=512, dtype=torch.float16)
     upstream = torch.tensor(float(scale), dtype=torch.float64)
-    for fn in (cross_entropy, identity_head):
+    for fn in (cross_entropy, LINEAR):
         oracle.check_cross_entropy(partial(fn, backend=backend), logits, target, upstream=upstream, normalizer=1e5)
 
 
@@ -303,6 +300,20 @@ def test_autocast(backend):
         torch.testing.assert_close(given.grad, cast.grad.float(), rtol=0, atol=0)
 
 
+def test_the_gradient_of_a_weight_is_its_rows_loss_but_for_weights_of_0(backend):
+    input, linear_weight, target = head()[:3]
+    weight = oracle.sample_weights(24)
+    weight[::5] = 0.0
+    nll = oracle.linear_cross_entropy(input, linear_weight, target, reduction="none")
+    given = weight.clone().requires_grad_()
+    linear_cross_entropy(input, linear_weight, target, sample_weight=given, reduction="sum", backend=backend).backward()
+    torch.testing.assert_close(given.grad, torch.where(weight == 0, 0, nll), rtol=1e-5, atol=1e-5, check_dtype=False)
+    given = weight.clone().requires_grad_()
+    # What the docstring says to do where the weight is 0, as when weights are learned.
+    (given * linear_cross_entropy(input, linear_weight, target, reduction="none", backend=backend)).sum().backward()
+    torch.testing.assert_close(given.grad, nll, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
 def test_modules(backend):
     input, linear_weight, target, linear_bias = head(bias=True)
     weights, options = oracle.sample_weights(24), {"softcap": 5.0, "z_loss": 1e-3, "label_smoothing": 0.1}
@@ -315,6 +326,10 @@ def test_modules(backend):
     actual = module(input, linear_weight, target, linear_bias=linear_bias, **given)
     expected = oracle.linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, **reference)
     oracle.assert_close(actual, expected)
+    # The constructor's normalizer, where the call gives none.
+    normalized = CrossEntropyLoss(normalizer=7.0, backend=backend)
+    torch.testing.assert_close(normalized(logits, target), cross_entropy(logits, target, normalizer=7.0))
+    torch.testing.assert_close(normalized(logits, target, normalizer="targets"), cross_entropy(logits, target))
     assert "weight" in module.state_dict()
     assert module.double().weight.dtype == torch.float64
     assert "softcap=5.0" in repr(module)
@@ -333,7 +348,7 @@ def test_target_dtypes(backend, target_dtype, shift):
 
 def test_masked_classes(loss_fn, dtype):
     # -inf takes a class out of the vocabulary; its gradient is exactly 0.
-    if loss_fn.func is identity_head:
+    if loss_fn.func is LINEAR:
         loss_fn = partial(cross_entropy, **loss_fn.keywords)  # a matrix product makes NaN of -inf * 0
     logits, target = oracle.batch(dtype=dtype)
     logits[torch.arange(24), (target.clamp(min=0) + 1) % 37] = -torch.inf

@@ -16,6 +16,7 @@ from flow_kernels import (
     linear_score_samples,
     linear_score_tokens,
     ops,
+    reference,
     score_samples,
     score_tokens,
     sum_samples,
@@ -315,3 +316,9 @@ def test_forward_mode_is_refused(backend, reduction):
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             torch.func.jvp(function, (tensor,), (torch.ones_like(tensor),))
         function(tensor)  # outside, nothing is refused
+
+
+def test_the_reference_holds_larger_chunks_on_accelerators():
+    assert [reference.default_chunk_size(262144, device) for device in ("cpu", "cuda")] == [64, 512]
+    assert reference.default_chunk_size(10**6, "cuda") == reference.MIN_ACCELERATOR_ROWS
+    assert reference.default_chunk_size(0) >= reference.MIN_CHUNK_ROWS

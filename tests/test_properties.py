@@ -7,16 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_heads import identity_head
 
 from flow_kernels import cross_entropy, flow_weights, linear_cross_entropy
 
 
-def identity_head(input, target, **options):
-    """linear_cross_entropy as a function of logits."""
-    return linear_cross_entropy(input, torch.eye(input.shape[-1], dtype=input.dtype), target, **options)
-
-
-@pytest.fixture(params=[cross_entropy, identity_head], ids=lambda f: f.__name__, scope="session")
+@pytest.fixture(
+    params=[cross_entropy, identity_head(linear_cross_entropy)], ids=["cross_entropy", "identity_head"], scope="session"
+)
 def loss_fn(request, backend):
     return partial(request.param, backend=backend)
 

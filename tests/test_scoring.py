@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_heads import identity_head
 
 from flow_kernels import (
     cross_entropy,
@@ -19,20 +20,13 @@ from flow_kernels import (
 )
 
 
-def identity(function):
-    """The linear form of a scoring function, called with logits."""
-    return lambda logits, target, **options: function(
-        logits, torch.eye(logits.shape[-1], dtype=logits.dtype), target, **options
-    )
-
-
 @pytest.fixture(params=["logits", "linear"], scope="session")
 def scorers(request, backend):
     """`(score_tokens, score_samples, cross_entropy)`, each called with logits."""
     if request.param == "logits":
         functions = score_tokens, score_samples, cross_entropy
     else:
-        functions = identity(linear_score_tokens), identity(linear_score_samples), identity(linear_cross_entropy)
+        functions = map(identity_head, (linear_score_tokens, linear_score_samples, linear_cross_entropy))
     return [partial(f, backend=backend) for f in functions]
 
 

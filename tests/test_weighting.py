@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import spawn_two
 
 from flow_kernels import cross_entropy, effective_sample_size, flow_weights, score_samples, temperature
 
@@ -216,7 +217,7 @@ def _worker(rank, init, path, parts):
 def test_temperature_across_processes(tmp_path):
     losses = torch.tensor(heavy_tailed(101))
     parts = [losses[:1], losses[1:]]
-    torch.multiprocessing.spawn(_worker, (f"file://{tmp_path}/init", str(tmp_path), parts), nprocs=2)
+    spawn_two(_worker, (f"file://{tmp_path}/init", str(tmp_path), parts))
     expected = [float(temperature(losses, quantile=q)) for q in (0.5, 0.1, 0.83)]
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == expected
@@ -249,6 +250,7 @@ BAD = [
     (lambda: temperature(torch.ones(4), quantile=1.5), r"quantile must be in \[0, 1\], got 1.5"),
     (lambda: temperature(torch.ones(4), quantile=float("nan")), r"quantile must be in \[0, 1\], got nan"),
     (lambda: flow_weights(torch.ones(4), quantile=-0.1), r"quantile must be in \[0, 1\], got -0.1"),
+    (lambda: flow_weights(torch.ones(4), 1.0, quantile=0.9), "temperature is given, so quantile=0.9"),
     (lambda: flow_weights(torch.ones(4), clip=(0.5, 0.1)), r"clip must be \(lowest, highest\), got \(0.5, 0.1\)"),
     (lambda: flow_weights(torch.ones(4), normalize="sum"), "normalize must be one of .*'sum'"),
     (lambda: flow_weights(torch.full((4,), 9e3), 1.0, clip=(None, 0.5), normalize="mean"), "all weights are 0"),

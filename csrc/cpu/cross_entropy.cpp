@@ -10,9 +10,9 @@ namespace flow_kernels {
 
 namespace {
 
-const Kernels& row_kernels() {
-  const Kernels* kernels = kernels_for(DType::f32, "");
-  TORCH_CHECK(kernels != nullptr, "this CPU has no AVX2");
+const Kernels& row_kernels(const std::string& name) {
+  const Kernels* kernels = kernels_for(DType::f32, name);
+  TORCH_CHECK(kernels != nullptr, "this CPU has no kernels ", name.empty() ? "of AVX2 or better" : name);
   return *kernels;
 }
 
@@ -65,7 +65,7 @@ at::Tensor empty_gradient(const at::Tensor& logits, const KeptRows& rows) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
     const at::Tensor& logits_, const at::Tensor& target, const std::optional<at::Tensor>& class_weight,
-    int64_t ignore_index, double label_smoothing, double softcap, double z_loss) {
+    int64_t ignore_index, double label_smoothing, double softcap, double z_loss, const std::string& kernels_name) {
   const Logits logits(logits_);
   const int64_t num_classes = logits_.size(1);
   check_rows(logits_, target, "target");
@@ -73,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat), lse = at::zeros_like(loss);
   at::Tensor correct = at::zeros({logits_.size(0)}, at::kBool);
-  const Kernels& kernels = row_kernels();
+  const Kernels& kernels = row_kernels(kernels_name);
   const int64_t* index = rows.index.const_data_ptr<int64_t>();
   const int64_t* targets = rows.target.const_data_ptr<int64_t>();
   float *loss_ptr = loss.mutable_data_ptr<float>(), *lse_ptr = lse.mutable_data_ptr<float>();
@@ -91,7 +91,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
 
 at::Tensor cross_entropy_bwd_cpu(const at::Tensor& dloss, const at::Tensor& logits_, const at::Tensor& target,
                                  const at::Tensor& lse, const std::optional<at::Tensor>& class_weight,
-                                 int64_t ignore_index, double label_smoothing, double softcap, double z_loss) {
+                                 int64_t ignore_index, double label_smoothing, double softcap, double z_loss,
+                                 const std::string& kernels_name) {
   const Logits logits(logits_);
   const int64_t num_classes = logits_.size(1);
   check_rows(logits_, target, "target");
@@ -99,7 +100,7 @@ at::Tensor cross_entropy_bwd_cpu(const at::Tensor& dloss, const at::Tensor& logi
   const KeptRows rows = keep_rows(target, dloss, num_classes, ignore_index);
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor dlogits = empty_gradient(logits_, rows);
-  const Kernels& kernels = row_kernels();
+  const Kernels& kernels = row_kernels(kernels_name);
   const at::Tensor lses = lse.contiguous();
   const float* lse_ptr = lses.const_data_ptr<float>();
   const int64_t* index = rows.index.const_data_ptr<int64_t>();
@@ -119,7 +120,7 @@ at::Tensor cross_entropy_bwd_cpu(const at::Tensor& dloss, const at::Tensor& logi
 std::tuple<at::Tensor, at::Tensor> cross_entropy_fwd_bwd_cpu(
     const at::Tensor& logits_, const at::Tensor& target, const at::Tensor& row_weight,
     const std::optional<at::Tensor>& class_weight, int64_t ignore_index, double label_smoothing, double softcap,
-    double z_loss) {
+    double z_loss, const std::string& kernels_name) {
   const Logits logits(logits_);
   const int64_t num_classes = logits_.size(1);
   check_rows(logits_, target, "target");
@@ -127,7 +128,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_fwd_bwd_cpu(
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat);
   at::Tensor dlogits = empty_gradient(logits_, rows);
-  const Kernels& kernels = row_kernels();
+  const Kernels& kernels = row_kernels(kernels_name);
   const int64_t* index = rows.index.const_data_ptr<int64_t>();
   const int64_t* targets = rows.target.const_data_ptr<int64_t>();
   const float* scale = rows.scale.const_data_ptr<float>();

@@ -9,20 +9,22 @@ namespace flow_kernels {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// `kernels`, here and below, names the kernels to use, "" for the best of this CPU.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
     const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& class_weight, int64_t ignore_index,
-    double label_smoothing, double softcap, double z_loss);
+    double label_smoothing, double softcap, double z_loss, const std::string& kernels);
 
 at::Tensor cross_entropy_bwd_cpu(
     const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& target, const at::Tensor& lse,
-    const OptionalTensor& class_weight, int64_t ignore_index, double label_smoothing, double softcap, double z_loss);
+    const OptionalTensor& class_weight, int64_t ignore_index, double label_smoothing, double softcap, double z_loss,
+    const std::string& kernels);
 
 // (loss, dlogits); the weighted total is left to the caller, here and below.
 std::tuple<at::Tensor, at::Tensor> cross_entropy_fwd_bwd_cpu(
     const at::Tensor& logits, const at::Tensor& target, const at::Tensor& row_weight,
-    const OptionalTensor& class_weight, int64_t ignore_index, double label_smoothing, double softcap, double z_loss);
+    const OptionalTensor& class_weight, int64_t ignore_index, double label_smoothing, double softcap, double z_loss,
+    const std::string& kernels);
 
-// `kernels` names the kernels to use, "" for the best of this CPU.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_cpu(
     const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
     const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
