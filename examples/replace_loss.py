@@ -22,9 +22,12 @@ def main(num_steps: int = 30) -> tuple[float, float]:
     labels = tokens.clone()
     labels[:, :4] = -100  # the prompt has no loss
 
-    # Once, before training: the pre-trained model's loss on every sample, and the weights it gives.
+    # Once, before training: the pre-trained model's loss on every sample, and the weights it gives. In eval mode, since
+    # dropout would make noise of both.
+    body.eval()
     with torch.no_grad():
         scores = linear_score_samples(body(tokens), head.weight, labels, shift=True)
+    body.train()
     weights = flow_weights(scores.loss_sum / scores.num_targets)
 
     optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=1e-2)

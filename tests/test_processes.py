@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny_model
 import torch
 from accelerate.utils import DistributedType
 from flow_finetune import train as train_module
@@ -16,7 +17,7 @@ from flow_finetune.errors import InputError
 from run_files import assert_same_files
 from safetensors.torch import load_file
 from train_in_two_processes import fine_tune
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,18 +32,9 @@ def root(tmp_path_factory, tiny_model_dir):
     models = {
         # With dropout, so that the random numbers of each process count.
         "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **sizes)),
-        "gemma3": AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(
-                "gemma3", mm_tokens_per_image=1, image_token_index=5, boi_token_index=6, eoi_token_index=7,
-                text_config={
-                    **sizes, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
-                    "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8, "pad_token_id": 0,
-                },
-                vision_config={
-                    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                    "image_size": 28, "patch_size": 14,
-                },
-            )
+        "gemma3": tiny_model.with_vision(
+            **sizes, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, sliding_window=8, pad_token_id=0,
         ),
     }  # fmt: skip
     for name, model in models.items():
@@ -82,8 +74,11 @@ def test_settings_of_accelerate_change_nothing(root, monkeypatch):
     fine_tune(root, "gemma3", "plain")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     fine_tune(root, "gemma3", "with settings")
     assert_same_files(root / "plain", root / "with settings")
+    module = torch.nn.Linear(1, 1)
+    assert type(train_module.make_accelerator(torch.device("cpu")).prepare(module)) is torch.nn.Linear
 
 
 def test_other_ways_of_accelerate_are_refused(monkeypatch):

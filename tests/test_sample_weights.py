@@ -1,6 +1,7 @@
 """Losses of samples, and FLOW's weights of them, as a column of a tokenised data set."""
 
 import datasets
+import peft
 import pytest
 import torch
 from flow_finetune.errors import InputError
@@ -40,6 +41,18 @@ def test_losses_are_means_over_targets_and_weights_are_flows(tiny_model_dir, pla
     assert data_set["id"][:] == plain["id"][:]
     mean = add_sample_weights(plain, model, collator, quantile=0.25, normalize="mean")["sample_weight"][:]
     assert sum(mean) / len(mean) == pytest.approx(1.0)
+
+
+def test_adapters_are_off_while_their_base_model_is_scored(tiny_model_dir, plain, collator):
+    before = sample_losses(plain, new_model(tiny_model_dir), collator)
+    adapted = peft.get_peft_model(new_model(tiny_model_dir), peft.LoraConfig(target_modules="all-linear", r=2))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    torch.testing.assert_close(sample_losses(plain, adapted, collator), before, rtol=1e-6, atol=0)
+    row = {name: torch.tensor([plain[0][name]]) for name in ("input_ids", "labels")}
+    with torch.no_grad():
+        assert abs(float(adapted.eval()(**row).loss) - float(before[0])) > 1e-3
 
 
 def test_data_that_gives_no_weights_is_refused(tiny_model_dir, plain, collator):

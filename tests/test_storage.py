@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from flow_finetune.errors import InputError
-from flow_finetune.storage import atomic_path, fingerprint, require_disk_space, write_json
+from flow_finetune.storage import atomic_path, fingerprint, is_used, require_disk_space, write_json
 
 
 def test_a_file_or_directory_replaces_the_old_one_when_it_is_whole(tmp_path):
@@ -44,6 +44,19 @@ def test_too_small_a_disk_is_named_even_for_a_path_that_does_not_exist_yet(tmp_p
     with pytest.raises(InputError, match="MiB are free"):
         require_disk_space(tmp_path / "a" / "b", 1 << 60)
     require_disk_space(Path("relative") / "path", 1)
+
+
+def test_what_a_killed_call_had_begun_to_write_does_not_count_as_used(tmp_path):
+    assert not is_used(tmp_path / "new")
+    (tmp_path / "train").mkdir()
+    (tmp_path / ".run.json.partial").write_text("{")
+    (tmp_path / "train/.identity.json.partial").write_text("{")
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial/weights").write_text("")
+    assert not is_used(tmp_path)
+    (tmp_path / "train/notes.partial").write_text("somebody's")
+    assert is_used(tmp_path)
+    assert is_used(tmp_path / "train/notes.partial")
 
 
 def test_fingerprints_keep_parts_apart():

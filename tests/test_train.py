@@ -4,29 +4,25 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import training
 from accelerate import Accelerator
 from flow_finetune import checkpoint as checkpoint_module
-from flow_finetune.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
-from flow_finetune.data import load_samples
+from flow_finetune.config import MethodConfig, TrainConfig
 from flow_finetune.errors import InputError
 from flow_finetune.methods import make_weights
 from flow_finetune.models import load_model
-from flow_finetune.scores import read_scores, score, scoring_fingerprints
-from flow_finetune.train import Meter, accumulate_gradients, micro_batches, step_plan, train
+from flow_finetune.train import Meter, accumulate_gradients, micro_batches, step_plan
+from processes import kill_when, run_python
 from run_files import assert_same_files
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from flow_kernels import cpu
 
@@ -39,29 +35,14 @@ METHODS = {
 }
 
 
-class Setup:
-    """A tiny model, its samples and their scores."""
-
-    def __init__(self, model_dir, qa_file, directory):
-        self.config = ModelConfig(str(model_dir), precision="full", device="cpu")
-        self.lm, self.tokenizer = load_model(self.config)
-        data = DataConfig(str(qa_file), prompt_field="question", response_field="answer")
-        self.samples = load_samples(data, self.tokenizer)
-        self.scores = directory / "scores.parquet"
-        score(self.lm, self.tokenizer, self.samples, self.scores, model_config=self.config, tokens=True)
-        fingerprints = scoring_fingerprints(self.lm, self.tokenizer, self.samples)
-        self.found = read_scores(self.scores, self.samples, fingerprints, tokens=True)
+class Setup(training.Setup):
+    """Methods by their names here, and the formula that training is to follow."""
 
     def weights(self, method):
         return make_weights(METHODS[method], len(self.samples.samples), self.found)
 
-    def train(self, output, method="sequence", lm=None, **options):
-        lm = lm or load_model(self.config)[0]
-        overwrite = options.pop("overwrite", False)
-        return train(
-            lm, self.tokenizer, self.samples, output, method=METHODS[method], config=TrainConfig(**options),
-            model_config=self.config, scores=self.scores, overwrite=overwrite,
-        )  # fmt: skip
+    def train(self, output, method="sequence", **options):
+        return super().train(output, METHODS[method] if isinstance(method, str) else method, **options)
 
     def independent_loss(self, model, indices, method):
         """`sum_i w_i sum_t nll_it / number of targets of the step`, from the formulas alone."""
@@ -84,7 +65,7 @@ class Setup:
 
 @pytest.fixture(scope="module")
 def setup(tiny_model_dir, qa_file, tmp_path_factory):
-    return Setup(tiny_model_dir, qa_file, tmp_path_factory.mktemp("train"))
+    return Setup(tiny_model_dir, qa_file).score(tmp_path_factory.mktemp("train"), tokens=True)
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
@@ -140,6 +121,37 @@ def test_trained_weights_equal_a_plain_torch_loop(setup, tmp_path, method):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHODS["sequence"], MethodConfig("lora", train="lora", lora_rank=4), MethodConfig("online", online=True),
+        MethodConfig("both", online=True, train="lora", lora_rank=4),
+    ],
+    ids=lambda method: method.name,
+)  # fmt: skip
+def test_gradient_checkpointing_costs_forward_passes_and_changes_nothing(setup, tmp_path, monkeypatch, method):
+    options = {"epochs": 1, "batch_size": 12, "learning_rate": 1e-2, "micro_batch_tokens": 400}
+    forward, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or forward(self, x))
+    found, with_gradients, without = {}, {}, {}
+    for is_on in (False, True):
+        output = tmp_path / f"{is_on}"
+        setup.train(output, method, gradient_checkpointing=is_on, **options)
+        log = [json.loads(line) for line in (output / "train/log.jsonl").read_text().splitlines()]
+        found[is_on] = [[line[name] for name in ("loss", "weighted_loss", "grad_norm", "distance")] for line in log]
+        found[is_on].append(load_file(output / "model.safetensors"))
+        with_gradients[is_on], without[is_on] = calls.count(True), calls.count(False)
+        calls.clear()
+    *lines, weights = found[True]
+    np.testing.assert_allclose(lines, found[False][:-1], rtol=1e-6)
+    assert len(lines) == 2
+    for name, weight in found[False][-1].items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-6, atol=1e-7)
+    # Every layer once more for its gradients; the frozen model of online weights has none to make.
+    assert with_gradients[True] == 2 * with_gradients[False] > 0
+    assert without[True] == without[False]
+
+
 def test_log_and_summary_hold_the_numbers_of_the_run(setup, tmp_path):
     summary = setup.train(tmp_path / "out", epochs=1, batch_size=8, learning_rate=1e-3)
     lines = [json.loads(line) for line in (tmp_path / "out/train/log.jsonl").read_text().splitlines()]
@@ -183,11 +195,7 @@ def test_log_lines_average_over_their_interval(setup, tmp_path):
 def test_the_plain_loss_is_of_the_samples_that_are_kept(setup, tmp_path):
     """A weight of exactly 0 skips its sample, and its loss: it must not count as a loss of 0 either."""
     method = MethodConfig("easiest", "none", keep_easiest=0.25)
-    config = TrainConfig(epochs=1, batch_size=24, learning_rate=1e-3, micro_batch_tokens=200)
-    train(
-        load_model(setup.config)[0], setup.tokenizer, setup.samples, tmp_path / "out", method=method, config=config,
-        model_config=setup.config, scores=setup.scores,
-    )  # fmt: skip
+    setup.train(tmp_path / "out", method, epochs=1, batch_size=24, learning_rate=1e-3, micro_batch_tokens=200)
     (line,) = (json.loads(text) for text in (tmp_path / "out/train/log.jsonl").read_text().splitlines())
     kept = setup.found.loss.argsort(stable=True)[:6].tolist()
     num_kept = sum(setup.samples.samples[i].num_targets for i in kept)
@@ -316,49 +324,44 @@ def test_interrupted_training_continues_to_the_same_weights(setup, tmp_path, mon
     assert_same_files(tmp_path / "undisturbed", tmp_path / "continued")
 
 
-# One thread each: a tiny model gains nothing from more, and several processes share the cores.
-_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_a_kill_between_the_summary_and_the_removal_of_checkpoints_loses_nothing(setup, tmp_path, monkeypatch):
+    """The run is finished: it is not trained again."""
+    options = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 1}
+    expected = setup.train(tmp_path / "undisturbed", **options)
+    remove = shutil.rmtree
+
+    def interrupt(path, *rest, **options):
+        if path.name == "checkpoints":
+            raise KeyboardInterrupt
+        remove(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            setup.train(tmp_path / "killed", **options)
+    assert [p.name for p in (tmp_path / "killed/checkpoints").iterdir()] == ["step-00000002"]
+    summary = (tmp_path / "killed/train/summary.json").read_bytes()
+    assert setup.train(tmp_path / "killed", **options)["final_loss"] == expected["final_loss"]
+    assert (tmp_path / "killed/train/summary.json").read_bytes() == summary
+    assert not (tmp_path / "killed/checkpoints").exists()
+    assert_same_files(tmp_path / "undisturbed", tmp_path / "killed")
 
 
 def _command(setup, qa_file, output, *extra):
     return [
         "-m", "flow_finetune.cli", "train", "-m", setup.config.source, "-d", str(qa_file), "--prompt-field", "question",
         "--response-field", "answer", "--scores", str(setup.scores), "--precision", "full", "--device", "cpu",
-        "--lr", "1e-3", "-o", str(output), *extra,
+        "--lr", "1e-3", "-o", output, *extra,
     ]  # fmt: skip
 
 
 def test_killed_training_continues_to_the_same_weights(setup, qa_file, tmp_path):
     extra = ["--epochs", "12", "--batch-size", "4", "--checkpoint-every", "4"]
     undisturbed, killed = tmp_path / "a", tmp_path / "b"
-    subprocess.run(
-        [sys.executable, *_command(setup, qa_file, undisturbed, *extra)],
-        check=True,
-        capture_output=True,
-        env=_ENVIRONMENT,
-    )
-    process = subprocess.Popen(
-        [sys.executable, *_command(setup, qa_file, killed, *extra)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=_ENVIRONMENT,
-    )
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("checkpoints/step-*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.005)
-    time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_python(*_command(setup, qa_file, undisturbed, *extra))
+    kill_when(lambda: any(killed.glob("checkpoints/step-*")), *_command(setup, qa_file, killed, *extra))
     assert not (killed / "train/summary.json").exists()
-    result = subprocess.run(
-        [sys.executable, *_command(setup, qa_file, killed, *extra)],
-        check=True,
-        capture_output=True,
-        env=_ENVIRONMENT,
-        text=True,
-    )
+    result = run_python(*_command(setup, qa_file, killed, *extra))
     assert "after step" in result.stderr
     assert_same_files(undisturbed, killed)
 
@@ -368,13 +371,9 @@ def test_two_processes_train_as_one(setup, qa_file, tmp_path):
     for batch_size in ("5", "1"):
         extra = ["--epochs", "1", "--batch-size", batch_size, "--micro-batch-tokens", "200"]
         one, two = tmp_path / f"one-{batch_size}", tmp_path / f"two-{batch_size}"
-        subprocess.run(
-            [sys.executable, *_command(setup, qa_file, one, *extra)], check=True, capture_output=True, env=_ENVIRONMENT
-        )
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        subprocess.run(
-            [*launcher, *_command(setup, qa_file, two, *extra)], check=True, capture_output=True, env=_ENVIRONMENT
-        )
+        run_python(*_command(setup, qa_file, one, *extra))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        run_python(*launcher, *_command(setup, qa_file, two, *extra))
         a, b = (load_file(d / "model.safetensors") for d in (one, two))
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)

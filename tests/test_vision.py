@@ -24,6 +24,7 @@ from flow_finetune.vision.evaluate import Original
 from flow_finetune.vision.models import Description, ImageClassifier, load_classifier, save_classifier
 from flow_finetune.vision.pipeline import check_run, run, train_and_evaluate
 from flow_finetune.vision.train import average_state
+from torch import nn
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
@@ -72,6 +73,15 @@ def _train_plain_head(head, features, labels, config) -> None:
         optimizer.step()
 
 
+def _plain_optimizer(model, config) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW; vectors are not decayed."""
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == is_wide] for is_wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
 def test_scores_and_weights_are_those_of_the_saved_probed_model(image_run):
     # Nothing of this project but the file: transformers loads stage 0's model.
     model = AutoModelForImageClassification.from_pretrained(image_run.probed).eval()
@@ -88,28 +98,46 @@ def test_scores_and_weights_are_those_of_the_saved_probed_model(image_run):
     assert flow["effective_sample_size"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("standard", 1e-5), ("flow", 1e-5), ("online", 1e-4)])
-def test_stages_1_and_2_equal_a_plain_torch_loop(image_run, name, tolerance):
+# What the paper's image experiments use, all of it at once.
+SGD = {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 0.1, "warmup": 0.3, "max_grad_norm": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "tolerance"),
+    [("standard", {}, 1e-5), ("flow", {}, 1e-5), ("online", {}, 1e-4), ("standard", SGD, 1e-5), ("flow", SGD, 1e-5)],
+    ids=["standard", "flow", "online", "standard-sgd", "flow-sgd"],
+)
+def test_stages_1_and_2_equal_a_plain_torch_loop(image_run, tmp_path, name, changes, tolerance):
     model = AutoModelForImageClassification.from_pretrained(image_run.probed).train()
     losses = np.array(_scores(image_run)["loss"])
     weight = np.exp(-losses / np.median(losses)) if name != "standard" else np.ones(NUM_IMAGES)
     weight = torch.from_numpy(weight).float()
     inputs, labels = _plain(image_run.images.pixels), torch.from_numpy(image_run.labels)
-    config = image_run.config.train
+    config = dataclasses.replace(image_run.config.train, **changes)
+    output = tmp_path if changes else image_run.output
+    if changes:
+        for method in (m for m in image_run.config.methods if m.name in ("standard", name)):
+            train_and_evaluate(image_run, method, output / method.name, config)
     steps = stages.step_plan(NUM_IMAGES, 2, 8, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer, num_warmup = _plain_optimizer(model, config), round(config.warmup * len(steps))
+    norms = []
     for step, indices in enumerate(steps):
+        share = (step - num_warmup) / (len(steps) - num_warmup)
+        rate = step / num_warmup if step < num_warmup else 0.5 * (1 + np.cos(np.pi * share))
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * 0.5 * (1 + np.cos(np.pi * step / len(steps)))
+            group["lr"] = config.learning_rate * rate
         nll = F.cross_entropy(model(pixel_values=inputs[indices]).logits, labels[indices], reduction="none")
         optimizer.zero_grad()
         (weight[indices] * nll).mean().backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or np.inf)))
         optimizer.step()
-    tuned = AutoModelForImageClassification.from_pretrained(image_run.output / name / "model")
+    # Some steps are clipped and some are not.
+    assert not changes or min(norms) < config.max_grad_norm < max(norms)
+    tuned = AutoModelForImageClassification.from_pretrained(output / name / "model")
     found, expected = tuned.state_dict(), model.state_dict()
     if name != "standard":
         # The weights are seen: another method's result is not within the tolerance.
-        other = AutoModelForImageClassification.from_pretrained(image_run.output / "standard/model").state_dict()
+        other = AutoModelForImageClassification.from_pretrained(output / "standard/model").state_dict()
         key = "resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"
         assert (other[key] - found[key]).abs().max() > 10 * tolerance
     # Running statistics included; the head went on in stage 2.
@@ -262,7 +290,7 @@ def test_l2_pulls_towards_stage_0_and_eval_mode_keeps_statistics(image_run, tmp_
         ({"methods": [{"name": "a", "weights": "none", "train": "lora"}]}, "LoRA is for language models"),
         ({"methods": [{"name": "a", "train": "head"}]}, "weights would have no effect"),
         ({"methods": [{"name": "a", "of": "b", "wise_ft": 0.5}]}, "method a: of must be one of"),
-        ({"methods": [{"name": "report"}]}, "plain directory name"),
+        ({"methods": [{"name": "report", "weights": "none"}]}, "plain directory name"),
         ({"methods": [{"name": "flow"}, {"name": "flow"}]}, "two methods are named 'flow'"),
         ({"tasks": []}, "at least one evaluation task"),
         ({"tasks": [{"source": "x.parquet", "role": "other"}]}, "role must be one of target, retained"),
@@ -302,9 +330,16 @@ def test_augmentation_mirrors_half_and_shifts_within_the_border():
     # Three standard deviations of 400 fair draws.
     assert 170 <= sum(mirrored) <= 230
     shifted = stages.augment(inputs, "crop_flip", torch.Generator().manual_seed(0))
-    centre = shifted[:, 0, 8, 8] - inputs[:, 0, 8, 8]
-    assert shifted.shape == inputs.shape
-    assert len(set(centre.tolist())) > 20
+    # The 5 x 5 places in a frame of 16 / 8 reflected pixels, as they are and mirrored: each image is one of these.
+    padded = F.pad(inputs[:2], (2,) * 4, mode="reflect")
+    crops = torch.stack([padded[:, :, y : y + 16, x : x + 16] for y in range(5) for x in range(5)])
+    crops = torch.cat([crops, crops.flip(4)])
+    found = [
+        (crops[:, i % 2] == image).flatten(1).all(1).nonzero().flatten().tolist() for i, image in enumerate(shifted)
+    ]
+    assert [len(which) for which in found] == [1] * 400
+    assert {which % 25 for (which,) in found} == set(range(25))
+    assert 170 <= sum(which >= 25 for (which,) in found) <= 230
     assert torch.equal(stages.augment(inputs, "none", torch.Generator()), inputs)
 
 

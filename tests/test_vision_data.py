@@ -110,6 +110,27 @@ def test_parts_are_disjoint_and_together_everything(images, tmp_path):
     assert load_images(ImageDataConfig(path, limit=4), 16).ids == ["0", "1", "2", "3"]
 
 
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize("source", ["folder", "parquet"])
+def test_parts_do_not_depend_on_a_limit(images, tmp_path, source, limit):
+    if source == "folder":
+        path = tmp_path / "folder"
+        for index, (content, label) in enumerate(zip(*images, strict=True)):
+            (path / NAMES[label]).mkdir(parents=True, exist_ok=True)
+            (path / NAMES[label] / f"{index}.png").write_bytes(content)
+    else:
+        path = tiny_images.write_parquet(tmp_path / "a.parquet", *images)
+    held_out = load_images(ImageDataConfig(str(path), part="validation", holdout=0.5), 16).ids
+    assert len(held_out) == 6
+    limited = load_images(ImageDataConfig(str(path), part="validation", holdout=0.5, limit=limit), 16)
+    assert set(limited.ids) <= set(held_out)
+    trained = load_images(ImageDataConfig(str(path), part="train", holdout=0.5, limit=limit), 16)
+    assert not set(trained.ids) & set(held_out)
+    if limit and source == "folder":
+        # Of three classes none is left out.
+        assert len(set(trained.labels.tolist())) == 3
+
+
 def test_labels_are_matched_by_name(images, tmp_path):
     encoded, labels = images
     words = [NAMES[label] for label in labels]

@@ -82,6 +82,8 @@ class TrainDirectory:
                     "or pass --overwrite"
                 )
             elif (self._train / "summary.json").is_file():
+                # Of a call that was killed between the summary and their removal.
+                shutil.rmtree(self._checkpoints, ignore_errors=True)
                 return self.read_summary()
         num_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
         # A checkpoint holds the parameters and two moments of each; the old one goes when the new one is there.

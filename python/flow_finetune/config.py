@@ -42,9 +42,47 @@ class DataConfig:
     limit: int | None = None  # the first so many rows
 
 
+# What the parts of a method's name stand for, by the question that each answers; a question is answered once.
+METHOD_PARTS = {
+    "how samples are weighted": {
+        "standard": {"weights": "none"},
+        "flow": {"weights": "sequence"},
+        "flow-token": {"weights": "token"},
+        "flow-mean": {"weights": "sequence", "normalize": "mean"},
+        "flow-online": {"weights": "sequence", "online": True},
+        "dro": {"weights": "sequence", "direction": "hard"},
+    },
+    "which samples are kept": {"easiest": {"keep_easiest": 0.5}},
+    "what is trained": {"lora": {"train": "lora"}, "linear-probe": {"train": "head"}},
+    "what is penalised": {"l2": {"penalty": "l2"}, "l1": {"penalty": "l1"}},
+    "what is averaged": {"sfa": {"average_every": 0.25}},
+}
+
+
+def named_options(name: str) -> dict | None:
+    """The entries of `MethodConfig` that a name, or several joined by "+", stands for; None for a name of one's own.
+
+    Raises:
+        InputError: two parts that answer the same question.
+    """
+    options, answered = {"weights": "none"}, {}
+    for part in name.split("+"):
+        question = next((q for q, names in METHOD_PARTS.items() if part in names), None)
+        if question is None:
+            return None
+        if question in answered:
+            raise InputError(f"method {name}: {answered[question]} and {part} both say {question}; choose one")
+        answered[question] = part
+        options.update(METHOD_PARTS[question][part])
+    return options
+
+
 @dataclass(frozen=True)
 class MethodConfig:
-    """What a fine-tuning method weights, trains, penalises and averages; `methods.check_method` says what contradicts."""
+    """What a fine-tuning method weights, trains, penalises and averages; `methods.check_method` says what contradicts.
+
+    Read from a file, a name of `METHOD_PARTS` brings its options along.
+    """
 
     name: str = "flow"
     weights: str = "sequence"  # "none" (standard fine-tuning), "sequence" or "token"
@@ -68,6 +106,28 @@ class MethodConfig:
     of: str | None = None  # WiSE-FT: the method of the same run whose result is averaged; nothing is trained
     wise_ft: float | None = None  # alpha of (1 - alpha) * pre-trained + alpha * fine-tuned
     learning_rate: float | None = None  # the training's when not given
+
+    @staticmethod
+    def complete(entries: dict, where: str) -> dict:
+        """What a file gives for a method, with what its name stands for where the file says nothing.
+
+        Raises:
+            InputError: a name that stands for nothing, with no options that would say what is meant.
+        """
+        name = entries.get("name")
+        if not isinstance(name, str) or "of" in entries:
+            return entries
+        try:
+            options = named_options(name)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if options is None and not entries.keys() - {"name", "learning_rate"}:
+            names = ", ".join(part for parts in METHOD_PARTS.values() for part in parts)
+            raise InputError(
+                f"{where}: the name {name!r} stands for no method; join names of {names} by +, or say what it does, as in "
+                "weights: sequence"
+            )
+        return {**(options or {}), **entries}
 
 
 @dataclass(frozen=True)
@@ -173,6 +233,8 @@ def from_mapping(cls: type, value: object, where: str) -> object:
             close = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; it may hold {', '.join(fields)}"
             raise InputError(f"{where} has an unknown key {key!r}{hint}")
+    if hasattr(cls, "complete"):
+        value = cls.complete(value, where)
     required = (dataclasses.MISSING, dataclasses.MISSING)
     for name, f in fields.items():
         if (f.default, f.default_factory) == required and name not in value:

@@ -92,7 +92,7 @@ def read_rows(source: str, split: str = "train", limit: int | None = None):
             if not suffixes or suffixes[-1] not in _FORMATS:
                 raise InputError(f"{source} is none of {', '.join(_FORMATS)} (.gz allowed)")
             rows = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split="train")
-        elif path.suffix or path.is_absolute() or source.startswith("."):
+        elif not path.is_dir() and is_local(source):
             raise InputError(f"no such file: {source}")
         else:
             rows = datasets.load_dataset(source, split=split)
@@ -104,6 +104,13 @@ def read_rows(source: str, split: str = "train", limit: int | None = None):
     if len(rows) == 0:
         raise InputError(f"{source} is empty")
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def is_local(source: str) -> bool:
+    """Whether a source must have been meant as a file or folder, by its name: hub ids may hold dots too."""
+    path = Path(source).expanduser()
+    endings = {*_FORMATS, ".gz", ".tsv", ".txt", ".zip", ".tar", ".arrow", ".xlsx"}
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix.lower() in endings
 
 
 def text_column(rows, name: str, source: str) -> list[str]:
@@ -158,6 +165,14 @@ def without_appended_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> 
     return ids[:-1] if appends and ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
+def check_data(config: DataConfig) -> None:
+    """Raise `InputError` for an option out of range; nothing is read for it."""
+    if config.limit is not None and config.limit < 1:
+        raise InputError(f"limit of {config.source} must be at least 1, got {config.limit}")
+    if config.max_length < 2:
+        raise InputError(f"max_length of {config.source} must be at least 2 tokens, got {config.max_length}")
+
+
 def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleSet:
     """Read, render and tokenise a data set.
 
@@ -165,6 +180,7 @@ def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Samp
         InputError: a file or field that is not there, a response that is not text, repeated ids, or no sample with a
             target token.
     """
+    check_data(config)
     rows = read_rows(config.source, config.split, config.limit)
     prompts = text_column(rows, config.prompt_field, config.source)
     responses = text_column(rows, config.response_field, config.source)

@@ -9,25 +9,9 @@ import torch
 from torch import Tensor
 
 import flow_kernels
-from flow_finetune.config import MethodConfig, choose, non_defaults
+from flow_finetune.config import METHOD_PARTS, MethodConfig, choose, named_options, non_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.scores import Scores
-
-# What the parts of a name stand for, by the question that each answers; a question is answered once.
-_PARTS = {
-    "how samples are weighted": {
-        "standard": {"weights": "none"},
-        "flow": {"weights": "sequence"},
-        "flow-token": {"weights": "token"},
-        "flow-mean": {"weights": "sequence", "normalize": "mean"},
-        "flow-online": {"weights": "sequence", "online": True},
-        "dro": {"weights": "sequence", "direction": "hard"},
-    },
-    "which samples are kept": {"easiest": {"keep_easiest": 0.5}},
-    "what is trained": {"lora": {"train": "lora"}, "linear-probe": {"train": "head"}},
-    "what is penalised": {"l2": {"penalty": "l2"}, "l1": {"penalty": "l1"}},
-    "what is averaged": {"sfa": {"average_every": 0.25}},
-}
 
 _CHOICES = {
     "weights": ("none", "sequence", "token"), "direction": ("easy", "hard"), "train": ("all", "head", "lora"),
@@ -43,20 +27,14 @@ def named_method(name: str) -> MethodConfig:
     Raises:
         InputError: an unknown name, or two that answer the same question.
     """
-    options, answered = {"weights": "none"}, {}
     for part in name.split("+"):
         if part in ("wise-ft", "wise_ft"):
             raise InputError(
                 f"--method {name}: WiSE-FT trains nothing; average a finished model with flow-finetune wise-ft, or add "
                 "a row {name: wise-ft, of: NAME, wise_ft: 0.5} to a run's methods"
             )
-        choose("--method", part, tuple(n for names in _PARTS.values() for n in names))
-        question = next(q for q, names in _PARTS.items() if part in names)
-        if question in answered:
-            raise InputError(f"--method {name}: {answered[question]} and {part} both say {question}; choose one")
-        answered[question] = part
-        options.update(_PARTS[question][part])
-    return MethodConfig(name=name, **options)
+        choose("--method", part, tuple(n for names in METHOD_PARTS.values() for n in names))
+    return MethodConfig(name=name, **named_options(name))
 
 
 def needs_scores(method: MethodConfig) -> bool:
@@ -73,6 +51,34 @@ def check_method(method: MethodConfig) -> None:
     for wrong, message in _out_of_range(method) + _contradictions(method):
         if wrong:
             raise InputError(f"method {method.name}: {message}")
+
+
+def check_name(method: MethodConfig) -> None:
+    """Raise `InputError` where a name of `named_method` is given to something else: a report would show the name."""
+    options = named_options(method.name)
+    if options is None:
+        return
+    named = MethodConfig(method.name, **options)
+    for key in ("weights", "direction", "online", "train", "penalty", "keep_easiest", "average_every", "normalize"):
+        found, wanted = getattr(method, key), getattr(named, key)
+        # Of these a name says whether, not how much.
+        is_amount = key in ("keep_easiest", "average_every")
+        is_same = (found is None) == (wanted is None) if is_amount else found == wanted
+        # Weights may be normalised under any name but the one that says how.
+        if is_same or (key == "normalize" and key not in options):
+            continue
+        parts = [
+            part for names in METHOD_PARTS.values() for part, entries in names.items()
+            if list(entries) == [key] and (is_amount or entries[key] == found)
+        ]  # fmt: skip
+        other = "give it a name of its own (or, on the command line, none)"
+        if parts and key not in options:
+            other = f"call it {method.name}+{parts[0]}"
+        elif parts and "+" not in method.name:
+            other = f"call it {parts[0]}"
+        raise InputError(
+            f"method {method.name}: {key} is {found}, where the name stands for {key}: {wanted}; leave it away, or {other}"
+        )
 
 
 def _out_of_range(m: MethodConfig) -> list[tuple[bool, str]]:
@@ -145,6 +151,7 @@ def check_methods(methods: tuple[MethodConfig, ...]) -> None:
     trained = [m.name for m in methods if m.of is None]
     for method in methods:
         check_method(method)
+        check_name(method)
         if method.of is not None:
             choose(f"method {method.name}: of", method.of, tuple(trained))
 

@@ -25,7 +25,7 @@ from flow_finetune.config import (
     TaskConfig,
     TrainConfig,
 )
-from flow_finetune.data import SampleSet, load_samples
+from flow_finetune.data import SampleSet, check_data, load_samples
 from flow_finetune.evaluate import evaluate
 from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.methods import needs_scores
@@ -35,8 +35,9 @@ from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.scores import score
-from flow_finetune.tasks import prepare
-from flow_finetune.train import check_grad_filter, check_train, train
+from flow_finetune.tasks import check_task, prepare
+from flow_finetune.train import train
+from flow_finetune.train_checks import check_dtype, check_grad_filter, check_train
 from flow_finetune.wise_ft import read_headers, wise_ft
 
 
@@ -48,11 +49,15 @@ def run(config: RunConfig, output: Path) -> Path:
     """
     require_matplotlib()
     check_rows(config, [task.name for task in config.tasks])
+    check_data(config.data)
+    for task in config.tasks:
+        check_task(task)
     # WiSE-FT rows average a trained row, wherever that stands.
     methods = sorted(config.methods, key=lambda method: method.of is not None)
     for method in methods:
         if method.of is None:
             check_train(config.train, method)
+            check_dtype(method, config.model.dtype)
     check_grad_filter(config.train, config.model.backend, resolve_device(config.model.device).type)
     claim(config, output)
     pretrained, scores = output / "pretrained", _scores_path(config, output)

@@ -53,6 +53,20 @@ def scoring_fingerprints(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, sampl
     }
 
 
+def score_header(
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, samples: SampleSet, model_config: ModelConfig, batch_tokens: int,
+    tokens: bool,
+) -> dict:  # fmt: skip
+    """What a score file says of itself; another header, another file."""
+    return {
+        "fingerprints": scoring_fingerprints(lm, tokenizer, samples),
+        "settings": {
+            "dtype": model_config.dtype, "precision": model_config.precision, "backend": model_config.backend,
+            "batch_tokens": batch_tokens, "tokens": tokens,
+        },
+    }  # fmt: skip
+
+
 def score(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,13 +85,7 @@ def score(
             is full.
     """
     lm.check_length(max(len(s.input_ids) for s in samples.samples), "a sample")
-    header = {
-        "fingerprints": scoring_fingerprints(lm, tokenizer, samples),
-        "settings": {
-            "dtype": model_config.dtype, "precision": model_config.precision, "backend": model_config.backend,
-            "batch_tokens": batch_tokens, "tokens": tokens,
-        },
-    }  # fmt: skip
+    header = score_header(lm, tokenizer, samples, model_config, batch_tokens, tokens)
     if path.exists() and not overwrite:
         differences = _differences(read_metadata(path), header)
         if not differences:
@@ -221,8 +229,8 @@ def read_scores(path: Path, samples: SampleSet, fingerprints: dict[str, str], *,
     differences = _differences({"fingerprints": metadata["fingerprints"]}, {"fingerprints": fingerprints})
     if differences:
         raise InputError(
-            f"{path} does not belong to this training: {differences}; score again with this model, tokenizer, "
-            "template and data"
+            f"{path} does not belong to this training: {differences}; score again with this model (its dtype counts: "
+            f"scored in {metadata['settings']['dtype']}), tokenizer, template and data"
         )
     row_of = {value: row for row, value in enumerate(ids)}
     missing = [s.id for s in samples.samples if s.id not in row_of]
@@ -240,6 +248,17 @@ def read_scores(path: Path, samples: SampleSet, fingerprints: dict[str, str], *,
         token_losses = [values[offsets[row] : offsets[row + 1]] for row in rows]
     loss = torch.from_numpy(table.column("loss").to_numpy().copy())[rows]
     return Scores(loss, token_losses, metadata)
+
+
+def describe_weights(path: Path) -> str:
+    """What FLOW would make of the losses of a score file, in one line: where nearly all weigh the same, no difference."""
+    loss = torch.from_numpy(pq.read_table(path, columns=["loss"]).column("loss").to_numpy().copy())
+    try:
+        weights = flow_kernels.flow_weights(loss, read_metadata(path)["temperature"])
+    except ValueError as error:
+        return str(error)
+    size = float(flow_kernels.effective_sample_size(weights))
+    return f"exp(-loss / median): mean weight {float(weights.mean()):.3f}, effective sample size {size:,.1f} of {len(loss):,}"
 
 
 def _differences(found: dict, wanted: dict) -> str:

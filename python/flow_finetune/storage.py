@@ -61,8 +61,15 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def is_used(path: Path) -> bool:
-    """Whether `path` is anything but a new or an empty directory."""
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    """Whether `path` holds anything; empty folders and what a killed call had begun to write count as nothing."""
+    if not path.is_dir():
+        return path.exists()
+    return any((f.is_symlink() or not f.is_dir()) and not _is_partial(f.relative_to(path)) for f in path.rglob("*"))
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether `path` is, or is in, what `atomic_path` had not finished."""
+    return any(part.startswith(".") and part.endswith(".partial") for part in path.parts)
 
 
 def used_error(path: Path) -> InputError:

@@ -82,14 +82,22 @@ def prepare(configs: Sequence[TaskConfig], tokenizer: PreTrainedTokenizerBase) -
     return [_prepare(config, name, tokenizer) for config, name in zip(configs, names, strict=True)]
 
 
-def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Task:
+def check_task(config: TaskConfig) -> None:
+    """Raise `InputError` for an option out of range; nothing is read for it."""
+    name = task_name(config)
     choose(f"kind of {name}", config.kind, KINDS)
     choose(f"role of {name}", config.role, ("retained", "target"))
     if not config.source and config.kind != "lm_eval":
         raise InputError(f"evaluation {name!r} lacks its source, the file to evaluate on")
     check_shots(config, name)
-    if config.limit is not None and config.limit < 1:
-        raise InputError(f"limit of {name} must be at least 1, got {config.limit}")
+    for option, lowest in (("limit", 1), ("num_generate", 0), ("max_new_tokens", 1), ("max_length", 2), ("window", 2)):
+        value = getattr(config, option)
+        if value is not None and value < lowest:
+            raise InputError(f"{option} of {name} must be at least {lowest}, got {value}")
+
+
+def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Task:
+    check_task(config)
     if config.kind == "lm_eval":
         return Task(name, config, [], harness=load_harness(config))
     if config.kind == "perplexity":
@@ -114,8 +122,6 @@ def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
 def _windows(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """Non-overlapping windows of a text; each predicts all of its tokens but the first, which is the BOS if there is one."""
     prefix = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-    if config.window < 2:
-        raise InputError(f"window of {config.source} must be at least 2 tokens, got {config.window}")
     ids = tokenizer(read_text(config.source), add_special_tokens=False, verbose=False).input_ids
     step = config.window - len(prefix)
     windows = [prefix + ids[first : first + step] for first in range(0, len(ids), step)]

@@ -25,13 +25,19 @@ from flow_finetune.checkpoint import TrainDirectory
 from flow_finetune.config import MethodConfig, ModelConfig, TrainConfig
 from flow_finetune.data import PAD_ID, Sample, SampleSet, collate, token_batches
 from flow_finetune.errors import DivergedError, InputError
-from flow_finetune.methods import Weights, check_method, make_weights, needs_scores, temperature_of
+from flow_finetune.methods import Weights, make_weights, needs_scores, temperature_of
 from flow_finetune.models import CausalLM, autocast, save_model
 from flow_finetune.online import FrozenModel, OnlineWeights
 from flow_finetune.pretrained import averaging_steps, make_copy
 from flow_finetune.progress import say, track
 from flow_finetune.scores import read_scores, scoring_fingerprints
-from flow_kernels import backends
+from flow_finetune.train_checks import (
+    check_dtype,
+    check_grad_filter,
+    check_scores,
+    check_train,
+    warn_of_lost_updates,
+)
 
 
 def step_plan(num_samples: int, config: TrainConfig) -> list[list[int]]:
@@ -135,9 +141,9 @@ def train(
     lm.check_length(max(len(s.input_ids) for s in samples.samples), "a sample")
     accelerator = make_accelerator(lm.head.weight.device)
     fingerprints = scoring_fingerprints(lm, tokenizer, samples)
+    check_scores(method, scores)
+    check_dtype(method, model_config.dtype)
     found = None
-    if needs_scores(method) and scores is None:
-        raise InputError(f"method {method.name} needs the pre-trained model's scores; make them with score")
     if needs_scores(method) or (method.online and scores is not None):
         found = read_scores(scores, samples, fingerprints, tokens=method.weights == "token")
     weights = make_weights(method, len(samples.samples), found)
@@ -157,6 +163,12 @@ def train(
         say(f"{output} holds this run already, finished")
         return summary
     check_grad_filter(config, lm.backend, lm.head.weight.device.type)
+    if needs_scores(method):
+        num_weights = len(samples.samples) if weights.per_token is None else sum(map(len, weights.per_token))
+        say(
+            f"{method.name}: mean weight {weights.mean:.3f}, effective sample size {weights.effective_sample_size:,.1f} of "
+            f"{num_weights:,}"
+        )
     last, meter, weights = _optimise(
         lm, samples, weights, directory, accelerator, method, config, model_config, temperature
     )
@@ -189,49 +201,13 @@ def make_accelerator(device: torch.device) -> Accelerator:
     """
     # Given here, because its environment would otherwise divide the loss, scale it, or change the precision, in silence.
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no",
+        cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )  # fmt: skip
     kind = accelerator.distributed_type
     if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
         raise InputError(f"accelerate is set to {kind.value}; several processes train with plain data parallelism here")
     return accelerator
-
-
-def check_train(config: TrainConfig, method: MethodConfig) -> None:
-    """Raise `InputError` for a method that is not trained, or an option out of range."""
-    check_method(method)
-    if method.of is not None:
-        raise InputError(f"method {method.name} averages what {method.of} gave and trains nothing; use wise_ft.wise_ft")
-    for name, value in (("epochs", config.epochs), ("batch_size", config.batch_size),
-                        ("micro_batch_tokens", config.micro_batch_tokens), ("log_every", config.log_every)):  # fmt: skip
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    if not 0.0 <= config.warmup <= 1.0:
-        raise InputError(f"warmup is a share of all steps, in [0, 1], got {config.warmup}")
-    for name, value in (("weight_decay", config.weight_decay), ("max_grad_norm", config.max_grad_norm)):
-        # A negative norm to clip to would turn every step around.
-        if not value >= 0:
-            raise InputError(f"{name} must be at least 0 (0 for none), got {value}")
-    if not 0 <= config.grad_filter_eps < 1:
-        raise InputError(f"grad_filter_eps must be in [0, 1), got {config.grad_filter_eps}")
-    learning_rate = method.learning_rate or config.learning_rate
-    if not learning_rate > 0:
-        raise InputError(f"learning_rate must be positive, got {learning_rate}")
-
-
-def check_grad_filter(config: TrainConfig, backend: str, device_type: str) -> None:
-    """Raise `InputError` where leaving small gradients out was asked for and would save nothing."""
-    if not config.grad_filter_eps:
-        return
-    try:
-        found = backends.resolve(backend, device_type, operator="linear_cross_entropy_fwd_bwd")
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if found != "cpu":
-        raise InputError(
-            f"grad_filter_eps saves nothing with backend {found!r}: only the compiled CPU kernels leave classes out"
-        )
 
 
 def _optimise(lm, samples, weights, directory, accelerator, method, config, model_config, temperature):
@@ -241,6 +217,7 @@ def _optimise(lm, samples, weights, directory, accelerator, method, config, mode
     lm.grad_filter_eps = config.grad_filter_eps
     torch.manual_seed(config.seed)
     lora = prepare_parameters(lm, method)
+    warn_of_lost_updates(lm, method.learning_rate or config.learning_rate)
     if config.gradient_checkpointing:
         # Re-entrant checkpointing gives no gradients where the input has none, as below adapters.
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})

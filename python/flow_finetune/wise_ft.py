@@ -98,8 +98,8 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
     if not files:
         raise InputError(
-            f"{directory} has no safetensors weights; give a model directory (train writes one, and from a hub id or a "
-            ".gguf file so does transformers' save_pretrained)"
+            f"{directory} has no safetensors weights; give a model directory (train writes one, of images in "
+            "DIR/model, and from a hub id or a .gguf file so does transformers' save_pretrained)"
         )
     found = {}
     for path in files:

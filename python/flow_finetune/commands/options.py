@@ -12,7 +12,10 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Hub id, local directory or .gguf file.", rich_help_panel=MODEL_PANEL)
 ]
 Revision = Annotated[str | None, typer.Option(help="Hub revision.", rich_help_panel=MODEL_PANEL)]
-Dtype = Annotated[str, typer.Option(help="Parameters: float32, bfloat16 or float16.", rich_help_panel=MODEL_PANEL)]
+Dtype = Annotated[
+    str,
+    typer.Option(help="Parameters: float32; bfloat16 or float16 to score, or with LoRA.", rich_help_panel=MODEL_PANEL),
+]
 Precision = Annotated[
     str, typer.Option(help="bf16: matrix products under bf16 autocast; full: in --dtype.", rich_help_panel=MODEL_PANEL)
 ]
@@ -27,7 +30,10 @@ TrustRemoteCode = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        "--data", "-d", help=".jsonl, .csv, .parquet (or .gz of the first two), or hub id.", rich_help_panel=DATA_PANEL
+        "--data",
+        "-d",
+        help=".jsonl, .csv, .parquet (or .gz of the first two), or hub id; images: folders, .parquet, hub id.",
+        rich_help_panel=DATA_PANEL,
     ),
 ]
 Split = Annotated[str, typer.Option(help="Split of a hub data set.", rich_help_panel=DATA_PANEL)]

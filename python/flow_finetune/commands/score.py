@@ -98,3 +98,4 @@ def score(
         tau = scores.read_metadata(output)["temperature"]
         speed = f"{rate:,.0f} tokens/s" if rate else "complete already"
         say(f"{output}: median loss {tau:.4f} nats/token, {speed}")
+        say(scores.describe_weights(output))

@@ -182,6 +182,7 @@ def train(
         from flow_finetune import models
         from flow_finetune import train as train_module
         from flow_finetune.methods import needs_scores
+        from flow_finetune.train_checks import check_dtype, check_scores, check_train
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
         data_config = DataConfig(data, split, prompt_field, response_field, id_field, template, max_length, limit)
@@ -189,7 +190,9 @@ def train(
             epochs, batch_size, micro_batch_tokens, learning_rate, warmup, weight_decay, max_grad_norm, seed,
             checkpoint_every, log_every, gradient_checkpointing, track_distance, grad_filter_eps,
         )  # fmt: skip
-        train_module.check_train(config, method_config)
+        check_train(config, method_config)
+        check_scores(method_config, scores)
+        check_dtype(method_config, dtype)
         if scores is not None and not (needs_scores(method_config) or method_config.online):
             say(f"--scores is not used: method {method_config.name} weights nothing")
         lm, tokenizer = models.load_model(model_config)
@@ -208,7 +211,7 @@ def train(
 
 def _method_config(name: str | None, details: dict) -> MethodConfig:
     """The named method with the details given; FLOW, or what the weights alone say, without a name."""
-    from flow_finetune.methods import check_method, named_method
+    from flow_finetune.methods import check_method, check_name, named_method
 
     if name is None:
         weights = details.get("weights", "sequence")
@@ -217,4 +220,6 @@ def _method_config(name: str | None, details: dict) -> MethodConfig:
         found = named_method(name)
     found = dataclasses.replace(found, **details)
     check_method(found)
+    if name is not None:
+        check_name(found)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -23,7 +24,8 @@ def add_sample_weights(
 
     Args:
         dataset: tokenised, with `labels` or a collator that makes them.
-        model: the pre-trained model, before any training, on the device to score on.
+        model: the pre-trained model, before any training, on the device to score on; of one in peft's wrapper the
+            adapters are off.
         data_collator: from a list of rows to a padded batch, the one that trains.
         batch_size, backend: as in `sample_losses`.
         **options: `temperature`, `quantile`, `clip`, `normalize` as in `flow_kernels.flow_weights`.
@@ -58,7 +60,8 @@ def sample_losses(
 
     Args:
         dataset: a `datasets.Dataset`, of which only the columns that the model takes are read, or a sequence of rows.
-        model: a causal language model; put the call under `torch.autocast` to score in less than its own precision.
+        model: a causal language model, or peft's wrapper of one, which is scored without its adapters; put the call
+            under `torch.autocast` to score in less than its own precision.
         data_collator: from a list of rows to a batch with one row per sample and `labels`, -100 where there is no
             target. Batches are made in order.
         batch_size: samples of one forward pass.
@@ -81,7 +84,8 @@ def sample_losses(
     if taken:
         dataset = dataset.select_columns(taken)
     found = []
-    with evaluating(lm), track("scoring", len(dataset), visible=True) as tracker:
+    adapters_off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+    with evaluating(lm), adapters_off, track("scoring", len(dataset), visible=True) as tracker:
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = data_collator(rows)

@@ -4,7 +4,8 @@
     Trainer(model=use_weighted_loss(model), train_dataset=dataset, data_collator=data_collator, ...).train()
 
 The model's own `forward` takes the column `sample_weight` and gives the loss, so the trainer, its gradient accumulation and
-DDP stay as they are: `Trainer` keeps the columns that `forward` names, and hands it the target count of the whole
+DDP stay as they are (in a loop of one's own, `num_items_in_batch` is the target count of the whole step, and what averages
+over processes or accumulated batches has to be multiplied back): `Trainer` keeps the columns that `forward` names, and hands it the target count of the whole
 optimiser step. A weight that is lost on the way (by a collator, by column removal) is an error, not plain fine-tuning.
 """
 
@@ -50,12 +51,14 @@ def use_weighted_loss(
         model: a causal language model whose head is a plain `torch.nn.Linear`.
         require_weights: whether training without `sample_weight` is an error. Evaluation never needs weights; it applies
             those that its data set has, and the options below.
-        logits_in_eval: whether outputs in eval mode have their logits, which `compute_metrics` needs.
+        logits_in_eval: whether outputs in eval mode have their logits, which `compute_metrics` and `predict` need;
+            without, the trainer collects empty predictions.
         label_smoothing, z_loss, grad_filter_eps, backend: as in `flow_kernels.linear_cross_entropy`.
 
     Returns:
         The same model, or the wrapper. Its `forward` takes, beside its own arguments, `sample_weight`: `[B]`, one per
-        sequence, or in the shape of the labels, one per label; floating. `loss` is 0-d fp32, in nats per target token.
+        sequence, or in the shape of the labels, one per label (in the order of `shift_labels` where those are given, and
+        so also for packed rows); floating. `loss` is 0-d fp32, in nats per target token.
 
     Raises:
         InputError: a model whose own loss is not the one described, for weights of 1, or that has the weighted loss
@@ -124,8 +127,9 @@ def _check_arrived(has_labels: bool, sample_weight, num_items_in_batch, needs_we
     # Trainer gives the count also where it takes the labels out, for a loss of its own.
     if needs_weights and sample_weight is None and (has_labels or num_items_in_batch is not None):
         raise InputError(
-            f"no {COLUMN} reached the model: the data set needs that column (add_sample_weights makes it), and the "
-            "collator must keep it; for plain fine-tuning call use_weighted_loss(model, require_weights=False)"
+            f"no {COLUMN} reached the model: the data set needs that column (add_sample_weights makes it), the collator "
+            "must keep it, and the trainer must not remove it (remove_unused_columns, or a list of columns of its own); for "
+            "plain fine-tuning call use_weighted_loss(model, require_weights=False)"
         )
     if sample_weight is not None and not has_labels:
         raise InputError(

@@ -8,9 +8,9 @@ otherwise they are kept at the wanted size.
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flow_finetune.data import is_local
 from flow_finetune.errors import InputError
 from flow_finetune.progress import say
 from flow_finetune.storage import atomic_path, fingerprint, require_disk_space
@@ -126,7 +127,7 @@ def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_clas
 def _read_source(config) -> Encoded:
     path = Path(config.source).expanduser()
     if path.is_dir():
-        return _read_folder(path, config.limit)
+        return _read_folder(path)
     if path.suffix == ".parquet":
         if not path.is_file():
             raise InputError(f"no such file: {path}")
@@ -135,24 +136,38 @@ def _read_source(config) -> Encoded:
         except pa.ArrowInvalid as error:
             raise InputError(f"{path} is not a Parquet file: {error}") from error
         return _read_columns(config, {name: table[name].to_pylist for name in table.column_names}, None)
-    if path.suffix or config.source.startswith((".", "/", "~")):
+    if is_local(config.source):
         raise InputError(f"{config.source} is neither a folder with a folder per class nor a .parquet file")
     return _read_hub(config)
 
 
 def _part_of(encoded: Encoded, config) -> Encoded:
-    """The images that `part`, `holdout` and `limit` leave, in their order."""
+    """The images that `part`, `holdout` and `limit` leave, in their order; those of a folder's `limit` of all classes."""
     num_images = len(encoded.ids)
     # One permutation for both parts, so that they are disjoint and together everything.
     held_out = np.random.default_rng(0).permutation(num_images)[: round(config.holdout * num_images)]
     kept = np.arange(num_images)
     if config.part != "all":
         kept = np.sort(held_out) if config.part == "validation" else np.setdiff1d(kept, held_out)
-    kept = kept[: config.limit].tolist()
+    kept = kept.tolist()
+    if config.limit is not None and Path(config.source).expanduser().is_dir():
+        # One image of each class in turn: the first ones of the folders in order would be of one class.
+        kept = _in_turn(kept, encoded.labels)
+    kept = kept[: config.limit]
     return Encoded(
         [encoded.ids[i] for i in kept], [encoded.labels[i] for i in kept], encoded.class_names,
         lambda index: encoded.read(kept[index]),
     )  # fmt: skip
+
+
+def _in_turn(indices: list[int], labels: list[int]) -> list[int]:
+    """The first image of each class, then the second of each, and so on."""
+    seen = Counter()
+    ranked = []
+    for index in indices:
+        ranked.append((seen[labels[index]], index))
+        seen[labels[index]] += 1
+    return [index for _, index in sorted(ranked)]
 
 
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -161,8 +176,8 @@ def _in_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
 
 
-def _read_folder(path: Path, limit: int | None) -> Encoded:
-    """The images of a folder per class, class by class; those of a `limit` from all classes alike."""
+def _read_folder(path: Path) -> Encoded:
+    """The images of a folder per class, class by class."""
     names = _in_order(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{path} has no folder per class, as in {path}/cat/1.jpg")
@@ -171,11 +186,6 @@ def _read_folder(path: Path, limit: int | None) -> Encoded:
         found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
         files += found
         labels += [label] * len(found)
-    if limit is not None:
-        # One image of each class in turn: the first ones of the folders in order would be of one class.
-        ranks = itertools.chain.from_iterable(range(labels.count(label)) for label in range(len(names)))
-        order = [i for _, i in sorted(zip(ranks, range(len(files)), strict=True))]
-        files, labels = [files[i] for i in order], [labels[i] for i in order]
     ids = [file.relative_to(path).as_posix() for file in files]
     return Encoded(ids, labels, names, lambda index: files[index].read_bytes())
 

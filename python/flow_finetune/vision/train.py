@@ -70,7 +70,7 @@ class _Directory:
                     say(f"{self.path} holds this run already, finished")
                     return json.loads((self._train / "summary.json").read_text())
             shutil.rmtree(self.path)
-        self._train.mkdir(parents=True)
+        self._train.mkdir(parents=True, exist_ok=True)
         write_json(identity, self._identity)
         return None
 

@@ -1,0 +1,73 @@
+"""Keep your accelerate loop: the weighted loss with gradient accumulation, in one process or several.
+
+    python examples/accelerate_loop.py
+    accelerate launch --num_processes 2 examples/accelerate_loop.py
+
+One optimiser step minimises `sum of weight * nll / target tokens of the whole step`, into however many equal parts it is divided: the
+normalizer is that count over all micro-batches and processes, and what is averaged afterwards, over micro-batches by
+accelerate's `backward` and over processes by DDP, is multiplied back.
+"""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from flow_kernels import flow_weights, linear_cross_entropy, linear_score_samples
+
+
+class Model(nn.Module):
+    """A toy language model; DDP wants the loss inside `forward`."""
+
+    def __init__(self, vocabulary: int = 1000, width: int = 64) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Embedding(vocabulary, width), nn.Linear(width, width), nn.GELU())
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens, labels, weights, normalizer):
+        return linear_cross_entropy(
+            self.body(tokens), self.head.weight, labels, sample_weight=weights, normalizer=normalizer, shift=True
+        )
+
+
+def main(num_steps: int = 30, gradient_accumulation_steps: int = 4, samples_per_step: int = 16) -> list[float]:
+    """Returns the weighted loss of every optimiser step, in nats per target token."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), gradient_accumulation_steps=gradient_accumulation_steps
+    )
+    parts = accelerator.num_processes * gradient_accumulation_steps
+    if samples_per_step % parts:
+        # accelerate counts micro-batches, so every process needs as many in every step.
+        raise ValueError(f"samples_per_step must be a multiple of {parts}, got {samples_per_step}")
+    model = Model().to(accelerator.device)
+    tokens = torch.randint(0, 1000, (32, 12), device=accelerator.device)
+    labels = tokens.clone()
+    labels[:, :4] = -100  # the prompt has no loss
+    labels[::3, 8:] = -100  # and responses differ in length
+
+    with torch.no_grad():
+        scores = linear_score_samples(model.body(tokens), model.head.weight, labels, shift=True)
+    weights = flow_weights(scores.loss_sum / scores.num_targets)
+
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=5.0))
+    losses = []
+    for step in range(num_steps):
+        # Every process knows the step's samples here; with a data loader, gather the counts of the step's batches.
+        indices = (torch.arange(samples_per_step) + step * samples_per_step) % len(tokens)
+        num_targets = (labels[indices, 1:] != -100).sum()
+        mine = indices[accelerator.process_index :: accelerator.num_processes]
+        total = torch.zeros((), device=accelerator.device)
+        for batch in mine.chunk(gradient_accumulation_steps):
+            with accelerator.accumulate(model):
+                loss = model(tokens[batch], labels[batch], weights[batch], num_targets)
+                accelerator.backward(loss * accelerator.num_processes * gradient_accumulation_steps)
+                optimizer.step()
+                optimizer.zero_grad()
+            total += loss.detach()
+        losses.append(accelerator.reduce(total, "sum").item())
+    return losses
+
+
+if __name__ == "__main__":
+    losses = main()
+    print(f"weighted loss {losses[0]:.3f} -> {losses[-1]:.3f} nats/token")
