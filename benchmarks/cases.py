@@ -6,7 +6,7 @@ import functools
 import math
 
 import torch
-from harness import GRADIENT_GATE, LOSS_GATE
+from harness import GRADIENT_GATES, LOSS_GATES
 from implementations import FLOOR, IMPLEMENTATIONS, REFERENCE
 from shapes import Head
 
@@ -88,15 +88,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((squares[0] / squares[1]).sqrt())
 
 
-def why_wrong(result, expected: tuple[torch.Tensor, ...], target: torch.Tensor) -> str | None:
-    """What is wrong with the loss or a gradient of a result, or None."""
+def why_wrong(result, expected: tuple[torch.Tensor, ...], target: torch.Tensor, dtype: str) -> str | None:
+    """What is wrong with the loss or a gradient of a result of a head in `dtype`, or None."""
     loss, *gradients = _samples(result, target)
     difference = float((loss.float() - expected[0].float()).abs().max())
-    if not difference < LOSS_GATE:
+    if not difference < LOSS_GATES[dtype]:
         return f"loss off by {difference:.2g}"
     for name, actual, wanted in zip(("dH", "dW[target]", "dW"), gradients, expected[1:], strict=False):
         error = relative_error(actual, wanted)
-        if not error < GRADIENT_GATE:
+        if not error < GRADIENT_GATES[dtype]:
             return f"{name} off by {error:.2g} of its norm"
     return None
 
@@ -113,7 +113,7 @@ def right_calls(case: str, head: Head, names: list[str]) -> tuple[dict, dict]:
         call = call_of(name, case, head, inputs)
         try:
             result = call()
-            reason = None if name == FLOOR else why_wrong(result, expected, inputs[2])
+            reason = None if name == FLOOR else why_wrong(result, expected, inputs[2], head.dtype)
             del result
         except (NotImplementedError, RuntimeError, MemoryError) as error:
             reason = str(error).splitlines()[0]

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from flow_finetune.config import DataConfig, ModelConfig, TrainConfig
-from flow_finetune.data import Batch, collate, load_samples, token_batches
+from flow_finetune.data import Batch, Sample, collate, load_samples, token_batches
 from flow_finetune.methods import Weights
 from flow_finetune.models import CausalLM, autocast, load_model
 from flow_finetune.train import Meter, accumulate_gradients, make_optimizer, step_plan
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import flow_kernels
 
-KEYS = ("program", "baseline", "samples", "batch_tokens")
+KEYS = ("program", "baseline", "model", "samples", "batch_tokens")
 
 
 class EagerCausalLM(CausalLM):
@@ -93,7 +93,7 @@ def bench_score(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
 
 
 def bench_train(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
-    """Optimiser steps on a copy each, the order swapped from step to step.
+    """Optimiser steps on a copy each, the order swapped from step to step, after a pass of each that is not timed.
 
     The losses of the first step are compared, where the weights are equal.
     """
@@ -105,7 +105,11 @@ def bench_train(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
     optimizers = {name: make_optimizer(side, config, config.learning_rate) for name, side in sides.items()}
     seconds, losses = dict.fromkeys(sides, 0.0), {name: [] for name in sides}
     num_tokens = num_targets = 0
-    for number, indices in enumerate(step_plan(len(samples), config)[: arguments.steps]):
+    plan = step_plan(len(samples), config)[: arguments.steps]
+    for side in sides.values():  # warm: thread pools, kernels made for the shapes, the memory of the gradients
+        accumulate_gradients(side, samples, plan[0], weights, accelerator, config, model_config, Meter())
+        side.zero_grad()
+    for number, indices in enumerate(plan):
         for name in list(sides)[:: 1 if number % 2 else -1]:
             side, meter = sides[name], Meter()
             started = time.perf_counter()
@@ -125,6 +129,8 @@ def bench_train(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
 
 def exact(lm: CausalLM, eager: CausalLM, samples, arguments) -> None:
     """Print the largest error of a sample's mean loss on both sides, against fp64 of the same bf16 hidden states."""
+    if lm.softcap or lm.head.bias is not None:
+        raise SystemExit(f"{arguments.model} has a soft-cap or a bias behind its head, which the fp64 losses here lack")
     errors = {"flow": [], "transformers": []}
     weight = lm.head.weight.to(torch.bfloat16).double()
     for indices in token_batches([len(s.input_ids) for s in samples], arguments.batch_tokens):
@@ -179,7 +185,15 @@ def total(parts: list[dict]) -> dict:
         # The baseline rounds its logits to bf16: single samples move by that, their mean hardly.
         "mean_loss_difference": f"{abs(sums('difference_sum')) / sums('compared'):.1e}",
         "largest_loss_difference": max((p["largest_difference"] for p in parts), key=float),
+        "commit": " ".join(dict.fromkeys(part["commit"] for part in parts)),
     }
+
+
+def load(model: str, data: str, limit: int) -> tuple[CausalLM, list[Sample]]:
+    """The model on the CPU and the first `limit` samples of a file of questions and answers."""
+    lm, tokenizer = load_model(ModelConfig(model, device="cpu"))
+    config = DataConfig(data, prompt_field="question", response_field="answer", limit=limit)
+    return lm, load_samples(config, tokenizer).samples
 
 
 def main() -> None:
@@ -194,9 +208,7 @@ def main() -> None:
     parser.add_argument("--grad-filter-eps", type=float, default=0.0, help="train: of our loss")
     parser.add_argument("--baseline", choices=("all", "targets"), default="all", help="positions it makes logits of")
     arguments = parser.parse_args()
-    lm, tokenizer = load_model(ModelConfig(arguments.model, device="cpu"))
-    config = DataConfig(arguments.data, prompt_field="question", response_field="answer", limit=arguments.samples)
-    samples = load_samples(config, tokenizer).samples
+    lm, samples = load(arguments.model, arguments.data, arguments.samples)
     lm.grad_filter_eps = arguments.grad_filter_eps
     # Scoring shares the weights; training changes them, so each side has its own.
     eager = EagerCausalLM(copy.deepcopy(lm.model) if arguments.program == "train" else lm.model).eval()
@@ -223,9 +235,9 @@ def main() -> None:
     if len(parts) == int(arguments.part.split("/")[1]):
         about["part"] = f"all {len(parts)}"
         print(total(parts))
-        harness.update_csv(
-            "end_to_end", [about | total(parts) | harness.provenance_of_model("end_to_end.py", arguments.model)], KEYS
-        )
+        source = harness.provenance_of_model("end_to_end.py", arguments.model)
+        # The parts may be of several commits, of which this process has the last.
+        harness.update_csv("end_to_end", [about | source | total(parts)], KEYS)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from flow_finetune.config import MethodConfig, RunConfig, choose, from_mapping, non_defaults, read_yaml
 from flow_finetune.errors import InputError
-from flow_finetune.methods import check_method
+from flow_finetune.methods import check_method, check_name
 
 PRETRAINED = "pretrained"
 _SOURCES = ("source", "test_source", "shots_source", "include_path")
@@ -145,11 +145,18 @@ class Experiment:
         setup = dict(self._stated)
         if cell.row is None:
             return setup
-        method = dataclasses.replace(cell.row.method, learning_rate=learning_rate)
         searched = {"search": non_defaults(self.search)} if cell.candidate is not None else {}
         if searched:
             setup.pop("tasks", None)
-        return {**setup, **searched, "method": non_defaults(method), "seed": cell.seed}
+        # An average is of that row's model: another definition of the row makes another model.
+        source = self.source_of(cell)
+        averaged = {"averaged_method": self._identified(source.row, learning_rate)} if source is not None else {}
+        method = self._identified(cell.row, learning_rate)
+        return {**setup, **searched, **averaged, "method": method, "seed": cell.seed}
+
+    @staticmethod
+    def _identified(row: Row, learning_rate: float | None) -> dict:
+        return non_defaults(dataclasses.replace(row.method, learning_rate=learning_rate))
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -213,6 +220,7 @@ def _check(experiment: Experiment, where: str) -> None:
         if len(set(options.learning_rates)) < len(options.learning_rates):
             raise InputError(f"{place} has a learning rate twice: {list(options.learning_rates)}")
         check_method(method)
+        check_name(method)
         if method.of is not None:
             _check_averaged(experiment, row, place)
         ways = [method.learning_rate is not None, bool(options.learning_rates), options.learning_rate_of is not None]

@@ -8,6 +8,8 @@ fresh process per implementation.
 from __future__ import annotations
 
 import csv
+import ctypes
+import gc
 import math
 import os
 import platform
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,10 +28,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # The programs whose change would change a figure.
 MEASURING = ("harness", "cases", "implementations", "shapes", "head", "end_to_end", "grad_filter")
-# A bf16 loss near 14 is off by up to 2^-5, its bf16 logits by as much; a mistake is off by more.
-LOSS_GATE = 0.15
-# A bf16 log-softmax near -13 is off by up to 2^-5, so are its probabilities; a wrong scale or sign is off by more.
-GRADIENT_GATE = 0.1
+# A bf16 loss near 14 is off by up to 2^-5, its bf16 logits by as much; fp32 by 2^-20. A mistake is off by more.
+LOSS_GATES = {"bfloat16": 0.15, "float32": 1e-3}
+# A bf16 log-softmax near -13 is off by up to 2^-5, so are its probabilities; a wrong scale or sign is off by more. In
+# fp32, sums in another order move a gradient by some 1e-6 of its norm; bf16 products in their place by 2e-3.
+GRADIENT_GATES = {"bfloat16": 0.1, "float32": 1e-3}
 
 
 def machine() -> str:
@@ -44,25 +48,30 @@ def machine() -> str:
     return f"{model}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def provenance(program: str, arguments: list[str] | None = None) -> dict:
-    """The machine, the commit that is measured ("+" where the measured files differ from it) and the command.
+def commit(programs: Sequence[str] = MEASURING) -> str:
+    """The commit of this checkout, with a "+" where the packages or these `programs` differ from it."""
+    words = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*words, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    code = ["flow_kernels", "csrc", "python/flow_finetune", *(f"benchmarks/{name}.py" for name in programs)]
+    changed = subprocess.run([*words, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+    return (head.stdout.strip() or "unknown") + ("+" if changed else "")
+
+
+def provenance(program: str, arguments: list[str] | None = None, programs: Sequence[str] = MEASURING) -> dict:
+    """The machine, the commit that is measured (by `programs`) and the command.
 
     `arguments` stand for those of the command line, where these would name a machine's own paths.
     """
-    words = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*words, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    code = ["flow_kernels", "csrc", "python/flow_finetune", *(f"benchmarks/{name}.py" for name in MEASURING)]
-    changed = subprocess.run([*words, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
     return {
         "machine": machine(),
-        "commit": (commit.stdout.strip() or "unknown") + ("+" if changed else ""),
+        "commit": commit(programs),
         "command": f"python benchmarks/{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}",
     }
 
 
-def provenance_of_model(program: str, model: str) -> dict:
+def provenance_of_model(program: str, model: str, programs: Sequence[str] = MEASURING) -> dict:
     """`provenance`, the model on the command line by its file name, wherever it lay."""
-    return provenance(program, [Path(model).name if word == model else word for word in sys.argv[1:]])
+    return provenance(program, [Path(model).name if word == model else word for word in sys.argv[1:]], programs)
 
 
 def interleave(calls: dict, repetitions: int, budget_s: float) -> dict:
@@ -85,7 +94,8 @@ def summary(times: list) -> dict:
     CPU seconds are those of all threads: on a machine shared with other work they vary less than the wall clock.
     """
     ordered = sorted(wall for wall, _ in times)
-    quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
+    # The repetitions are all there is: the other method's quartiles of two lie outside of both.
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else [ordered[0]] * 3
     return {
         "median_s": round(statistics.median(ordered), 4), "min_s": round(ordered[0], 4),
         "cpu_s": round(statistics.median(cpu for _, cpu in times), 4), "q1_s": round(quartiles[0], 4), "q3_s": round(quartiles[2], 4),
@@ -101,10 +111,19 @@ def peak_above(call, result_bytes) -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith(name))
         return 1024 * int(line.split()[1])
 
+    _return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = field("VmRSS")
     result = call()
     return field("VmHWM") - before - result_bytes(result)
+
+
+def _return_freed_memory() -> None:
+    """Give what the warm-up freed back to the system, where glibc holds it: `call` would take it without a trace."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def in_fresh_process(arguments: list[str]) -> str:
@@ -115,18 +134,28 @@ def in_fresh_process(arguments: list[str]) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def update_csv(name: str, rows: list[dict], keys: tuple[str, ...]) -> None:
-    """Write rows to results/<name>.csv, in place of those with the same keys."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+def update_csv(name: str, rows: list[dict], keys: tuple[str, ...], gone: Sequence[dict] = ()) -> None:
+    """Write rows to results/<name>.csv, in place of those with the same keys; rows with the keys of `gone` go."""
     old = read_csv(name)
-    fresh = {tuple(str(row[k]) for k in keys) for row in rows}
+    fresh = {tuple(str(row[k]) for k in keys) for row in (*rows, *gone)}
     kept = [row for row in old if tuple(row[k] for k in keys) not in fresh]
-    columns = list(dict.fromkeys(column for row in (*rows, *kept) for column in row))
-    with path.open("w", newline="") as file:
+    if not rows and kept == old:
+        return
+    columns = list(dict.fromkeys(column for row in (*rows, *kept) or old for column in row))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    # Beside it and then in its place: a killed program leaves the old file whole.
+    temporary = RESULTS / f".{name}.csv.partial"
+    with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
+    temporary.replace(RESULTS / f"{name}.csv")
+
+
+def update_measured(name: str, rows: list[dict], left_out: list[dict], keys: tuple[str, ...]) -> None:
+    """`update_csv` of what was measured, and of <name>_left_out.csv, which loses what is measured by now."""
+    update_csv(name, rows, keys)
+    update_csv(f"{name}_left_out", left_out, keys, gone=rows)
 
 
 def read_csv(name: str) -> list[dict]:
@@ -147,7 +176,7 @@ def sweeps(column: str = "median_s", name: str = "sweep") -> dict:
     """{(case, dimension, implementation): [(size, value), ...]} of a sweep's CSV file."""
     lines = {}
     for row in read_csv(name):
-        if row["head"][1:2] == "=":
+        if row["head"][1:2] == "=" and row[column]:
             dimension = row["head"][0]
             point = (float(row[dimension]), float(row[column]))
             lines.setdefault((row["case"], dimension, row["implementation"]), []).append(point)

@@ -67,21 +67,35 @@ def time_cases(cases: list[str], head: Head, names: list[str], repetitions: int,
         rows.append(_about(head, case, name) | row | ratios | source)
         shown = ("case", "head", "implementation", "median_s", "q1_s", "q3_s", *ratios, "repetitions")
         print({k: rows[-1][k] for k in shown}, flush=True)
-    harness.update_csv(csv, rows, KEYS)
-    if left_out:
-        harness.update_csv(f"{csv}_left_out", [row | source for row in left_out], KEYS)
+    record_times(csv, rows, [row | source for row in left_out])
+
+
+def record_times(csv: str, rows: list[dict], left_out: list[dict]) -> None:
+    """Write rows to <csv>.csv; those they replace go to <csv>_slower.csv where a baseline was faster than we were.
+
+    A second run must not make the first one's bad news go.
+    """
+    fresh = {tuple(str(row[k]) for k in KEYS) for row in rows}
+    replaced = [row for row in harness.read_csv(csv) if tuple(row[k] for k in KEYS) in fresh]
+    baselines = [row for row in replaced if row["implementation"] not in (FLOW, FLOOR, REFERENCE) and row["over_flow"]]
+    slower = [row for row in baselines if float(row["over_flow"]) < 1]
+    harness.update_csv(f"{csv}_slower", slower, (*KEYS, "commit", "median_s"))
+    harness.update_measured(csv, rows, left_out, KEYS)
 
 
 def memory(cases: list[str], head: Head, names: list[str], csv: str) -> None:
-    """Peak memory above inputs and results in MiB, a fresh process for each, to <csv>.csv."""
+    """Peak memory above inputs and results in MiB, a fresh process for each, to <csv>.csv; failures beside it."""
     for case in cases:
-        rows = []
+        rows, left_out = [], []
         for name in names:
             arguments = ["peak", "--case", case, "--head", head.name, "--rows", str(head.num_rows)]
             peak_mib = harness.in_fresh_process([__file__, *arguments, "--implementation", name])
-            rows.append(_about(head, case, name) | {"peak_MiB": peak_mib} | harness.provenance("head.py"))
-            print({k: rows[-1][k] for k in (*KEYS, "peak_MiB")}, flush=True)
-        harness.update_csv(csv, rows, KEYS)
+            # A reason is no figure: the report would plot it.
+            reason = peak_mib.removeprefix("failed: ")
+            found, column, value = (rows, "peak_MiB", peak_mib) if reason == peak_mib else (left_out, "reason", reason)
+            found.append(_about(head, case, name) | {column: value} | harness.provenance("head.py"))
+            print({k: found[-1][k] for k in (*KEYS, column)}, flush=True)
+        harness.update_measured(csv, rows, left_out, KEYS)
 
 
 def peak(case: str, head: Head, name: str) -> None:
@@ -95,7 +109,7 @@ def peak(case: str, head: Head, name: str) -> None:
     def result_bytes(result):
         return sum(t.nbytes for t in result)
 
-    print(round(harness.peak_above(call_of(name, case, head, inputs), result_bytes) / 2**20))
+    print(round(harness.peak_above(call_of(name, case, head, inputs), result_bytes) / 2**20, 1))
 
 
 def chunks(cases: list[str], head: Head, repetitions: int, budget_s: float) -> None:

@@ -66,7 +66,7 @@ class ImageLaboratory:
         return evaluation["tasks"][0]["metrics"]["nats"]["value"]
 
     def _prepare(self, setup: ImageRunConfig, output: Path) -> tuple[Prepared, float]:
-        """What all methods start from, and how many seconds the probe and the scores took."""
+        """What all methods start from, and how many seconds it took: images, features, the probe and the scores."""
         timing = output / "prepared.json"
         with locked(output / "locks/prepare", wait=True):
             if str(output) not in self._prepared:

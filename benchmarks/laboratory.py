@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from experiment import Search
 from flow_finetune import pipeline
 from flow_finetune.config import DataConfig, MethodConfig, RunConfig, TaskConfig
-from flow_finetune.data import read_rows
+from flow_finetune.data import load_samples, read_rows
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.methods import needs_scores
+from flow_finetune.models import load_model
+from flow_finetune.progress import say
+from flow_finetune.scores import read_metadata, score, score_header
 from flow_finetune.storage import atomic_path, write_json
 from records import locked
 
@@ -26,10 +31,19 @@ class LanguageLaboratory:
         search: how learning rates are chosen.
         work: directory for models, scores and the validation file.
         tokens: keep the losses of tokens as well, for methods with token weights.
+        check_start: raises where a training must not start from the model and data with these fingerprints.
     """
 
-    def __init__(self, setup: RunConfig, search: Search | None, work: Path, *, tokens: bool) -> None:
-        self.setup, self.search, self.work, self.tokens = setup, search, work, tokens
+    def __init__(
+        self,
+        setup: RunConfig,
+        search: Search | None,
+        work: Path,
+        *,
+        tokens: bool,
+        check_start: Callable[[dict[str, str]], None] = lambda fingerprints: None,
+    ) -> None:
+        self.setup, self.search, self.work, self.tokens, self.check_start = setup, search, work, tokens, check_start
 
     def make_pretrained(self, directory: Path) -> dict[str, float]:
         """Score the training data and evaluate the pre-trained model into `directory`; returns seconds."""
@@ -43,6 +57,7 @@ class LanguageLaboratory:
     def train(self, method: MethodConfig, seed: int, directory: Path) -> None:
         """Train `method` on the whole training data into `directory`."""
         samples, scores, _ = self._scored(self.setup.data, "scores")
+        self.check_start(read_metadata(scores)["fingerprints"])
         self._train(method, dataclasses.replace(self.setup.train, seed=seed), directory, samples, scores)
 
     def average(self, method: MethodConfig, finetuned: Path, directory: Path) -> None:
@@ -58,6 +73,9 @@ class LanguageLaboratory:
         search = self.search
         data = dataclasses.replace(self.setup.data, limit=search.num_samples)
         samples, scores, _ = self._scored(data, "scores-search")
+        # Of fewer samples than the cells', so all but the data must agree.
+        start = read_metadata(scores)["fingerprints"]
+        self.check_start({kind: of for kind, of in start.items() if kind != "data"})
         config = dataclasses.replace(self.setup.train, seed=seed, epochs=search.epochs)
         self._train(method, config, directory, samples, scores)
         task = self._validation(data)
@@ -75,11 +93,16 @@ class LanguageLaboratory:
 
     def _scored(self, data: DataConfig, name: str):
         """Samples, their score file, and how many seconds the scoring took."""
-        path, timing = self.work / f"{name}.parquet", self.work / f"{name}.json"
         with locked(self.work / f"locks/{name}", wait=True):
-            base = self._base()
+            base, batch_tokens = self._base(), self.setup.batch_tokens
             started = time.perf_counter()
-            samples = pipeline.score_data(base, data, path, batch_tokens=self.setup.batch_tokens, tokens=self.tokens)
+            lm, tokenizer = load_model(base)
+            samples = load_samples(data, tokenizer)
+            say(f"{data.source}: {samples.describe()}")
+            header = score_header(lm, tokenizer, samples, base, batch_tokens, self.tokens)
+            path = score_file(self.work, name, header)
+            timing = path.with_suffix(".json")
+            score(lm, tokenizer, samples, path, model_config=base, batch_tokens=batch_tokens, tokens=self.tokens)
             if not timing.is_file():
                 write_json(timing, {"seconds": time.perf_counter() - started})
         return samples, path, json.loads(timing.read_text())["seconds"]
@@ -91,18 +114,34 @@ class LanguageLaboratory:
         if trained is None or first < trained:
             raise InputError(f"the validation rows from {first} on are trained on; limit the training data to them")
         path = self.work / f"validation-{first}-{count}.jsonl"
+        rows = read_rows(data.source, data.split, first + count)
+        if len(rows) < first + count:
+            raise InputError(f"{data.source} has {len(rows)} rows, too few for the validation rows")
+        text = "".join(json.dumps(rows[i]) + "\n" for i in range(first, first + count))
         with locked(self.work / "locks/validation", wait=True):
-            if not path.is_file():
-                rows = read_rows(data.source, data.split, first + count)
+            # One that is there may be of other data.
+            if not path.is_file() or path.read_text() != text:
                 with atomic_path(path) as temporary:
-                    lines = [json.dumps(rows[i]) for i in range(first, len(rows))]
-                    if len(lines) < count:
-                        raise InputError(f"{data.source} has {len(rows)} rows, too few for the validation rows")
-                    temporary.write_text("".join(line + "\n" for line in lines))
+                    temporary.write_text(text)
         return TaskConfig(
             kind="qa", source=str(path), name="validation", role="target", num_generate=0, template=data.template,
             prompt_field=data.prompt_field, response_field=data.response_field, max_length=data.max_length,
         )  # fmt: skip
+
+
+def score_file(work: Path, name: str, header: dict[str, dict]) -> Path:
+    """Where the scores with this header are or will be.
+
+    Scores of other data, or without the losses of tokens that a row added since needs, stay beside them.
+    """
+    # What an experiment's directory was begun with, when its name did not say what it holds.
+    path = work / f"{name}.parquet"
+    if path.is_file():
+        found = read_metadata(path)
+        if all(found.get(group, {}).get(key) == value for group in header for key, value in header[group].items()):
+            return path
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
+    return work / f"{name}-{digest}.parquet"
 
 
 def token_losses_needed(methods: list[MethodConfig]) -> bool:

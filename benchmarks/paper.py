@@ -27,6 +27,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "paper"
 # As in the project's workplace: the data lies beside the checkout, and is not carried by the repository.
 DATA = Path("../shared/data")
 
+# The programs whose change would change a cell.
+PROGRAMS = ("paper", "experiment", "records", "runner", "laboratory", "image_laboratory")
+
 File = Annotated[Path, typer.Argument(help="Experiment file, such as benchmarks/paper/language.yaml.")]
 RecordsOption = Annotated[Path, typer.Option("--records", help="Directory for records, tables and plots.")]
 
@@ -47,7 +50,7 @@ def run(
 ) -> None:
     """Run the cells that have no record yet, then write the report."""
     with messages():
-        from harness import machine
+        from harness import commit, machine
         from runner import Runner
 
         experiment = read_experiment(file)
@@ -61,8 +64,9 @@ def run(
         source = model or _model_file(experiment.mapping["model"]["source"], output / "models")
         names = {str(data) + "/": "", str(work) + "/": "", source: experiment.mapping["model"]["source"]}
         names = {f"{work}/pretrained/model": experiment.mapping["model"]["source"], **names}
-        provenance = {"command": f"python benchmarks/paper.py run {_shown(file)} --output DIR", "machine": machine()}
-        laboratory = _laboratory(experiment, experiment.located(data, source), work)
+        command = f"python benchmarks/paper.py run {_shown(file)} --output DIR"
+        provenance = {"command": command, "commit": commit(PROGRAMS), "machine": machine()}
+        laboratory = _laboratory(kept, experiment.located(data, source), work)
         runner = Runner(experiment, kept, laboratory, work, provenance, names, keep_models)
         failed, left = runner.run(cells)
         if failed:
@@ -111,7 +115,8 @@ def _model_file(name: str, directory: Path) -> str:
     return str(demo.gguf_file(name, directory)) if name in demo.LEARNING_RATE else name
 
 
-def _laboratory(experiment: Experiment, setup: object, work: Path):
+def _laboratory(kept: Records, setup: object, work: Path):
+    experiment = kept.experiment
     if experiment.task == "image":
         from image_laboratory import ImageLaboratory
 
@@ -119,7 +124,7 @@ def _laboratory(experiment: Experiment, setup: object, work: Path):
     from laboratory import LanguageLaboratory, token_losses_needed
 
     tokens = token_losses_needed([row.method for row in experiment.rows])
-    return LanguageLaboratory(setup, experiment.search, work, tokens=tokens)
+    return LanguageLaboratory(setup, experiment.search, work, tokens=tokens, check_start=kept.check_start)
 
 
 if __name__ == "__main__":

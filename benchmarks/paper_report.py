@@ -23,9 +23,10 @@ from flow_finetune.storage import atomic_path
 from records import Records
 
 _INTERVALS = (
-    "Row minus {baseline} of the same seed on the same items, with the 95 % interval of a bootstrap over items (10,000 "
-    "resamples). Bold: the interval excludes 0. The intervals hold the chance of which items were evaluated, not of "
-    "another training seed; of many intervals, one in twenty excludes 0 without any difference."
+    "Row minus {baseline} of the same seed on the same items (the pre-trained model: minus the {baseline} of this "
+    "table), with the 95 % interval of a bootstrap over items (10,000 resamples). Bold: the interval excludes 0. The "
+    "intervals hold the chance of which items were evaluated, not of another training seed; of many intervals, one in "
+    "twenty excludes 0 without any difference."
 )
 
 
@@ -38,14 +39,39 @@ class Results:
     runs: dict[str, Run]  # by cell key; a run is named after its row
     searches: dict[str, dict[float, float | None]]  # validation loss by learning rate, by row
 
-    def run(self, row: Row, seed: int | None = None) -> Run | None:
-        """The run of a row with a seed, its first one when not given."""
-        return self.runs.get(Cell(row, row.options.seeds[0] if seed is None else seed).key)
+    @property
+    def baseline(self) -> Row:
+        """The row that others are compared with."""
+        return self.experiment.row(self.experiment.baseline)
 
-    def first_runs(self) -> list[Run]:
-        """The pre-trained model and every row's first seed, in the order of the file."""
-        found = [self.runs.get(Cell(None).key), *(self.run(row) for row in self.experiment.rows)]
-        return [run for run in found if run is not None]
+    def run(self, row: Row, seed: int) -> Run | None:
+        """The run of a row with a seed."""
+        return self.runs.get(Cell(row, seed).key)
+
+    def seeds_done(self, row: Row) -> list[int]:
+        """The finished seeds of a row."""
+        return [seed for seed in row.options.seeds if self.run(row, seed) is not None]
+
+    def common_seeds(self, row: Row) -> list[int]:
+        """The finished seeds of a row that the baseline has as well."""
+        return [seed for seed in self.seeds_done(row) if self.run(self.baseline, seed) is not None]
+
+    def shown(self) -> list[tuple[Run, Row | None, int | None]]:
+        """The pre-trained model and one run of every row, in the order of the file, with its seed.
+
+        A row's seed is its first finished one that the baseline has as well, else its first finished one. Where that is
+        not the first of the file, the run's name says which it is.
+        """
+        found = [(self.runs[Cell(None).key], None, None)]
+        for row in self.experiment.rows:
+            for seed in (self.common_seeds(row) or self.seeds_done(row))[:1]:
+                name = row.name if seed == row.options.seeds[0] else f"{row.name} (seed {seed})"
+                found.append((dataclasses.replace(self.run(row, seed), name=name), row, seed))
+        return found
+
+    def shown_runs(self) -> list[Run]:
+        """The runs of `shown`."""
+        return [run for run, _, _ in self.shown()]
 
 
 def read_results(experiment: Experiment, records: Records) -> Results:
@@ -60,15 +86,24 @@ def read_results(experiment: Experiment, records: Records) -> Results:
         raise InputError(f"{records.path} has no record of the pre-trained model; run the experiment first")
     done = [c for c in cells if c.key in found]
     runs = load_runs([records.directory(c) for c in done])
-    bases = {run.summary["fingerprints"]["model"] for run in runs if run.summary and "fingerprints" in run.summary}
-    # The probed head of an image run is this machine's own: another CPU's differs in its last bits.
-    if experiment.task == "language" and len(bases) > 1:
-        raise InputError(f"the records in {records.path} were trained from {len(bases)} different models")
+    _check_same_start(records, done)
     named = [
         dataclasses.replace(run, name=c.row.name if c.row else PRETRAINED) for c, run in zip(done, runs, strict=True)
     ]
     searches = {row.name: records.search_losses(row) for row in experiment.rows if row.options.learning_rates}
     return Results(experiment, found, dict(zip((c.key for c in done), named, strict=True)), searches)
+
+
+def _check_same_start(records: Records, done: Sequence[Cell]) -> None:
+    """Refuse cells that were not made from one model and one set of training samples."""
+    cells: dict[str, dict[str, list[str]]] = {}  # their names by fingerprint, by what it is of
+    for c in done:
+        for kind, fingerprint in records.start(c).items():
+            cells.setdefault(kind, {}).setdefault(fingerprint, []).append(_short(c.key))
+    for kind, groups in cells.items():
+        if len(groups) > 1:
+            listed = " against ".join(", ".join(names) for names in groups.values())
+            raise InputError(f"the records in {records.path} do not belong together, their {kind} differs: {listed}")
 
 
 def seed_mean(runs: Sequence[Run]) -> Run:
@@ -90,7 +125,7 @@ def seed_mean(runs: Sequence[Run]) -> Run:
 def write_paper_report(results: Results, output: Path, command: str) -> Path:
     """Write `NAME.md`, `NAME.csv`, `NAME_seeds.csv` and `NAME_tradeoff.png` into `output`; returns the page."""
     experiment = results.experiment
-    runs = results.first_runs()
+    runs = results.shown_runs()
     metrics = shown_metrics(runs)
     page = [f"# {experiment.name}", "", *_protocol(results, command)]
     for title, shown in _groups(metrics):
@@ -98,7 +133,7 @@ def write_paper_report(results: Results, output: Path, command: str) -> Path:
         page += _differences(results, shown)
     if plot_tradeoff(runs, output / f"{experiment.name}_tradeoff.png"):
         page += ["## Learned against kept", "", f"![trade-off]({experiment.name}_tradeoff.png)", ""]
-        page += ["One point a row (its first seed); bars are standard errors over items.", ""]
+        page += ["One point a row (the seed of the tables above); bars are standard errors over items.", ""]
     page += [*_seeds(results, metrics), *_searches(results), *_costs(results)]
     _write_csv(output / f"{experiment.name}.csv", _csv_rows(results, metrics))
     _write_csv(output / f"{experiment.name}_seeds.csv", _seed_rows(results, metrics))
@@ -114,14 +149,51 @@ def _protocol(results: Results, command: str) -> list[str]:
     lines = [f"Written by `{command}` from the records in `{experiment.name}/`; these were made by", ""]
     lines += [f"- `{made}`" for made in sorted({record["command"] for record in results.records.values()})]
     lines += ["", "on", "", *(f"- {m}" for m in sorted({record["machine"] for record in results.records.values()})), ""]
-    for name in ("model", "data", "train"):
-        if name in setup:
-            lines.append(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in setup[name].items()))
-    tasks = results.first_runs()[0].tasks
-    listed = ", ".join(f"{n} {t['num_items']:,}" for n, t in tasks.items())
-    left = [c.key.partition("/")[2] for c in experiment.cells() if c.candidate is None and c.key not in results.records]
-    lines += [f"- items evaluated: {listed}"] + ([f"- not run yet: {', '.join(left)}"] if left else [])
+    lines += [f"- {_words(name, setup[name])}" for name in ("model", "data") if name in setup]
+    lines += _train_settings(results)
+    listed = ", ".join(f"{n} {t['num_items']:,}" for n, t in results.shown_runs()[0].tasks.items())
+    lines.append(f"- items evaluated: {listed}")
+    commits = {key: record.get("commit", "not recorded") for key, record in results.records.items()}
+    lines += [f"- commit {made}: {_cells(commits, made)}" for made in sorted(set(commits.values()))]
+    left = [_short(c.key) for c in experiment.cells() if c.candidate is None and c.key not in results.records]
+    lines += [f"- not run yet: {', '.join(left)}"] if left else []
+    alone = [
+        f"{row.name} {seed}"
+        for row in experiment.rows
+        for seed in results.seeds_done(row)
+        if seed not in results.common_seeds(row)
+    ]
+    lines += [f"- seeds without {experiment.baseline}, so without a difference: {', '.join(alone)}"] if alone else []
     return [*lines, ""]
+
+
+def _train_settings(results: Results) -> list[str]:
+    """How the rows were trained, every default named; where cells were trained in several ways, which cell how."""
+    # A record lacks the options that came after it; it was trained as if at their defaults.
+    stated = dataclasses.asdict(results.experiment.setup.train)
+    trained = {key: (run.summary or {}).get("train") for key, run in results.runs.items()}
+    settings = {key: _words("train", _shared({**stated, **train})) for key, train in trained.items() if train}
+    if len(set(settings.values())) > 1:
+        return [f"- {text} ({_cells(settings, text)})" for text in sorted(set(settings.values()))]
+    return [f"- {text}" for text in set(settings.values()) or [_words("train", _shared(stated))]]
+
+
+def _shared(train: dict) -> dict:
+    """Training options without those that differ from cell to cell, which stand in the table of costs."""
+    return {name: value for name, value in train.items() if name not in ("learning_rate", "seed")}
+
+
+def _words(name: str, options: dict) -> str:
+    return f"{name}: " + ", ".join(f"{key} {value}" for key, value in options.items())
+
+
+def _cells(values: dict[str, str], value: str) -> str:
+    return ", ".join(_short(key) for key, found in values.items() if found == value)
+
+
+def _short(key: str) -> str:
+    """A cell's key without the folder."""
+    return key.partition("/")[2]
 
 
 def _groups(metrics: Sequence[Metric]) -> list[tuple[str, list[Metric]]]:
@@ -144,44 +216,47 @@ def _label(metric: Metric) -> str:
 
 
 def _values(results: Results, metrics: Sequence[Metric]) -> list[str]:
-    runs = results.first_runs()
+    runs = results.shown_runs()
     rows = [[run.name, *(value_text(cell(run, m, runs), m) for m in metrics)] for run in runs]
     return ["Value ± standard error over items.", "", *table_lines(["row", *map(_label, metrics)], rows)]
 
 
 def _differences(results: Results, metrics: Sequence[Metric]) -> list[str]:
     rows = []
-    for run, row in _compared(results):
-        found = [_against_baseline(results, run, row, m) for m in metrics]
+    for run, _, seed in _compared(results):
+        found = [_against_baseline(results, run, seed, m) for m in metrics]
         rows.append([run.name, *(marked_text(d, m) for d, m in zip(found, metrics, strict=True))])
     return table_lines(["row", *map(_label, metrics)], rows)
 
 
-def _compared(results: Results) -> list[tuple[Run, Row | None]]:
-    """The first run of everything but the baseline."""
-    pairs = [(results.runs[Cell(None).key], None), *((results.run(row), row) for row in results.experiment.rows)]
-    return [(run, row) for run, row in pairs if run is not None and run.name != results.experiment.baseline]
+def _compared(results: Results) -> list[tuple[Run, Row | None, int | None]]:
+    """What is shown but the baseline."""
+    return [(run, row, seed) for run, row, seed in results.shown() if row is not results.baseline]
 
 
-def _against_baseline(results: Results, run: Run, row: Row | None, metric: Metric, seed=None) -> Difference | None:
-    """A run minus the baseline's of the same seed, or its first seed where it lacks that."""
-    baseline = results.experiment.row(results.experiment.baseline)
-    seed = row.options.seeds[0] if row is not None and seed is None else seed
-    reference = results.run(baseline, seed) or results.run(baseline)
-    return None if reference is None else compare(run, reference, metric, results.first_runs())
+def _against_baseline(results: Results, run: Run, seed: int | None, metric: Metric) -> Difference | None:
+    """A run minus the baseline's of the same seed, None where that is not finished.
+
+    The pre-trained model, which has no seed, is compared with the baseline that is shown.
+    """
+    if seed is None:
+        reference = next((other for other, row, _ in results.shown() if row is results.baseline), None)
+    else:
+        reference = results.run(results.baseline, seed)
+    return None if reference is None else compare(run, reference, metric, results.shown_runs())
 
 
 def _seeds(results: Results, metrics: Sequence[Metric]) -> list[str]:
     """Each seed of the rows that have several, and the difference of the means over seeds."""
-    several = [row for row in results.experiment.rows if len(_seeds_done(results, row)) > 1]
+    several = [row for row in results.experiment.rows if len(results.seeds_done(row)) > 1]
     if not several:
         return []
     lines = ["## Over seeds", "", "Mean over seeds ± standard deviation over seeds (each seed's value).", ""]
-    rows = []
+    rows, runs = [], results.shown_runs()
     for metric in metrics:
         texts = []
         for row in several:
-            values = [c.value for s in _seeds_done(results, row) if (c := _value(results, row, s, metric))]
+            values = [c.value for s in results.seeds_done(row) if (c := cell(results.run(row, s), metric, runs))]
             each = ", ".join(f"{v:.{metric.digits}f}" for v in values)
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             texts.append(
@@ -189,7 +264,7 @@ def _seeds(results: Results, metrics: Sequence[Metric]) -> list[str]:
             )
         rows.append([metric.label, *texts])
     lines += table_lines(
-        ["metric", *(f"{r.name}, seeds {', '.join(map(str, _seeds_done(results, r)))}" for r in several)], rows
+        ["metric", *(f"{r.name}, seeds {', '.join(map(str, results.seeds_done(r)))}" for r in several)], rows
     )
     for row in several:
         lines += _seed_differences(results, row, metrics)
@@ -197,32 +272,29 @@ def _seeds(results: Results, metrics: Sequence[Metric]) -> list[str]:
 
 
 def _seed_differences(results: Results, row: Row, metrics: Sequence[Metric]) -> list[str]:
-    baseline = results.experiment.row(results.experiment.baseline)
-    common = [s for s in _seeds_done(results, row) if s in _seeds_done(results, baseline)]
-    if row is baseline or len(common) < 2:
+    baseline, common = results.baseline, results.common_seeds(row)
+    if row is baseline:
         return []
-    runs = results.first_runs()
+    named = ", ".join(map(str, common))
+    if len(common) < 2:
+        reason = f"they have only seed {named} in common" if common else "they have no seed in common"
+        return [f"{row.name} minus {baseline.name} over seeds: not known, as {reason}.", ""]
+    runs = results.shown_runs()
     means = [seed_mean([results.run(r, s) for s in common]) for r in (row, baseline)]
     rows = []
     for metric in metrics:
         mean = compare(*means, metric, runs)
-        each = [_against_baseline(results, results.run(row, s), row, metric, s) for s in common]
         if mean is not None:
-            values = ", ".join(f"{d.difference:+.{metric.digits}f}" for d in each if d is not None)
-            rows.append([metric.label, marked_text(mean, metric), values])
+            each = [_against_baseline(results, results.run(row, s), s, metric).difference for s in common]
+            values = ", ".join(f"{d:+.{metric.digits}f}" for d in each)
+            rows.append(
+                [metric.label, marked_text(mean, metric), values, f"{statistics.stdev(each):.{metric.digits}f}"]
+            )
     return [
-        f"{row.name} minus {baseline.name}, items averaged over seeds {', '.join(map(str, common))} (a perplexity is the "
-        "exponential of the mean loss), 95 % interval over items:", "",
-        *table_lines(["metric", "difference of the means", "of each seed"], rows),
+        f"{row.name} minus {baseline.name}, items averaged over seeds {named} (a perplexity is the exponential of the "
+        "mean loss), 95 % interval over items; of each seed, with the standard deviation over seeds:", "",
+        *table_lines(["metric", "difference of the means", "of each seed", "standard deviation"], rows),
     ]  # fmt: skip
-
-
-def _seeds_done(results: Results, row: Row) -> list[int]:
-    return [seed for seed in row.options.seeds if results.run(row, seed) is not None]
-
-
-def _value(results: Results, row: Row, seed: int, metric: Metric):
-    return cell(results.run(row, seed), metric, results.first_runs())
 
 
 def _searches(results: Results) -> list[str]:
@@ -262,32 +334,34 @@ def _search_words(search: Search | ImageSearch) -> str:
 
 def _costs(results: Results) -> list[str]:
     rows, score = [], results.records[Cell(None).key]["seconds"].get("score")
+    # Of images the time has the decoding, the features and the head's training in it, which every row starts from.
+    images = results.experiment.task == "image"
     for key, record in results.records.items():
         run, seconds = results.runs[key], record["seconds"]
         summary = run.summary or {}
-        scored = bool(summary) and needs_scores(results.experiment.row(run.name).method)
+        scored = not images and bool(summary) and needs_scores(results.experiment.row(run.name).method)
         rows.append([
             run.name, "" if record["seed"] is None else str(record["seed"]), _number(record.get("learning_rate"), "g"),
             _number(summary.get("num_steps"), ","), _number(summary.get("mean_weight"), ".3f"),
             _number(summary.get("effective_sample_size"), ",.0f"),
-            _number(score if scored else None, ",.0f"),
+            *([] if images else [_number(score if scored else None, ",.0f")]),
             _number(seconds.get("train"), ",.0f"), _number(seconds.get("evaluate"), ",.0f"), _number(seconds["cell"], ",.0f"),
         ])  # fmt: skip
-    head = ["row", "seed", "learning rate", "steps", "mean(w)", "effective sample size", "score s", "train s",
-            "evaluate s", "cell s"]  # fmt: skip
-    text = "Wall time in seconds; the training data is scored once for all rows. A cell's time has the loading in it."
+    head = ["row", "seed", "learning rate", "steps", "mean(w)", "effective sample size",
+            *([] if images else ["score s"]), "train s", "evaluate s", "cell s"]  # fmt: skip
+    once = "the training data is scored once for all rows"
+    if images:
+        once = f"decoding, features, the new head and the scores took {_number(score, ',.0f')} s once, before all rows"
+    text = f"Wall time in seconds; {once}. A cell's time has the loading in it."
     return ["## Cost", "", text, "", *table_lines(head, rows)]
 
 
 def _csv_rows(results: Results, metrics: Sequence[Metric]) -> list[dict]:
-    runs, rows = results.first_runs(), []
-    compared = {run.name: row for run, row in _compared(results)}
-    for run in runs:
+    runs, rows = results.shown_runs(), []
+    for run, row, seed in results.shown():
         for metric in metrics:
             shown = cell(run, metric, runs)
-            difference = None
-            if run.name in compared:
-                difference = _against_baseline(results, run, compared[run.name], metric)
+            difference = None if row is results.baseline else _against_baseline(results, run, seed, metric)
             rows.append({
                 "row": run.name, "task": metric.task, "metric": metric.label, "role": metric.role,
                 "value": shown and shown.value, "standard_error": shown and shown.standard_error,
@@ -298,12 +372,13 @@ def _csv_rows(results: Results, metrics: Sequence[Metric]) -> list[dict]:
 
 
 def _seed_rows(results: Results, metrics: Sequence[Metric]) -> list[dict]:
+    runs = results.shown_runs()
     return [
         {"row": row.name, "seed": seed, "metric": metric.label, "value": found.value}
         for row in results.experiment.rows
-        for seed in _seeds_done(results, row)
+        for seed in results.seeds_done(row)
         for metric in metrics
-        if (found := _value(results, row, seed, metric)) is not None
+        if (found := cell(results.run(row, seed), metric, runs)) is not None
     ]
 
 

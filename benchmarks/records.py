@@ -3,7 +3,7 @@
     cells/ROW-seedK/evaluation.json     as an evaluation leaves it, without this machine's paths
     cells/ROW-seedK/items.parquet
     cells/ROW-seedK/train/summary.json, log.jsonl
-    cells/ROW-seedK/cell.json           what the cell is, its wall times and command; written last
+    cells/ROW-seedK/cell.json           what the cell is, its wall times, command and commit; written last
     search/ROW-lrX/...                  the same of a learning rate that was tried
 
 A cell whose cell.json is there is finished, on whichever machine it was run.
@@ -56,9 +56,10 @@ class Records:
         is_ready = self.is_ready(cell)
         learning_rate = self.learning_rate(cell) if is_ready else record["learning_rate"]
         wanted = self.experiment.identity(cell, learning_rate)
-        different = [
-            key for key in sorted({*wanted, *record["identity"]}) if wanted.get(key) != record["identity"].get(key)
-        ]
+        found = record["identity"]
+        # Records of averages did not always say of what.
+        known = {*wanted, *found} - ({"averaged_method"} - found.keys())
+        different = [key for key in sorted(known) if wanted.get(key) != found.get(key)]
         if different:
             raise InputError(
                 f"{path.parent} was made with another {', '.join(different)} than {self.experiment.name} has now; remove "
@@ -100,6 +101,24 @@ class Records:
         """
         records = {cell.candidate: self.read(cell) for cell in self.experiment.candidates(owner)}
         return {rate: record and _validation_loss(record) for rate, record in records.items()}
+
+    def start(self, cell: Cell) -> dict[str, str]:
+        """Fingerprints of the model and the training data that a cell is made from; none where it has no record."""
+        # The pre-trained model's own stand in its evaluation; what a training started from is in its summary.
+        path = self.directory(cell) / (EVALUATION_FILE if cell.row is None else SUMMARY_FILE)
+        found = json.loads(path.read_text()).get("fingerprints", {}) if path.is_file() else {}
+        # The probed head of an image run is this machine's own: another CPU's differs in its last bits.
+        return {kind: of for kind, of in found.items() if (self.experiment.task, kind) != ("image", "model")}
+
+    def check_start(self, found: dict[str, str]) -> None:
+        """Refuse a training that would start from anything else than the finished cells did."""
+        for cell in self.experiment.cells():
+            different = [kind for kind, of in self.start(cell).items() if found.get(kind, of) != of]
+            if cell.candidate is None and different:
+                raise InputError(
+                    f"{self.directory(cell)} was made from another {', '.join(different)} than this training would be; "
+                    "give the same model and data, or another --records"
+                )
 
     def write(self, cell: Cell, made: Path, record: dict, names: dict[str, str]) -> None:
         """Keep what is small of the directory `made`, the `record` last.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import harness
@@ -71,6 +73,11 @@ def speed_tables() -> list[str]:
         parts += [
             f"Not timed: {r['implementation']} ({r['reason']})" for r in find("head_left_out", head=head, case=case)
         ]
+        parts += [
+            f"In a run that was made again since: {r['implementation']} in {r['median_s']} s, {r['over_flow']} of ours "
+            f"({r['repetitions']} repetitions, commit {r['commit']})"
+            for r in find("head_slower", head=head, case=case)
+        ]
         parts += sorted({f"Commit {row['commit']}: `{row['command']}`" for row in rows})
     return parts
 
@@ -94,11 +101,16 @@ def memory_table() -> list[str]:
     rows = sorted(harness.read_csv("head_memory"), key=lambda r: (r["head"], r["case"], int(r["N"])))
     columns = ["head", "dtype", "case", "N", "implementation", "peak_MiB", "commit"]
     commands = sorted({f"`{row['command']}`" for row in rows})
-    return [harness.markdown(rows, columns), *commands] if rows else ["Not measured yet."]
+    failed = [
+        f"Not measured: {r['implementation']}, {r['head']}, {r['case']}, N = {r['N']} ({r['reason']})"
+        for r in harness.read_csv("head_memory_left_out")
+    ]
+    return [harness.markdown(rows, columns), *failed, *commands] if rows else ["Not measured yet."]
 
 
 def sweep_table() -> list[str]:
-    """Growth exponents of seconds over an 8 x range."""
+    """Growth exponents of seconds over an 8 x range, and every time over ours in the same run."""
+    ratios = sweeps("over_flow")
     rows = [
         {
             "case": case,
@@ -106,6 +118,7 @@ def sweep_table() -> list[str]:
             "implementation": name,
             "exponent": f"{fit_exponent(points):.2f}",
             "seconds": ", ".join(f"{p[1]:.3f}" for p in points),
+            "time / flow cpu": ", ".join(f"{p[1]:.2f}" for p in ratios.get((case, dimension, name), [])),
         }
         for (case, dimension, name), points in sorted(sweeps().items())
         if len(points) > 2
@@ -114,25 +127,37 @@ def sweep_table() -> list[str]:
     return [harness.markdown(rows, list(rows[0])), *commands] if rows else ["Not measured yet."]
 
 
-def _log_plot(path: str, title: str, unit: str, panels: dict[str, dict[str, list]]) -> list[str]:
-    """One log-log panel for each case; [name of the file], or [] where nothing was measured."""
+@contextmanager
+def _panels(path: str, count: int, width: float) -> Iterator[Sequence]:
+    """The axes of `count` panels beside each other, written to results/<path> at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure, all_axes = plt.subplots(1, count, figsize=(width * count, 4), layout="constrained", squeeze=False)
+    yield all_axes[0]
+    figure.savefig(harness.RESULTS / path, dpi=100)
+    plt.close(figure)
+
+
+def _log_plot(path: str, title: str, unit: str, panels: dict[str, dict[str, list]]) -> list[str]:
+    """One log-log panel for each case; [name of the file], or [] where nothing was measured at three sizes."""
+    panels = {case: {name: p for name, p in lines.items() if len(p) > 2} for case, lines in panels.items()}
     panels = {case: lines for case, lines in panels.items() if lines}
     if not panels:
         return []
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
-    for axes, (case, lines) in zip(all_axes[0], panels.items(), strict=True):
+    with _panels(path, len(panels), 5.5) as all_axes:
+        _draw(all_axes, title, unit, panels)
+    return [path]
+
+
+def _draw(all_axes: Sequence, title: str, unit: str, panels: dict[str, dict[str, list]]) -> None:
+    for axes, (case, lines) in zip(all_axes, panels.items(), strict=True):
         for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
         axes.set(xlabel=title.split()[-1], ylabel=unit, xscale="log", yscale="log", title=f"{case}: {title}")
         axes.legend(fontsize=7)
-    figure.savefig(harness.RESULTS / path, dpi=100)
-    plt.close(figure)
-    return [path]
 
 
 def plots() -> list[str]:
@@ -156,27 +181,19 @@ def plots() -> list[str]:
 
 def accuracy_plot() -> list[str]:
     """Errors of dH over the confidence of the rows, one panel for each head."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = harness.read_csv("accuracy")
     heads = sorted({row["head"] for row in rows})
     if not rows:
         return []
-    figure, all_axes = plt.subplots(1, len(heads), figsize=(5 * len(heads), 4), layout="constrained", squeeze=False)
-    for axes, head in zip(all_axes[0], heads, strict=True):
-        kinds = sorted({r["rows"] for r in rows}, key=lambda kind: (kind != "random", kind))
-        for name in dict.fromkeys(r["implementation"] for r in rows if r["head"] == head):
-            found = {
-                r["rows"]: float(r["dinput_error"]) for r in rows if (r["head"], r["implementation"]) == (head, name)
-            }
-            axes.plot(kinds, [found.get(kind, math.nan) for kind in kinds], marker="o", label=name)
-        axes.set(yscale="log", ylabel="relative error of dH against fp64", title=head)
-        axes.legend(fontsize=6)
-    figure.savefig(harness.RESULTS / "head_accuracy.png", dpi=100)
-    plt.close(figure)
+    kinds = sorted({r["rows"] for r in rows}, key=lambda kind: (kind != "random", kind))
+    with _panels("head_accuracy.png", len(heads), 5) as all_axes:
+        for axes, head in zip(all_axes, heads, strict=True):
+            for name in dict.fromkeys(r["implementation"] for r in rows if r["head"] == head):
+                own = [r for r in rows if (r["head"], r["implementation"]) == (head, name)]
+                found = {r["rows"]: float(r["dinput_error"]) for r in own}
+                axes.plot(kinds, [found.get(kind, math.nan) for kind in kinds], marker="o", label=name)
+            axes.set(yscale="log", ylabel="relative error of dH against fp64", title=head)
+            axes.legend(fontsize=6)
     return ["head_accuracy.png"]
 
 
@@ -184,7 +201,9 @@ def chunk_table() -> list[str]:
     """Seconds of F.linear_cross_entropy by chunk size."""
     rows = sorted(harness.read_csv("head_chunks"), key=lambda r: (r["head"], r["case"], int(r["chunk_rows"])))
     columns = ["head", "case", "chunk_rows", "median_s", "repetitions", "commit"]
-    return [harness.markdown(rows, columns)] if rows else ["Not measured yet."]
+    # The sizes are those of shapes.py, for every machine.
+    missing = 'Not measured here: "best chunk" is the size that was fastest on the AMD EPYC of benchmarks/results.'
+    return [harness.markdown(rows, columns)] if rows else [missing]
 
 
 def write_end_to_end() -> None:

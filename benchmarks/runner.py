@@ -24,7 +24,7 @@ class Runner:
     Args:
         laboratory: makes and measures models (laboratory.LanguageLaboratory says how).
         work: directory for models; locks in it keep two processes from making the same cell.
-        provenance: the command and machine, kept with every record.
+        provenance: the command, commit and machine, kept with every record.
         names: paths of this machine and what stands for them in a record.
         keep_models: do not delete a model that no cell needs any more.
     """

@@ -16,7 +16,6 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import contextlib
-import csv
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -26,9 +25,11 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpreterBuilder
 
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+
 from flow_kernels import kernels, reference
 
-RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("kernel", "dtype", "V", "read_per_logit", "written_per_logit", "total_per_logit")
 PLAIN = (-100, 0.0, 0.0, 0.0)
 NUM_ROWS = 2
@@ -113,22 +114,17 @@ def main() -> int:
     for dtype, sizes in ((torch.bfloat16, (4096, 50257, 65536, 151936, 262144)), (torch.float32, (32768, 65536))):
         for num_classes in sizes:
             rows += measure(dtype, num_classes)
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / "traffic.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    # The program measures everything, so nothing of an earlier run stays.
+    harness.update_csv("traffic", rows, COLUMNS[:3], gone=harness.read_csv("traffic"))
     lines = [
         "# Bytes per logit",
         "",
         f"`python benchmarks/traffic.py`, counted in the interpreter of triton {triton.__version__}; {NUM_ROWS} rows a run,",
         "so the scalars of a row weigh most at small V. No GPU was involved, and no cache is modelled.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-        *("| " + " | ".join(map(str, row.values())) + " |" for row in rows),
+        harness.markdown(rows, list(COLUMNS)),
     ]
-    (RESULTS / "traffic.md").write_text("\n".join(lines) + "\n")
+    (harness.RESULTS / "traffic.md").write_text("\n".join(lines) + "\n")
     return 0
 
 

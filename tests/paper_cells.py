@@ -30,9 +30,13 @@ MAPPING = {
         {"name": "wise-ft", "of": "standard", "wise_ft": 0.5},
         {"name": "l2", "weights": "none", "penalty": "l2", "learning_rate_of": "standard"},
         {"name": "flow", "learning_rates": [1e-5, 1e-3], "seeds": [0, 1]},
-        {"name": "fixed", "learning_rate": 2e-5},
+        {"name": "fixed", "weights": "sequence", "learning_rate": 2e-5},
     ],
 }
+
+
+# What every training starts from.
+START = {"model": "m", "tokenizer": "t", "data": "d", "template": "p"}
 
 
 def write_experiment(path: Path, mapping: dict) -> Path:
@@ -69,7 +73,8 @@ class FakeLaboratory:
             self._call("train", directory.name, method.learning_rate)
             (directory / "train").mkdir(parents=True)
             (directory / "model.safetensors").write_text("weights")
-            summary = {"method": {"name": method.name}, "seconds": 2.0, "num_steps": 3, "fingerprints": {"model": "m"}}
+            summary = {"method": {"name": method.name}, "seconds": 2.0, "num_steps": 3, "fingerprints": START,
+                       "train": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-5, "seed": seed}}  # fmt: skip
             (directory / "train/summary.json").write_text(json.dumps(summary))
 
     def average(self, method, finetuned, directory):
@@ -103,7 +108,9 @@ class FakeLaboratory:
                             "metrics": metrics})  # fmt: skip
             columns.append((name, "nats_per_token", items))
         directory.mkdir(parents=True, exist_ok=True)
-        write_evaluation(directory, f"/secret/{directory.name}", {"model": "x"}, records, columns)
+        model = START["model"] if directory.name == "pretrained" else directory.name
+        fingerprints = {"model": model, "tokenizer": START["tokenizer"]}
+        write_evaluation(directory, f"/secret/{directory.name}", fingerprints, records, columns)
 
 
 def make_runner(experiment, root: Path, laboratory, **options) -> Runner:

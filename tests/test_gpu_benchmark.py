@@ -114,6 +114,24 @@ def test_liger_gets_its_logits_back_before_the_clock_starts(gpu, monkeypatch):
     assert not hasattr(gpu.call_of("liger", shape, "score", gpu.problem(shape, "score")), "prepare")
 
 
+def test_the_peak_memory_is_that_of_a_warm_call(gpu, monkeypatch):
+    """The first call compiles; and logits that it overwrote are put back before the second one."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100 + 7 * (seen[-2:] == ["reset", "call"]))
+
+    def call():
+        seen.append("call")
+        return (torch.zeros(1),)
+
+    call.prepare = lambda: seen.append("prepare")
+    result, peak = gpu.first_result(call)
+    assert seen == ["prepare", "call", "prepare", "reset", "call"]
+    assert peak == 7
+    assert len(result) == 1
+
+
 def test_tensors_travel_to_the_device_and_back():
     seen = []
 

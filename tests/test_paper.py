@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -73,7 +74,7 @@ def test_the_mean_over_seeds_is_over_the_same_items(tiny_experiment, tmp_path):
         ({"rows": []}, "needs rows"),
         ({"rows": [{"name": "standard", "weights": "none"}]}, "needs one of learning_rate, learning_rates"),
         ({"rows": [{"name": "flow", "learning_rate": 1e-5}]}, "the baseline 'standard' is none of the rows"),
-        ({"rows": [*MAPPING["rows"], {"name": "a", "learning_rate_of": "b"}]}, "'b' is no row with a learning rate"),
+        ({"rows": [*MAPPING["rows"], {"name": "a", "weights": "none", "learning_rate_of": "b"}]}, "'b' is no row with a learning rate"),
         ({"rows": [*MAPPING["rows"], {"name": "a", "of": "l2"}]}, "`of` needs wise_ft"),
         ({"rows": [*MAPPING["rows"], {"name": "a", "of": "l2", "wise_ft": 0.5, "seeds": [1]}]}, "seed 1, which l2 lacks"),
         ({"rows": [*MAPPING["rows"], {"name": "l2", "learning_rate": 1e-5}]}, "row l2: a row's name"),
@@ -141,7 +142,10 @@ def test_a_real_experiment_on_a_tiny_model(tiny_model_dir, qa_file, tmp_path, mo
     assert losses["standard-lr0.003"] < losses["standard-lr1e-06"]
     summary = json.loads((records / "cells/flow-seed0/train/summary.json").read_text())
     assert summary["num_samples"] == 16
-    assert json.loads((records / "cells/flow-seed0/cell.json").read_text())["learning_rate"] == 0.003
+    record = json.loads((records / "cells/flow-seed0/cell.json").read_text())
+    assert record["learning_rate"] == 0.003
+    assert re.fullmatch(r"[0-9a-f]{7,}\+?|unknown\+?", record["commit"])
+    assert "commit" not in record["identity"]
     assert str(tmp_path) not in (records / "cells/flow-seed0/evaluation.json").read_text()
 
     averaged, flow, base = (

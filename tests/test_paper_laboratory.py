@@ -1,0 +1,96 @@
+"""What a language experiment keeps in its working directory, when the file or the data change under it."""
+
+import json
+import shutil
+
+import pytest
+from flow_finetune.errors import InputError
+from flow_finetune.scores import read_metadata
+from flow_finetune.storage import write_json
+from paper_cells import MAPPING, write_experiment
+
+from experiment import read_experiment  # isort: skip
+from laboratory import LanguageLaboratory  # isort: skip
+from records import Records  # isort: skip
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
+
+
+def rows(first, count):
+    return [
+        {"question": f"How much is {i} + 1?", "answer": f"The answer is {i + 1}."} for i in range(first, first + count)
+    ]
+
+
+def write_rows(path, written):
+    path.write_text("".join(json.dumps(row) + "\n" for row in written))
+
+
+@pytest.fixture
+def make(tiny_model_dir, tmp_path):
+    """Makes the laboratory, with `tokens` as given."""
+    fields = {"prompt_field": "question", "response_field": "answer"}
+    mapping = {
+        **MAPPING,
+        "model": {"source": str(tiny_model_dir), "precision": "full", "device": "cpu"},
+        "data": {"source": "train.jsonl", "limit": 4, **fields},
+        "search": {"num_samples": 2, "validation_first": 4, "validation_samples": 3},
+    }
+    experiment = read_experiment(write_experiment(tmp_path / "tiny.yaml", mapping))
+    write_rows(tmp_path / "train.jsonl", rows(0, 8))
+    setup = experiment.located(tmp_path, str(tiny_model_dir))
+    return lambda tokens=False: LanguageLaboratory(setup, experiment.search, tmp_path / "work", tokens=tokens)
+
+
+def test_scores_that_do_not_fit_any_more_are_made_beside_the_old_ones(make, tmp_path):
+    laboratory = make()
+    data = laboratory.setup.data
+    _, plain, seconds = laboratory._scored(data, "scores")
+    made = plain.stat().st_mtime_ns
+    assert laboratory._scored(data, "scores")[1:] == (plain, seconds)
+    assert plain.stat().st_mtime_ns == made
+    # A row with token weights was added.
+    _, tokens, _ = make(tokens=True)._scored(data, "scores")
+    assert tokens != plain
+    assert [read_metadata(path)["settings"]["tokens"] for path in (plain, tokens)] == [False, True]
+    # The data are others under the same name.
+    write_rows(tmp_path / "train.jsonl", rows(50, 8))
+    samples, other, _ = laboratory._scored(data, "scores")
+    assert other not in (plain, tokens)
+    assert read_metadata(other)["fingerprints"]["data"] == samples.fingerprints["data"]
+    assert read_metadata(plain)["fingerprints"]["data"] != samples.fingerprints["data"]
+
+
+def test_the_scores_of_a_directory_from_before_are_used_where_they_fit(make):
+    laboratory = make()
+    _, path, _ = laboratory._scored(laboratory.setup.data, "scores")
+    old = path.with_name("scores.parquet")
+    path.rename(old)
+    path.with_suffix(".json").rename(old.with_suffix(".json"))
+    assert laboratory._scored(laboratory.setup.data, "scores")[1] == old
+    assert make(tokens=True)._scored(laboratory.setup.data, "scores")[1] != old
+
+
+def test_the_validation_file_follows_the_data(make, tmp_path):
+    laboratory = make()
+    for first in (0, 50):
+        write_rows(tmp_path / "train.jsonl", rows(first, 8))
+        task = laboratory._validation(laboratory.setup.data)
+        with open(task.source) as file:
+            assert [json.loads(line) for line in file] == rows(first + 4, 3)
+
+
+def test_a_training_from_another_start_than_the_records_is_refused_before_it_begins(make, tmp_path):
+    laboratory = make()
+    records = Records(read_experiment(tmp_path / "tiny.yaml"), tmp_path / "records")
+    laboratory.check_start = records.check_start
+    _, scores, _ = laboratory._scored(laboratory.setup.data, "scores")
+    found = read_metadata(scores)["fingerprints"]
+    write_json(records.path / "cells/pretrained/evaluation.json", {"fingerprints": {"model": found["model"]}})
+    laboratory.check_start(found)
+    for cell, name, kind in (("pretrained", "evaluation.json", "model"), ("l2-seed0", "train/summary.json", "data")):
+        shutil.rmtree(records.path)
+        write_json(records.path / "cells" / cell / name, {"fingerprints": {**found, kind: "another"}})
+        with pytest.raises(InputError, match=f"{cell} was made from another {kind} than this training would be"):
+            laboratory.train(None, 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
