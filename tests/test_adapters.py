@@ -6,11 +6,11 @@ import math
 import pytest
 import tiny_model
 import torch
+import training
 from flow_finetune.adapters import Lora, untie_head
-from flow_finetune.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
-from flow_finetune.data import PAD_ID, collate, load_samples
+from flow_finetune.config import MethodConfig, ModelConfig
+from flow_finetune.data import PAD_ID, collate
 from flow_finetune.models import CausalLM, load_model, save_model
-from flow_finetune.train import train
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import nn
@@ -26,22 +26,12 @@ from transformers import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Setup:
-    """A tiny model, its samples, and training of it without scores."""
-
-    def __init__(self, model_dir, qa_file):
-        self.config = ModelConfig(str(model_dir), precision="full", device="cpu")
-        _, self.tokenizer = load_model(self.config)
-        data = DataConfig(str(qa_file), prompt_field="question", response_field="answer")
-        self.samples = load_samples(data, self.tokenizer)
+class Setup(training.Setup):
+    """Training without scores, by the entries of the method that differ."""
 
     def train(self, output, method, **options):
-        config = TrainConfig(**{"epochs": 1, "batch_size": 8, "learning_rate": 1e-2, **options})
-        train(
-            load_model(self.config)[0], self.tokenizer, self.samples, output,
-            method=MethodConfig(name="m", weights="none", **method), config=config, model_config=self.config,
-        )  # fmt: skip
-        return output
+        options = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-2, **options}
+        super().train(output, MethodConfig(name="m", weights="none", **method), **options)
 
     def losses(self, lm):
         batch = collate(self.samples.samples[:6], PAD_ID)
@@ -226,13 +216,7 @@ def test_matrices_without_adapters_are_told_of(capfd):
 
 
 def test_vision_parts_get_no_adapters():
-    config = AutoConfig.for_model(
-        "gemma3", mm_tokens_per_image=1, image_token_index=5, boi_token_index=6, eoi_token_index=7,
-        text_config={**SIZES, "head_dim": 8},
-        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                       "image_size": 28, "patch_size": 14},
-    )  # fmt: skip
-    lm, _, _ = with_random_adapters(AutoModelForCausalLM.from_config(config))
+    lm, _, _ = with_random_adapters(tiny_model.with_vision(**SIZES))
     adapters = [name for name, _ in lm.model.named_parameters() if "lora_" in name]
     assert len(adapters) == 2 * 14
     assert all("language_model" in name for name in adapters)

@@ -46,7 +46,7 @@ FIELDS = "--prompt-field question --response-field answer --device cpu --precisi
         ("evaluate -m MODEL -o e --perplexity none.txt", "no such file: none.txt"),
         (f"evaluate -m MODEL -o e --qa DATA --num-shots 2 {FIELDS}", "give shots_source"),
         (f"evaluate -m MODEL -o e --qa DATA --num-shots 2 --shots DATA {FIELDS}", "is row 0 of"),
-        ("report none -o r", "none"),
+        ("report none -o r", "none is not an evaluated run"),
         ("run none.yaml -o r", "no such file: none.yaml"),
         ("run -o r -m MODEL", "lacks 'data'"),
         ("run -o r -m MODEL -d DATA --set train", "--set takes name=value"),

@@ -4,14 +4,13 @@ import json
 import math
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from flow_finetune import derived
 from flow_finetune.report import write_report
 from flow_finetune.results import COMMONSENSE as COMMONSENSE_NAME
 from flow_finetune.results import MEAN_ACCURACY, OVERALL, cell, compare, load_runs, shown_metrics
 from flow_finetune.statistics import Items, paired_difference, ratio_and_standard_error
+from run_files import write_evaluation
 
 N = 30
 
@@ -36,26 +35,13 @@ def columns(kind: str, seed: int) -> dict[str, Items]:
 
 
 def make_run(directory, seed, tasks, trained) -> dict:
-    directory.mkdir(parents=True)
-    records, rows, kept = [], [], {}
-    for index, (name, kind, role) in enumerate(tasks):
-        metrics = {}
-        for metric, items in columns(kind, 100 * seed + index).items():
-            value, error = ratio_and_standard_error(items.value, items.weight)
-            metrics[metric] = {"value": value, "standard_error": error, "num_items": len(items.ids)}
-            rows += [(name, metric, *item) for item in zip(items.ids, items.value, items.weight, strict=True)]
-            kept[name, metric] = items
-        records.append({"name": name, "kind": kind, "role": role, "source": name, "num_items": N, "seconds": 1.0,
-                        "fingerprint": "f", "metrics": metrics})  # fmt: skip
-    (directory / "evaluation.json").write_text(json.dumps({"model": "m", "fingerprints": {}, "tasks": records}))
-    names = ("task", "metric", "item", "value", "weight")
-    table = {n: list(c) for n, c in zip(names, zip(*rows, strict=True), strict=True)}
-    pq.write_table(pa.table(table), directory / "items.parquet")
+    found = [(*task, columns(task[1], 100 * seed + index)) for index, task in enumerate(tasks)]
+    write_evaluation(directory, found)
     if trained:
         (directory / "train").mkdir()
         summary = {"method": {"name": directory.name, "weights": trained}, "model": "m"}
         (directory / "train" / "summary.json").write_text(json.dumps(summary))
-    return kept
+    return {(name, metric): items for name, *_, metrics in found for metric, items in metrics.items()}
 
 
 def three_runs(root, tasks):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,10 @@ def tasks(tmp_path_factory):
         )
         head = _DATA.format(name=name, **dict(zip(("test", "train"), paths, strict=True)))
         (directory / f"{name}.yaml").write_text(head + body)
+    # The same questions, with answers that test_answers asks the two models for.
+    for name in ("own_True", "own_False"):
+        head = _DATA.format(name=name, test=directory / f"{name}.jsonl", train=directory / "flow_sums_train.jsonl")
+        (directory / f"{name}.yaml").write_text(head + _SUMS)
     (directory / "sampled.yaml").write_text(
         (directory / "flow_sums.yaml")
         .read_text()
@@ -135,12 +140,24 @@ def test_log_likelihoods(tiny, tasks):
 
 
 def test_answers(tiny, tasks, tmp_path):
-    result = run(tiny, [harness("flow_sums", tasks, num_shots=2)], tmp_path / "out")
-    expected = by_the_harness(tiny, tasks, "flow_sums", 2)["results"]["flow_sums"]
-    metrics = metrics_of(result, "flow_sums")
+    """Some answers are what the model itself says, so that each filter finds some right and some wrong."""
+    name = f"own_{tiny[1].bos_token_id is not None}"
+    samples = by_the_harness(tiny, tasks, "flow_sums", 2)["samples"]["flow_sums"]
+    (said,) = zip(*(s["filtered_resps"] for s in samples if s["filter"] == "whole"), strict=True)
+    rows = [dict(row) for row in QA]
+    rows[3]["answer"], rows[4]["answer"], rows[6]["answer"] = said[3], said[4], said[6][:1]
+    assert min(len(said[i]) for i in (3, 4, 6)) > 1
+    write_rows(Path(tasks, f"{name}.jsonl"), rows)
+    result = run(tiny, [harness(name, tasks, num_shots=2)], tmp_path / "out")
+    expected = by_the_harness(tiny, tasks, name, 2)
+    metrics, items = metrics_of(result, name), read_items(tmp_path / "out")
     assert set(metrics) == {"exact_match,whole", "exact_match,first"}
-    for name, metric in metrics.items():
-        assert metric["value"] == expected[name]
+    for metric, found in metrics.items():
+        assert 0 < found["value"] < 1
+        assert found["value"] == pytest.approx(expected["results"][name][metric])
+        kept = [s for s in expected["samples"][name] if s["filter"] == metric.partition(",")[2]]
+        right = {str(s["doc_id"]): s["exact_match"] for s in kept}
+        assert dict(zip(items[name, metric].ids, items[name, metric].value, strict=True)) == right
 
 
 def test_generated_texts(tiny):

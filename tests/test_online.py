@@ -1,23 +1,21 @@
 """Online weights: the frozen model's losses on the batch being trained give the weights that scoring gives."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import oracle
 import pytest
+import tiny_model
 import torch
+import training
 from accelerate import Accelerator
 from flow_finetune.adapters import prepare_parameters
-from flow_finetune.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
-from flow_finetune.data import load_samples
+from flow_finetune.config import MethodConfig, ModelConfig, TrainConfig
 from flow_finetune.methods import make_weights
 from flow_finetune.models import load_model
 from flow_finetune.online import FrozenModel, OnlineWeights
-from flow_finetune.scores import read_scores, score, scoring_fingerprints
-from flow_finetune.train import micro_batches, step_plan, train
+from flow_finetune.train import micro_batches, step_plan
+from processes import run_python
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,30 +26,17 @@ ONLINE = {
 }  # fmt: skip
 
 
-class Setup:
-    """A tiny model, its samples and their scores."""
+class Setup(training.Setup):
+    """Two epochs of it, and the trained weights beside the summary."""
 
-    def __init__(self, model_dir, qa_file, directory, precision="full"):
-        self.config = ModelConfig(str(model_dir), precision=precision, device="cpu")
-        lm, self.tokenizer = load_model(self.config)
-        data = DataConfig(str(qa_file), prompt_field="question", response_field="answer")
-        self.samples = load_samples(data, self.tokenizer)
-        self.scores = directory / f"scores-{precision}.parquet"
-        score(lm, self.tokenizer, self.samples, self.scores, model_config=self.config)
-        self.found = read_scores(self.scores, self.samples, scoring_fingerprints(lm, self.tokenizer, self.samples))
-
-    def train(self, output, method, *, scores=None, lm=None, **options):
-        config = TrainConfig(**{"epochs": 2, "batch_size": 7, "learning_rate": 1e-3, **options})
-        summary = train(
-            lm or load_model(self.config)[0], self.tokenizer, self.samples, output,
-            method=method, config=config, model_config=self.config, scores=scores,
-        )  # fmt: skip
+    def train(self, output, method, **options):
+        summary = super().train(output, method, **{"epochs": 2, "batch_size": 7, "learning_rate": 1e-3, **options})
         return summary, load_file(output / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def setup(tiny_model_dir, qa_file, tmp_path_factory):
-    return Setup(tiny_model_dir, qa_file, tmp_path_factory.mktemp("online"))
+    return Setup(tiny_model_dir, qa_file).score(tmp_path_factory.mktemp("online"))
 
 
 @pytest.mark.parametrize("kind", ONLINE)
@@ -80,17 +65,17 @@ def test_online_weights_are_the_offline_ones_also_after_training_has_moved_the_m
     assert weights.temperature == setup.found.metadata["temperature"]
 
 
-def test_a_rounded_copy_rounds_the_weights_and_not_where_the_tokens_stand(setup):
-    """Rotary frequencies in bf16 would turn positions 300 apart by 0.4 rad."""
-    lm, _ = load_model(setup.config)
+def test_a_rounded_copy_rounds_the_weights_and_not_where_the_tokens_stand(tmp_path):
+    """Rotary frequencies in bf16 would turn positions 300 apart by 0.4 rad. A head that is tied stays so."""
+    directory = tiny_model.build(tmp_path, bos=True, tied=True)
+    lm, _ = load_model(ModelConfig(str(directory), precision="full", device="cpu"))
     frozen = FrozenModel(lm, None, "bfloat16", "full")._lm
     buffers, kept = dict(lm.named_buffers()), dict(frozen.named_buffers())
     assert any("inv_freq" in name for name in buffers)
     assert all(torch.equal(kept[name], buffer) and kept[name].dtype == buffer.dtype for name, buffer in buffers.items())
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
-    assert (
-        frozen.head.weight is frozen.model.get_input_embeddings().weight or lm.model.config.tie_word_embeddings is False
-    )
+    assert frozen.head.weight is frozen.model.get_input_embeddings().weight
+    assert frozen.head.weight is not lm.head.weight
 
 
 def test_only_what_is_trained_is_kept_twice(setup):
@@ -113,7 +98,7 @@ def test_training_online_with_the_scores_temperature_is_training_offline(
     tiny_model_dir, qa_file, tmp_path, kind, precision
 ):
     """Under bf16 autocast too, where weights cast without a graph must not serve the forward pass that needs one."""
-    setup = Setup(tiny_model_dir, qa_file, tmp_path, precision)
+    setup = Setup(tiny_model_dir, qa_file, precision).score(tmp_path)
     offline, a = setup.train(tmp_path / "a", MethodConfig(**ONLINE[kind]), scores=setup.scores)
     online, b = setup.train(tmp_path / "b", MethodConfig(online=True, **ONLINE[kind]), scores=setup.scores)
     assert online["temperature"] == pytest.approx(offline["temperature"], rel=1e-12)
@@ -160,10 +145,7 @@ def test_two_processes_weigh_and_train_as_one(setup, qa_file, tmp_path):
         "--device", "cpu", "--lr", "1e-3", "--epochs", "1", "--batch-size", "5",
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [sys.executable, *launcher, *command, "-o", str(tmp_path / "two")],
-        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    run_python(*launcher, *command, "-o", tmp_path / "two")
     setup.train(tmp_path / "one", MethodConfig(online=True, **ONLINE["lora"]), epochs=1, batch_size=5)
     logs = [
         [json.loads(line) for line in (tmp_path / name / "train/log.jsonl").read_text().splitlines()]

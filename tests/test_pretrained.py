@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import training
 from flow_finetune import pretrained as pretrained_module
-from flow_finetune.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
-from flow_finetune.data import load_samples
+from flow_finetune.config import MethodConfig, TrainConfig
 from flow_finetune.models import load_model
 from flow_finetune.pretrained import PretrainedCopy, averaging_steps, make_copy
-from flow_finetune.train import train
+from processes import peak_allocated
 from safetensors.torch import load_file
 from torch import nn
 
@@ -149,21 +149,12 @@ def test_averaging_steps():
     assert averaging_steps(7, None) == set()
 
 
-class Setup:
-    """A tiny model and its samples, trained without scores."""
-
-    def __init__(self, model_dir, qa_file):
-        self.config = ModelConfig(str(model_dir), precision="full", device="cpu")
-        self.lm, self.tokenizer = load_model(self.config)
-        data = DataConfig(str(qa_file), prompt_field="question", response_field="answer")
-        self.samples = load_samples(data, self.tokenizer)
+class Setup(training.Setup):
+    """Training without scores, by the entries of the method that differ; the trained weights."""
 
     def train(self, output, lm=None, *, method=None, **options):
-        config = TrainConfig(**{"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, **options})
-        train(
-            lm or load_model(self.config)[0], self.tokenizer, self.samples, output,
-            method=MethodConfig(name="m", weights="none", **(method or {})), config=config, model_config=self.config,
-        )  # fmt: skip
+        options = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, **options}
+        super().train(output, MethodConfig(name="m", weights="none", **(method or {})), lm=lm, **options)
         return load_file(output / "model.safetensors")
 
 
@@ -222,18 +213,6 @@ def test_sfa_trains_and_averages_in_turn(setup, tmp_path):
     for name, p in lm.model.named_parameters():
         torch.testing.assert_close(found[name], p.detach(), rtol=1e-5, atol=1e-7)
         assert not torch.equal(found[name], start[name])
-
-
-def peak_allocated(function) -> int:
-    """The most bytes that torch's CPU allocator held while `function` ran, beyond those at its beginning."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 def test_peak_memory_of_l2_is_that_of_standard_and_one_bf16_copy(tmp_path, tiny_model_dir, qa_file):

@@ -18,6 +18,7 @@ from flow_finetune.results import load_runs
 from flow_finetune.statistics import Items, paired_difference, ratio_and_standard_error
 from flow_finetune.vision import pipeline as vision_pipeline
 from rich.console import Console
+from run_files import write_evaluation
 
 TASKS = (("sums", "qa", "target"), ("wiki", "perplexity", "retained"), ("arc", "multiple_choice", "retained"),
          ("piqa", "multiple_choice", "retained"))  # fmt: skip
@@ -42,27 +43,8 @@ def make_items(task, kind, seed, shift) -> dict[str, Items]:
 
 def make_run(directory, seed, shifts, weights=None, fingerprint="f", skip=(), **options) -> dict:
     """A run directory as `evaluate` and `train` leave it; returns its items."""
-    directory.mkdir(parents=True)
-    records, rows, kept = [], [], {}
-    for name, kind, role in TASKS:
-        if name in skip:
-            continue
-        metrics = {}
-        for metric, items in make_items(name, kind, seed, shifts[role]).items():
-            value, error = ratio_and_standard_error(items.value, items.weight)
-            metrics[metric] = {"value": value, "standard_error": error, "num_items": len(items.ids)}
-            rows += [(name, metric, *item) for item in zip(items.ids, items.value, items.weight, strict=True)]
-            kept[name, metric] = items
-        if kind == "perplexity":
-            value, error = math.exp(metrics["nats_per_token"]["value"]), metrics["nats_per_token"]["standard_error"]
-            metrics["perplexity"] = {"value": value, "standard_error": value * error, "num_items": 40}
-        records.append({"name": name, "kind": kind, "role": role, "source": name, "num_items": 40, "seconds": 1.0,
-                        "fingerprint": fingerprint, "metrics": metrics})  # fmt: skip
-    evaluation = {"model": "base", "fingerprints": {"model": "m", "tokenizer": "t"}, "tasks": records}
-    (directory / "evaluation.json").write_text(json.dumps(evaluation))
-    columns = zip(*rows, strict=True)
-    names = ("task", "metric", "item", "value", "weight")
-    pq.write_table(pa.table({n: list(c) for n, c in zip(names, columns, strict=True)}), directory / "items.parquet")
+    found = [(*task, make_items(*task[:2], seed, shifts[task[2]])) for task in TASKS if task[0] not in skip]
+    write_evaluation(directory, found, fingerprint=fingerprint, fingerprints={"model": "m", "tokenizer": "t"})
     if weights is not None:
         (directory / "train").mkdir()
         summary = {"method": {"name": directory.name, "weights": weights, **options}, "train": {}, "num_steps": 48,
@@ -72,7 +54,7 @@ def make_run(directory, seed, shifts, weights=None, fingerprint="f", skip=(), **
         lines = [{"step": s, "epoch": 0, "loss": 2 / s, "weighted_loss": 1 / s, "grad_norm": 1.0,
                   "learning_rate": 1e-4, "distance": None} for s in range(1, 20)]  # fmt: skip
         (directory / "train" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return kept
+    return {(name, metric): items for name, *_, metrics in found for metric, items in metrics.items()}
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,6 @@
 
 import errno
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +16,13 @@ from flow_finetune.errors import InputError
 from flow_finetune.methods import make_weights
 from flow_finetune.models import load_model
 from flow_finetune.scores import read_metadata, read_scores, score, scoring_fingerprints
+from processes import kill_when, run_python
 
 import flow_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GSM8K = Path(__file__).parents[1] / "examples/data/gsm8k_train.jsonl.gz"
-
-
-# One thread: a tiny model gains nothing from more.
-_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def data_config(path, **options):
@@ -196,25 +188,18 @@ def test_a_torn_journal_line_is_dropped_and_a_foreign_journal_refused(scored, tm
 def test_killed_scoring_continues_to_the_same_bytes(tiny_model_dir, tmp_path):
     def command(output):
         return [
-            sys.executable, "-m", "flow_finetune.cli", "score", "-m", str(tiny_model_dir), "-d", str(GSM8K),
+            "-m", "flow_finetune.cli", "score", "-m", str(tiny_model_dir), "-d", str(GSM8K),
             "--prompt-field", "question", "--response-field", "answer", "--limit", "120", "--batch-tokens", "512",
             "--max-length", "400", "--tokens", "--device", "cpu", "-o", str(output),
         ]  # fmt: skip
 
     undisturbed, killed = tmp_path / "a.parquet", tmp_path / "b.parquet"
-    subprocess.run(command(undisturbed), check=True, capture_output=True, env=_ENVIRONMENT)
-    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_ENVIRONMENT)
+    run_python(*command(undisturbed))
     journal = tmp_path / "b.parquet.journal"
-    deadline = time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 20:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 20, *command(killed))
     assert not killed.exists()
     num_done = journal.read_bytes().count(b"\n") - 1
-    result = subprocess.run(command(killed), check=True, capture_output=True, env=_ENVIRONMENT, text=True)
+    result = run_python(*command(killed))
     assert f"continuing after {num_done} of" in result.stderr.replace("\n", " ")
     assert killed.read_bytes() == undisturbed.read_bytes()
     assert not journal.exists()

@@ -58,7 +58,7 @@ def test_an_sdist_holds_everything_that_is_compiled(tmp_path):
         names = {name.partition("/")[2] for name in tar.getnames()}
     for folder in ("csrc", "tests", "examples"):
         files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.is_file()}
-        files = {name for name in files if "__pycache__" not in name}
+        files = {name for name in files if not any(part.startswith((".", "__pycache__")) for part in Path(name).parts)}
         assert len(files) > 5
         assert files <= names, sorted(files - names)
     assert {"conftest.py", "LICENSE", "README.md", "flow_kernels/py.typed"} <= names

@@ -1,4 +1,7 @@
-"""A random two-layer Llama and its byte-level tokenizer, small enough to be run on every token in a plain loop."""
+"""A random two-layer Llama and its byte-level tokenizer, small enough to be run on every token in a plain loop.
+
+Beside it a model with a vision part.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 _SPECIALS = ["<pad>", "<s>", "</s>"]
 _TRAINING_TEXT = [
@@ -50,3 +60,14 @@ def build(directory: Path, *, bos: bool, tied: bool = False) -> Path:
     model.save_pretrained(directory)
     fast.save_pretrained(directory)
     return directory
+
+
+def with_vision(**text_config) -> PreTrainedModel:
+    """A random Gemma 3 with a vision part of one layer."""
+    config = AutoConfig.for_model(
+        "gemma3", mm_tokens_per_image=1, image_token_index=5, boi_token_index=6, eoi_token_index=7,
+        text_config={**text_config, "head_dim": 8},
+        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14},
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
