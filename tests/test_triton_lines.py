@@ -53,8 +53,8 @@ def test_every_line_of_kernels_and_launchers_is_executed():
                     class_weight = class_weight if has_class_weight else None
                     checks.check_logits_operators(logits, target, row_weight, class_weight, options)
             for name in ("plain", "all"):
-                checks.test_linear_operators(name, 8, torch.bfloat16)
-            checks.test_linear_operators("plain", 8, torch.float32)
+                checks.test_linear_operators(name, 103, 8, torch.bfloat16)
+            checks.test_linear_operators("plain", 103, 8, torch.float32)
             checks.test_chunk_size_follows_the_budget()
             checks.test_flow_weights("none")
             checks.test_flow_weights_of_unequal_lengths_and_of_nothing()

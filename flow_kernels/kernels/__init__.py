@@ -1,10 +1,12 @@
 """Triton kernels and their launchers, under the names and signatures of `flow_kernels.reference`, for fp32, bf16, fp16.
 
 Performance model. One row of V logits of b bytes; in 16 bits about 7 instructions and one exponential a logit forward,
-about 17 and two with the gradient (`python benchmarks/gpu_static.py`). The kernels move
+about 17 and two with the gradient (`python benchmarks/gpu_static.py`); 10, and 25 to 30 (AMD: 15 and 36), of given
+logits whose V or row stride is no multiple of 16, which are accessed an element at a time. The kernels move
 
     scoring    b V read                       2 V bytes in bf16
-    training   b V read, b V written          4 V bytes while a row fits in registers (128 KiB), else 6 V
+    training   b V read, b V written          4 V bytes while a row fits in registers (128 KiB; 32 KiB where it is
+                                              accessed an element at a time in 16 bits), else 6 V
 
 so the floor of a row is its bytes over the memory bandwidth, unless its exponentials (16 a cycle and multiprocessor) or
 its instructions (128 lanes a cycle and multiprocessor, 64 on MI300X) take longer. In nanoseconds a row in bf16:

@@ -68,6 +68,13 @@ ONE_PASS = {
     },
 }
 
+# Rows that are not aligned to 16 bytes are loaded an element at a time, and a 16-bit element then takes a register as a
+# 32-bit one does: longer rows would spill.
+ONE_PASS_UNALIGNED = {
+    2: {v: config for v, config in ONE_PASS[2].items() if v <= 8192} | {16384: Config(4096, 512, 4)},
+    4: ONE_PASS[4],
+}
+
 # Soft-cap, smoothing, class weights and a bias take registers of their own; longer rows would spill.
 ONE_PASS_ROW_BYTES_WITH_OPTIONS = 32 * 2**10
 
@@ -90,11 +97,11 @@ def lookup(table: dict, dtype: torch.dtype, num_classes: int) -> Config | None:
     return next((config for largest, config in table[dtype.itemsize].items() if num_classes <= largest), None)
 
 
-def one_pass(dtype: torch.dtype, num_classes: int, has_options: bool) -> Config | None:
+def one_pass(dtype: torch.dtype, num_classes: int, has_options: bool, is_aligned: bool) -> Config | None:
     """The configuration that keeps a row in registers, None where it does not fit."""
     if has_options and num_classes * dtype.itemsize > ONE_PASS_ROW_BYTES_WITH_OPTIONS:
         return None
-    return lookup(ONE_PASS, dtype, num_classes)
+    return lookup(ONE_PASS if is_aligned else ONE_PASS_UNALIGNED, dtype, num_classes)
 
 
 @functools.cache

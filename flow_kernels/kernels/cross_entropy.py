@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from flow_kernels.kernels import configs
 from flow_kernels.kernels.softmax_row import (
@@ -40,8 +41,10 @@ from flow_kernels.kernels.softmax_row import (
     columns,
     expm1,
     group_of,
+    is_accessed,
     keep_raw,
     load_logits,
+    load_raw,
     merge_target,
     merge_threads,
     others_gradient,
@@ -57,24 +60,30 @@ from flow_kernels.kernels.softmax_row import (
 )
 from flow_kernels.reference import check_target
 
+# Rows that start and end at multiples of so many elements are accessed 16 bytes at a time; Triton looks for no other.
+ROW_ALIGNMENT = 16
+
 
 @triton.jit
 def cross_entropy_fwd_kernel(
     logits_ptr, target_ptr, bias_ptr, class_weight_ptr, loss_ptr, lse_ptr, correct_ptr,
-    logits_row_stride, V, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
+    sizes, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Loss, lse and correctness of one row a program."""
     ignore_index, label_smoothing, softcap, z_loss = row_options
+    V = sizes[0]
+    width = (V, sizes[1])
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     if (target != ignore_index) & (target >= 0) & (target < V):
         y = target.to(tl.int32)
-        row_ptr = logits_ptr + row * logits_row_stride
-        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        row_ptr = logits_ptr + row * sizes[2]
+        z_target = load_logits(row_ptr, bias_ptr, y, width, softcap, HAS_SOFTCAP)
         z_max, others, weighted, max_before = walk_row(
-            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V, DEPTH
-        )
+            row_ptr, y, z_target, bias_ptr, class_weight_ptr, width, softcap,
+            HAS_SMOOTHING, HAS_SOFTCAP, ALIGNED, BLOCK_V, DEPTH,
+        )  # fmt: skip
         nll, lse, _, _ = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
@@ -91,36 +100,38 @@ def cross_entropy_fwd_kernel(
 @triton.jit
 def cross_entropy_fwd_bwd_kernel(
     logits_ptr, target_ptr, row_weight_ptr, bias_ptr, class_weight_ptr, loss_ptr, dlogits_ptr,
-    row_strides, V, row_options,
-    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    sizes, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of one row a program, V <= BLOCK_V * NUM_BLOCKS: the row is read once and kept in registers."""
     ignore_index, label_smoothing, softcap, z_loss = row_options
+    V = sizes[0]
+    width = (V, sizes[1])
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * row_strides[0]
+    row_ptr = logits_ptr + row * sizes[2]
     target = tl.load(target_ptr + row)
     scale = tl.load(row_weight_ptr + row)
     is_kept = (target != ignore_index) & (scale != 0)
     if is_kept & (target >= 0) & (target < V):
         y = target.to(tl.int32)
-        lanes = columns(row_ptr, BLOCK_V, 1)
+        lanes = columns(row_ptr, ALIGNED, BLOCK_V, 1)
         thread = tl.arange(0, lanes.shape[1])
-        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        z_target = load_logits(row_ptr, bias_ptr, y, width, softcap, HAS_SOFTCAP)
         # The target's 16 bytes are taken out of the blocks and handled on their own: one comparison a group, not one a
         # logit.
-        y_group, y_cols = group_of(row_ptr, y)
-        z_group = load_logits(row_ptr, bias_ptr, y_cols, V, softcap, HAS_SOFTCAP)
+        y_group, y_cols = group_of(row_ptr, y, ALIGNED, BLOCK_V)
+        z_group = load_logits(row_ptr, bias_ptr, y_cols, width, softcap, HAS_SOFTCAP)
         running = start_threads(tl.where(y_cols == y, -float("inf"), z_group), thread)
         weighted = tl.zeros_like(running[0])
         blocks = ()
         for block in tl.static_range(NUM_BLOCKS):
             cols = lanes + block * BLOCK_V
-            x = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf"))
+            x = load_raw(row_ptr, cols, width)
             # Triton reads no starred expression.
             blocks = blocks + (x,)  # noqa: RUF005
-            z = through_head(x, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+            z = through_head(x, bias_ptr, cols, width, softcap, HAS_SOFTCAP)
             if HAS_SMOOTHING:
-                weighted += smoothing_sum(z, class_weight_ptr, cols, V)
+                weighted += smoothing_sum(z, class_weight_ptr, cols, width)
             is_counted = thread + block * lanes.shape[1] != y_group
             running = accumulate(z, running, is_counted)
         z_max, others = merge_threads(running, z_target)
@@ -128,98 +139,105 @@ def cross_entropy_fwd_bwd_kernel(
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, tl.sum(weighted, 0), terms, z_loss, HAS_SMOOTHING))
         dz_target = target_gradient(
-            z_target, p_minus_1, y, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            z_target, p_minus_1, y, terms, scale, class_weight_ptr, width, softcap, HAS_SMOOTHING, HAS_SOFTCAP
         )
-        dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
+        dlogits_row_ptr = dlogits_ptr + row * sizes[3]
         for block in tl.static_range(NUM_BLOCKS):
             cols = lanes + block * BLOCK_V
-            z = through_head(keep_raw(blocks[block], others), bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+            z = through_head(keep_raw(blocks[block], others), bias_ptr, cols, width, softcap, HAS_SOFTCAP)
             dz = others_gradient(
-                z, cols, softmax, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+                z, cols, softmax, terms, scale, class_weight_ptr, width, softcap, HAS_SMOOTHING, HAS_SOFTCAP
             )
-            is_stored = (thread + block * lanes.shape[1] != y_group)[None, :, None] & (cols < V)
+            is_stored = (thread + block * lanes.shape[1] != y_group)[None, :, None] & is_accessed(cols, width)
             tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=is_stored)
         dz = others_gradient(
-            z_group, y_cols, softmax, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            z_group, y_cols, softmax, terms, scale, class_weight_ptr, width, softcap, HAS_SMOOTHING, HAS_SOFTCAP
         )
         dz = tl.where(y_cols == y, dz_target, dz).to(dlogits_ptr.dtype.element_ty)
-        tl.store(dlogits_row_ptr + y_cols, dz, mask=y_cols < V)
+        tl.store(dlogits_row_ptr + y_cols, dz, mask=is_accessed(y_cols, width))
     else:
         tl.store(loss_ptr + row, tl.where(is_kept, float("nan"), 0.0))
-        store_zeros(dlogits_ptr + row * row_strides[1], V, BLOCK_V)
+        store_zeros(dlogits_ptr + row * sizes[3], width, ALIGNED, BLOCK_V)
 
 
 @triton.jit
 def cross_entropy_walk_kernel(
     logits_ptr, target_ptr, row_weight_ptr, bias_ptr, class_weight_ptr, loss_ptr, dlogits_ptr,
-    row_strides, V, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
+    sizes, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """`cross_entropy_fwd_bwd_kernel` for a row of any length: read once for the loss, once more for the gradient."""
     ignore_index, label_smoothing, softcap, z_loss = row_options
+    V = sizes[0]
+    width = (V, sizes[1])
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * row_strides[0]
-    dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
+    row_ptr = logits_ptr + row * sizes[2]
+    dlogits_row_ptr = dlogits_ptr + row * sizes[3]
     target = tl.load(target_ptr + row)
     scale = tl.load(row_weight_ptr + row)
     is_kept = (target != ignore_index) & (scale != 0)
     if is_kept & (target >= 0) & (target < V):
         y = target.to(tl.int32)
-        z_target = load_logits(row_ptr, bias_ptr, y, V, softcap, HAS_SOFTCAP)
+        z_target = load_logits(row_ptr, bias_ptr, y, width, softcap, HAS_SOFTCAP)
         z_max, others, weighted, _ = walk_row(
-            row_ptr, y, z_target, bias_ptr, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP, BLOCK_V, DEPTH
-        )
+            row_ptr, y, z_target, bias_ptr, class_weight_ptr, width, softcap,
+            HAS_SMOOTHING, HAS_SOFTCAP, ALIGNED, BLOCK_V, DEPTH,
+        )  # fmt: skip
         nll, lse, p_minus_1, softmax = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
         dz_target = target_gradient(
-            z_target, p_minus_1, y, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            z_target, p_minus_1, y, terms, scale, class_weight_ptr, width, softcap, HAS_SMOOTHING, HAS_SOFTCAP
         )
-        lanes = columns(row_ptr, BLOCK_V, DEPTH)
+        lanes = columns(row_ptr, ALIGNED, BLOCK_V, DEPTH)
         for start in range(0, V, BLOCK_V):
             cols = start + lanes
-            z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+            z = load_logits(row_ptr, bias_ptr, cols, width, softcap, HAS_SOFTCAP)
             dz = others_gradient(
-                z, cols, softmax, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+                z, cols, softmax, terms, scale, class_weight_ptr, width, softcap, HAS_SMOOTHING, HAS_SOFTCAP
             )
             dz = place_target(dz, cols, y, dz_target, start, BLOCK_V)
-            tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
+            tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=is_accessed(cols, width))
     else:
         tl.store(loss_ptr + row, tl.where(is_kept, float("nan"), 0.0))
-        store_zeros(dlogits_row_ptr, V, BLOCK_V)
+        store_zeros(dlogits_row_ptr, width, ALIGNED, BLOCK_V)
 
 
 @triton.jit
 def cross_entropy_bwd_kernel(
     dloss_ptr, logits_ptr, target_ptr, lse_ptr, bias_ptr, class_weight_ptr, dlogits_ptr,
-    row_strides, V, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    sizes, row_options, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_V columns of one row a program, from the lse of the forward kernel; may run in place."""
     ignore_index, label_smoothing, softcap, z_loss = row_options
+    V = sizes[0]
+    width = (V, sizes[1])
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK_V
-    cols = start + columns(logits_ptr, BLOCK_V, 1)
-    row_ptr = logits_ptr + row * row_strides[0]
-    dlogits_row_ptr = dlogits_ptr + row * row_strides[1]
+    cols = start + columns(logits_ptr, ALIGNED, BLOCK_V, 1)
+    row_ptr = logits_ptr + row * sizes[2]
+    dlogits_row_ptr = dlogits_ptr + row * sizes[3]
     target = tl.load(target_ptr + row)
     scale = tl.load(dloss_ptr + row)
     if (target != ignore_index) & (scale != 0) & (target >= 0) & (target < V):
         y = target.to(tl.int32)
         lse = tl.load(lse_ptr + row)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
-        z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+        z = load_logits(row_ptr, bias_ptr, cols, width, softcap, HAS_SOFTCAP)
         dz = others_gradient(
-            z, cols, (lse, 1.0), terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+            z, cols, (lse, 1.0), terms, scale, class_weight_ptr, width, softcap, HAS_SMOOTHING, HAS_SOFTCAP
         )
         if (y >= start) & (y < start + BLOCK_V):
             # Every column as if it were the target, rather than a second read of a logit that is being overwritten.
             dz_target = target_gradient(
-                z, expm1(z - lse), cols, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING, HAS_SOFTCAP
+                z, expm1(z - lse), cols, terms, scale, class_weight_ptr, width, softcap, HAS_SMOOTHING, HAS_SOFTCAP
             )
             dz = tl.where(cols == y, dz_target, dz)
-        tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
+        tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=is_accessed(cols, width))
     else:
-        tl.store(dlogits_row_ptr + cols, tl.zeros_like(cols).to(dlogits_ptr.dtype.element_ty), mask=cols < V)
+        zeros = tl.zeros_like(cols).to(dlogits_ptr.dtype.element_ty)
+        tl.store(dlogits_row_ptr + cols, zeros, mask=is_accessed(cols, width))
 
 
 def check_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -235,48 +253,74 @@ def check_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return logits if logits.stride(1) == 1 or num_classes == 1 else logits.contiguous()
 
 
+def padded(length: int) -> int:
+    """The next multiple of `ROW_ALIGNMENT`."""
+    return -(-length // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def with_padding(values: Tensor | None) -> Tensor | None:
+    """Values of V columns with zeros behind them, as far as a kernel may access them."""
+    return None if values is None else F.pad(values, (0, padded(len(values)) - len(values))).contiguous()
+
+
 def with_sum(class_weight: Tensor | None) -> Tensor | None:
     """The class weights followed by their sum, as the kernels take them."""
-    return None if class_weight is None else torch.cat([class_weight.float(), class_weight.float().sum()[None]])
+    if class_weight is None:
+        return None
+    class_weight = class_weight.float()
+    return with_padding(torch.cat([class_weight, class_weight.sum()[None]]))
 
 
-def _launch(kernel, config, grid, tensors, sizes, options):
-    """Run `kernel` on the device of its first tensor; `options` is (ignore_index, label_smoothing, softcap, z_loss).
+def _is_aligned(end: int, *rows: Tensor) -> bool:
+    """Whether rows can be accessed 16 bytes at a time, by the numbers from which Triton finds it out."""
+    return end % ROW_ALIGNMENT == 0 and all(t.stride(0) % ROW_ALIGNMENT == 0 and t.data_ptr() % 16 == 0 for t in rows)
+
+
+def _launch(kernel, config, grid, tensors, sizes, options, is_aligned):
+    """Run `kernel` on the device of its first tensor.
+
+    `sizes` is (V, end, row strides of the logits and of their gradient), `options` (ignore_index, label_smoothing, softcap,
+    z_loss).
 
     No parameter of a kernel may be called `options`: Triton's launcher has one of that name.
     """
     device = tensors[0].device
     with torch.cuda.device_of(tensors[0]):
         kernel[grid](
-            *tensors, *sizes, options, HAS_SMOOTHING=options[1] > 0, HAS_SOFTCAP=options[2] > 0,
+            *tensors, sizes, options, HAS_SMOOTHING=options[1] > 0, HAS_SOFTCAP=options[2] > 0, ALIGNED=is_aligned,
             **config.constants, num_warps=config.num_warps(configs.warp_size(device)), enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def launch_fwd(logits, target, bias, class_weight, loss, lse, correct, options) -> None:
-    """Write loss, lse (fp32) and correct (bool) of every row of `logits [N, V]`."""
+def launch_fwd(logits, target, bias, class_weight, loss, lse, correct, options, end=None) -> None:
+    """Write loss, lse (fp32) and correct (bool) of every row of `logits [N, V]`.
+
+    `end`, here and below: the column up to which rows may be accessed, a multiple of 16, if that is not V.
+    """
     num_rows, num_classes = logits.shape
     if num_rows:
         config = configs.lookup(configs.WALK, logits.dtype, num_classes)
         tensors = (logits, target, bias, class_weight, loss, lse, correct.view(torch.uint8))
-        sizes = (logits.stride(0), num_classes)
-        _launch(cross_entropy_fwd_kernel, config, (num_rows,), tensors, sizes, options)
+        sizes, is_aligned = (num_classes, end, logits.stride(0)), _is_aligned(end or num_classes, logits)
+        _launch(cross_entropy_fwd_kernel, config, (num_rows,), tensors, sizes, options, is_aligned)
 
 
-def launch_fwd_bwd(logits, target, row_weight, bias, class_weight, loss, dlogits, options) -> None:
+def launch_fwd_bwd(logits, target, row_weight, bias, class_weight, loss, dlogits, options, end=None) -> None:
     """Write the row losses and `dlogits`, which may be `logits` itself."""
     num_rows, num_classes = logits.shape
     if num_rows:
         has_options = bias is not None or class_weight is not None or options[1] > 0 or options[2] > 0
-        kernel, config = cross_entropy_fwd_bwd_kernel, configs.one_pass(logits.dtype, num_classes, has_options)
+        is_aligned = _is_aligned(end or num_classes, logits, dlogits)
+        kernel = cross_entropy_fwd_bwd_kernel
+        config = configs.one_pass(logits.dtype, num_classes, has_options, is_aligned)
         if config is None:
             kernel, config = cross_entropy_walk_kernel, configs.lookup(configs.WALK, logits.dtype, num_classes)
         tensors = (logits, target, row_weight, bias, class_weight, loss, dlogits)
-        sizes = ((logits.stride(0), dlogits.stride(0)), num_classes)
-        _launch(kernel, config, (num_rows,), tensors, sizes, options)
+        sizes = (num_classes, end, logits.stride(0), dlogits.stride(0))
+        _launch(kernel, config, (num_rows,), tensors, sizes, options, is_aligned)
 
 
-def launch_bwd(dloss, logits, target, lse, bias, class_weight, dlogits, options) -> None:
+def launch_bwd(dloss, logits, target, lse, bias, class_weight, dlogits, options, end=None) -> None:
     """Write `dlogits`, which may be `logits` itself."""
     num_rows, num_classes = logits.shape
     if num_rows:
@@ -287,9 +331,10 @@ def launch_bwd(dloss, logits, target, lse, bias, class_weight, dlogits, options)
                 f"logits, got {num_classes}; backend='reference' serves any length"
             )
         tensors = (dloss, logits, target, lse, bias, class_weight, dlogits)
-        sizes = ((logits.stride(0), dlogits.stride(0)), num_classes)
+        sizes = (num_classes, end, logits.stride(0), dlogits.stride(0))
         grid = (num_rows, triton.cdiv(num_classes, config.block_v))
-        _launch(cross_entropy_bwd_kernel, config, grid, tensors, sizes, options)
+        is_aligned = _is_aligned(end or num_classes, logits, dlogits)
+        _launch(cross_entropy_bwd_kernel, config, grid, tensors, sizes, options, is_aligned)
 
 
 def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):

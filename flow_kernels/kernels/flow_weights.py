@@ -81,7 +81,8 @@ def flow_weights_kernel(
             held = tl.where(num_targets > 0, mean_loss, float("inf"))
             new_low = tl.minimum(low, held)
             shift = tl.where(low == float("inf"), 0.0, tl.exp2((new_low - low) * rate))
-            total = total * shift + tl.where(num_targets > 0, tl.exp2((new_low - held) * rate), 0.0)
+            # Infinite where a sample has no target or an infinite loss: a weight of 0, and no inf - inf.
+            total = total * shift + tl.where(held == float("inf"), 0.0, tl.exp2((new_low - held) * rate))
             low = new_low
             present += (num_targets > 0).to(tl.float32)
             tl.store(weight_ptr + sample, held, mask=exists)

@@ -15,10 +15,21 @@ the row kernel writes zeros for them. Where a dropped row could reach a sum over
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from flow_kernels.kernels.cross_entropy import check_rows, launch_bwd, launch_fwd, launch_fwd_bwd, with_sum
+from flow_kernels.kernels.cross_entropy import (
+    ROW_ALIGNMENT,
+    check_rows,
+    launch_bwd,
+    launch_fwd,
+    launch_fwd_bwd,
+    padded,
+    with_padding,
+    with_sum,
+)
 from flow_kernels.products import add_product, rounded_product
 
 # The buffer of logits. 256 MiB are 512 rows of 262144 in bf16: with D = 640 or more such a chunk's products still run
@@ -27,9 +38,6 @@ LOGITS_BUFFER_BYTES = 256 * 2**20
 # Fewer rows than this leave a matmul waiting for `linear_weight`, which each chunk reads again: R flops per byte of it,
 # where an H100 does about 300 flops in the time of one byte.
 MIN_CHUNK_ROWS = 256
-# Rows of the buffer start at multiples of 16 elements: the fast path of cuBLAS, and 16-byte accesses in the row kernel
-# where V is such a multiple itself (of any other V, Triton masks and so moves single elements).
-ROW_ALIGNMENT = 16
 
 
 def default_chunk_size(num_classes: int, itemsize: int) -> int:
@@ -45,8 +53,10 @@ class _Chunks:
         num_rows, num_classes = input.shape[0], linear_weight.shape[0]
         self.input, self.linear_weight = input, linear_weight
         self.size = min(chunk_size or default_chunk_size(num_classes, input.element_size()), max(num_rows, 1))
-        stride = -(-num_classes // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        self.buffer = input.new_empty(self.size, stride)[:, :num_classes]
+        # Rows that start at multiples of 16 elements: the fast path of cuBLAS, and 16-byte accesses in the row kernel, which
+        # reads -inf between V and the end and writes what it likes.
+        self.end = padded(num_classes) if num_classes % ROW_ALIGNMENT else None
+        self.buffer, self.rest = input.new_empty(self.size, padded(num_classes)).tensor_split([num_classes], dim=1)
 
     def __iter__(self):
         """`(rows, logits)`, the rows as a slice and their logits in the buffer."""
@@ -54,6 +64,8 @@ class _Chunks:
             rows = slice(start, min(start + self.size, self.input.shape[0]))
             logits = self.buffer[: rows.stop - rows.start]
             torch.mm(self.input[rows], self.linear_weight.T, out=logits)
+            if self.end:
+                self.rest.fill_(-math.inf)
             yield rows, logits
 
 
@@ -87,10 +99,6 @@ class _HeadGradients:
         )
 
 
-def _unit_stride(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def linear_cross_entropy_fwd(
     input, linear_weight, target, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss, chunk_size,
     grad_filter_eps=0.0,
@@ -99,11 +107,13 @@ def linear_cross_entropy_fwd(
     options = (ignore_index, label_smoothing, softcap, z_loss)
     chunks = _Chunks(input, linear_weight, chunk_size)
     check_rows(chunks.buffer, target, ignore_index)
-    target, linear_bias, class_weight = target.contiguous(), _unit_stride(linear_bias), with_sum(class_weight)
+    target, linear_bias, class_weight = target.contiguous(), with_padding(linear_bias), with_sum(class_weight)
     loss = input.new_empty(input.shape[0], dtype=torch.float32)
     lse, correct = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
     for rows, logits in chunks:
-        launch_fwd(logits, target[rows], linear_bias, class_weight, loss[rows], lse[rows], correct[rows], options)
+        launch_fwd(
+            logits, target[rows], linear_bias, class_weight, loss[rows], lse[rows], correct[rows], options, chunks.end
+        )  # fmt: skip
     return loss, lse, correct
 
 
@@ -118,9 +128,10 @@ def linear_cross_entropy_bwd(
     dloss, lse, target = dloss.float().contiguous(), lse.contiguous(), target.contiguous()
     keep = (target != ignore_index) & (dloss != 0)
     grads = _HeadGradients(input, linear_weight, linear_bias, keep, needs)
-    linear_bias, class_weight = _unit_stride(linear_bias), with_sum(class_weight)
-    for rows, logits in _Chunks(input, linear_weight, chunk_size):
-        launch_bwd(dloss[rows], logits, target[rows], lse[rows], linear_bias, class_weight, logits, options)
+    linear_bias, class_weight = with_padding(linear_bias), with_sum(class_weight)
+    chunks = _Chunks(input, linear_weight, chunk_size)
+    for rows, logits in chunks:
+        launch_bwd(dloss[rows], logits, target[rows], lse[rows], linear_bias, class_weight, logits, options, chunks.end)
         grads.add(rows, logits)
     return grads.result()
 
@@ -138,9 +149,11 @@ def linear_cross_entropy_fwd_bwd(
     row_weight, target = row_weight.float().contiguous(), target.contiguous()
     keep = (target != ignore_index) & (row_weight != 0)
     grads = _HeadGradients(input, linear_weight, linear_bias, keep, needs)
-    linear_bias, class_weight = _unit_stride(linear_bias), with_sum(class_weight)
+    linear_bias, class_weight = with_padding(linear_bias), with_sum(class_weight)
     loss = input.new_empty(input.shape[0], dtype=torch.float32)
     for rows, logits in chunks:
-        launch_fwd_bwd(logits, target[rows], row_weight[rows], linear_bias, class_weight, loss[rows], logits, options)
+        launch_fwd_bwd(
+            logits, target[rows], row_weight[rows], linear_bias, class_weight, loss[rows], logits, options, chunks.end
+        )  # fmt: skip
         grads.add(rows, logits)
     return (row_weight * loss).sum(), loss, *grads.result()

@@ -1,11 +1,15 @@
 """What every kernel does to one row of logits: load, running (max, sum), loss, gradient. Device functions only.
 
-Legend: `row_ptr` the row's first logit, `cols` int32 column numbers of any shape, V the number of columns, `scale` the
-row's weight or upstream gradient, `softcap` c, `terms = (hit, spread, smooth)` of the gradient
+Legend: `row_ptr` the row's first logit, `cols` int32 column numbers of any shape, `width = (V, end)` the number of columns
+and the one that accesses stop before, None where that is V, `scale` the row's weight or upstream gradient, `softcap` c,
+`terms = (hit, spread, smooth)` of the gradient
 
     dz_j = scale (spread p_j - hit [j = y] - smooth weight_j) (1 - (z_j / c)^2)
 
 with the formulas of `flow_kernels.reference`. An optional pointer that is None leaves its part out at compile time.
+
+A mask that ends in the middle of a thread's 16 bytes makes every access one element wide. Rows of any V whose memory goes
+on to a multiple of 16 elements, with -inf from V on, are therefore read and written up to there, the `end`.
 """
 
 from __future__ import annotations
@@ -20,12 +24,23 @@ LOWEST = tl.constexpr(-1.7e38)
 
 
 @triton.jit
-def columns(ptr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr):
-    """Columns [DEPTH, threads, G] in groups G of 16 bytes: a thread owns DEPTH whole groups and reduces them alone."""
+def columns(ptr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr):
+    """Columns [DEPTH, threads, G] in groups of G = 16 bytes: a thread owns DEPTH whole groups and reduces them alone.
+
+    The columns of a group are neighbours, for one access of 16 bytes, where rows are ALIGNED to them. Elsewhere accesses
+    are one element wide: neighbours then belong to neighbouring threads, so that a warp still moves whole sectors.
+    """
     GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     THREADS: tl.constexpr = BLOCK_V // GROUP // DEPTH
-    group = tl.arange(0, DEPTH)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
-    return group[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    depth, thread = tl.arange(0, DEPTH)[:, None, None], tl.arange(0, THREADS)[None, :, None]
+    place = tl.arange(0, GROUP)[None, None, :]
+    return (depth * THREADS + thread) * GROUP + place if ALIGNED else (depth * GROUP + place) * THREADS + thread
+
+
+@triton.jit
+def is_accessed(cols, width):
+    """Whether a column is read and written: the mask of every access."""
+    return cols < (width[0] if width[1] is None else width[1])
 
 
 @triton.jit
@@ -40,23 +55,27 @@ def thread_sum(z):
 
 
 @triton.jit
-def through_head(x, bias_ptr, cols, V, softcap, HAS_SOFTCAP: tl.constexpr):
+def through_head(x, bias_ptr, cols, width, softcap, HAS_SOFTCAP: tl.constexpr):
     """Raw logits to fp32 logits with bias and soft-cap; -inf from V on."""
     z = x.to(tl.float32)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+        z += tl.load(bias_ptr + cols, mask=is_accessed(cols, width), other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         # tanh |u| = (1 - t) / (1 + t) with t = exp(-2 |u|): no overflow, and one exponential in base 2.
         t = tl.exp2(tl.abs(z) * (-2.0 * LOG2E / softcap))
         capped = softcap * (1.0 - t) / (1.0 + t)
-        z = tl.where(cols < V, tl.where(z < 0, -capped, capped), -float("inf"))
+        z = tl.where(cols < width[0], tl.where(z < 0, -capped, capped), -float("inf"))
     return z
 
 
 @triton.jit
-def load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP: tl.constexpr):
-    x = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf"))
-    return through_head(x, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+def load_raw(row_ptr, cols, width):
+    return tl.load(row_ptr + cols, mask=is_accessed(cols, width), other=-float("inf"))
+
+
+@triton.jit
+def load_logits(row_ptr, bias_ptr, cols, width, softcap, HAS_SOFTCAP: tl.constexpr):
+    return through_head(load_raw(row_ptr, cols, width), bias_ptr, cols, width, softcap, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -73,18 +92,26 @@ def keep_raw(x, total):
 
 
 @triton.jit
-def smoothing_sum(z, class_weight_ptr, cols, V):
+def smoothing_sum(z, class_weight_ptr, cols, width):
     """Sum of weight_j z_j over the columns of each thread."""
     if class_weight_ptr is not None:
-        z *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
-    return thread_sum(tl.where(cols < V, z, 0.0))
+        z *= tl.load(class_weight_ptr + cols, mask=is_accessed(cols, width), other=0.0)
+    return thread_sum(tl.where(cols < width[0], z, 0.0))
 
 
 @triton.jit
-def group_of(ptr, y):
-    """Number and columns [G] of the 16-byte group that column y is in."""
+def group_of(ptr, y, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Number and columns [G] of the group that column y is in, in blocks of `columns` with DEPTH 1."""
     GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    return y // GROUP, y // GROUP * GROUP + tl.arange(0, GROUP)
+    THREADS: tl.constexpr = BLOCK_V // GROUP
+    if ALIGNED:
+        number = y // GROUP
+        cols = number * GROUP + tl.arange(0, GROUP)
+    else:
+        block = y // BLOCK_V
+        number = block * THREADS + y % THREADS
+        cols = block * BLOCK_V + y % THREADS + tl.arange(0, GROUP) * THREADS
+    return number, cols
 
 
 @triton.jit
@@ -130,24 +157,24 @@ def merge_threads(running, z_target):
 
 @triton.jit
 def walk_row(
-    row_ptr, target, z_target, bias_ptr, class_weight_ptr, V, softcap,
-    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
+    row_ptr, target, z_target, bias_ptr, class_weight_ptr, width, softcap, HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One read of a row: `(z_max, others, weighted, max_before)`.
 
     `z_max` and `others` leave the target out, `weighted` is sum_j weight_j z_j (with HAS_SMOOTHING), `max_before` the
     maximum of the columns before the target.
     """
-    lanes = columns(row_ptr, BLOCK_V, DEPTH)
+    lanes = columns(row_ptr, ALIGNED, BLOCK_V, DEPTH)
     lowest = tl.full([lanes.shape[1]], LOWEST, tl.float32)
     running = (lowest, lowest * -LOG2E, tl.zeros_like(lowest))
     weighted = tl.zeros_like(lowest)
     max_before = tl.max(lowest, 0)
-    for start in range(0, V, BLOCK_V):
+    for start in range(0, width[0], BLOCK_V):
         cols = start + lanes
-        z = load_logits(row_ptr, bias_ptr, cols, V, softcap, HAS_SOFTCAP)
+        z = load_logits(row_ptr, bias_ptr, cols, width, softcap, HAS_SOFTCAP)
         if HAS_SMOOTHING:
-            weighted += smoothing_sum(z, class_weight_ptr, cols, V)
+            weighted += smoothing_sum(z, class_weight_ptr, cols, width)
         # One block of a row takes this branch, so no other block pays for comparing its columns with the target.
         if (target >= start) & (target < start + BLOCK_V):
             before = thread_max(tl.where(cols < target, z, -float("inf")))
@@ -201,12 +228,12 @@ def row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING: tl.constexpr):
 
 @triton.jit
 def through_options(
-    dz, z, cols, class_weight_ptr, V, smooth, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+    dz, z, cols, class_weight_ptr, width, smooth, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
     """What smoothing subtracts (`smooth` already scaled), then the chain rule through the soft-cap."""
     if HAS_SMOOTHING:
         if class_weight_ptr is not None:
-            dz -= smooth * tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
+            dz -= smooth * tl.load(class_weight_ptr + cols, mask=is_accessed(cols, width), other=0.0)
         else:
             dz -= smooth
     if HAS_SOFTCAP:
@@ -217,8 +244,9 @@ def through_options(
 
 @triton.jit
 def others_gradient(
-    z, cols, softmax, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
+    z, cols, softmax, terms, scale, class_weight_ptr, width, softcap,
+    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """The gradient of every column but the target's, whose place gets a value that somebody else must replace.
 
     `softmax` as from `merge_target`.
@@ -228,17 +256,18 @@ def others_gradient(
     shift = softmax[0] * -LOG2E
     factor = scale * terms[1] * softmax[1] * tl.exp2(tl.fma(softmax[0], -LOG2E, -shift))
     dz = factor * tl.exp2(tl.fma(z, LOG2E, shift))
-    return through_options(dz, z, cols, class_weight_ptr, V, scale * terms[2], softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+    return through_options(dz, z, cols, class_weight_ptr, width, scale * terms[2], softcap, HAS_SMOOTHING, HAS_SOFTCAP)
 
 
 @triton.jit
 def target_gradient(
-    z, p_minus_1, y, terms, scale, class_weight_ptr, V, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
+    z, p_minus_1, y, terms, scale, class_weight_ptr, width, softcap,
+    HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """The target's own gradient: spread p - hit as (spread - hit) p + hit (p - 1)."""
     hit, spread, smooth = terms
     dz = scale * ((spread - hit) * (p_minus_1 + 1.0) + hit * p_minus_1)
-    return through_options(dz, z, y, class_weight_ptr, V, scale * smooth, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
+    return through_options(dz, z, y, class_weight_ptr, width, scale * smooth, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -261,9 +290,10 @@ def expm1(x):
 
 
 @triton.jit
-def store_zeros(dlogits_row_ptr, V, BLOCK_V: tl.constexpr):
+def store_zeros(dlogits_row_ptr, width, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr):
     """A row of zeros."""
-    lanes = columns(dlogits_row_ptr, BLOCK_V, 1)
-    for start in range(0, V, BLOCK_V):
+    lanes = columns(dlogits_row_ptr, ALIGNED, BLOCK_V, 1)
+    for start in range(0, width[0], BLOCK_V):
         cols = start + lanes
-        tl.store(dlogits_row_ptr + cols, tl.zeros_like(cols).to(dlogits_row_ptr.dtype.element_ty), mask=cols < V)
+        zeros = tl.zeros_like(cols).to(dlogits_row_ptr.dtype.element_ty)
+        tl.store(dlogits_row_ptr + cols, zeros, mask=is_accessed(cols, width))
