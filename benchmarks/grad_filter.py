@@ -15,9 +15,9 @@ from pathlib import Path
 import harness
 import torch
 from cases import relative_error
-from flow_finetune.config import DataConfig, ModelConfig
-from flow_finetune.data import collate, load_samples
-from flow_finetune.models import autocast, load_model
+from end_to_end import load
+from flow_finetune.data import collate
+from flow_finetune.models import autocast
 from torch import Tensor
 
 from flow_kernels import linear_cross_entropy, reference
@@ -30,12 +30,11 @@ KEYS = ("model", "rows", "grad_filter_eps")
 @torch.no_grad()
 def real_head(model: str, data: str, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states `[num_rows, D]`, the head `[V, D]`, both bf16, and targets of answers to GSM8K's questions."""
-    lm, tokenizer = load_model(ModelConfig(model, device="cpu"))
+    lm, samples = load(model, data, limit=64)
     if lm.softcap or lm.head.bias is not None:
         raise SystemExit(f"{model} has a soft-cap or a bias behind its head, which this program does not measure")
-    samples = load_samples(DataConfig(data, prompt_field="question", response_field="answer", limit=64), tokenizer)
     hidden, targets = [], []
-    for sample in samples.samples:
+    for sample in samples:
         batch = collate([sample], 0)
         with autocast(torch.device("cpu"), "bf16"):
             hidden.append(lm.target_hidden(batch).bfloat16())

@@ -7,18 +7,17 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from experiment import Search
 from flow_finetune import pipeline
 from flow_finetune.config import DataConfig, MethodConfig, RunConfig, TaskConfig
-from flow_finetune.data import load_samples, read_rows
+from flow_finetune.data import read_rows
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.methods import needs_scores
-from flow_finetune.models import load_model
-from flow_finetune.progress import say
-from flow_finetune.scores import read_metadata, score, score_header
+from flow_finetune.scores import read_metadata
 from flow_finetune.storage import atomic_path, write_json
 from records import locked
 
@@ -94,15 +93,16 @@ class LanguageLaboratory:
     def _scored(self, data: DataConfig, name: str):
         """Samples, their score file, and how many seconds the scoring took."""
         with locked(self.work / f"locks/{name}", wait=True):
-            base, batch_tokens = self._base(), self.setup.batch_tokens
+            base = self._base()
             started = time.perf_counter()
-            lm, tokenizer = load_model(base)
-            samples = load_samples(data, tokenizer)
-            say(f"{data.source}: {samples.describe()}")
-            header = score_header(lm, tokenizer, samples, base, batch_tokens, self.tokens)
-            path = score_file(self.work, name, header)
+            samples, path = pipeline.score_data(
+                base,
+                data,
+                partial(score_file, self.work, name),
+                batch_tokens=self.setup.batch_tokens,
+                tokens=self.tokens,
+            )
             timing = path.with_suffix(".json")
-            score(lm, tokenizer, samples, path, model_config=base, batch_tokens=batch_tokens, tokens=self.tokens)
             if not timing.is_file():
                 write_json(timing, {"seconds": time.perf_counter() - started})
         return samples, path, json.loads(timing.read_text())["seconds"]

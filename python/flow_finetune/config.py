@@ -57,6 +57,7 @@ METHOD_PARTS = {
     "what is penalised": {"l2": {"penalty": "l2"}, "l1": {"penalty": "l1"}},
     "what is averaged": {"sfa": {"average_every": 0.25}},
 }
+METHOD_NAMES = tuple(part for parts in METHOD_PARTS.values() for part in parts)
 
 
 def named_options(name: str) -> dict | None:
@@ -122,10 +123,9 @@ class MethodConfig:
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         if options is None and not entries.keys() - {"name", "learning_rate"}:
-            names = ", ".join(part for parts in METHOD_PARTS.values() for part in parts)
             raise InputError(
-                f"{where}: the name {name!r} stands for no method; join names of {names} by +, or say what it does, as in "
-                "weights: sequence"
+                f"{where}: the name {name!r} stands for no method; join names of {', '.join(METHOD_NAMES)} by +, or say "
+                "what it does, as in weights: sequence"
             )
         return {**(options or {}), **entries}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import flow_kernels
-from flow_finetune.config import METHOD_PARTS, MethodConfig, choose, named_options, non_defaults
+from flow_finetune.config import METHOD_NAMES, METHOD_PARTS, MethodConfig, choose, named_options, non_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.scores import Scores
 
@@ -33,7 +33,7 @@ def named_method(name: str) -> MethodConfig:
                 f"--method {name}: WiSE-FT trains nothing; average a finished model with flow-finetune wise-ft, or add "
                 "a row {name: wise-ft, of: NAME, wise_ft: 0.5} to a run's methods"
             )
-        choose("--method", part, tuple(n for names in METHOD_PARTS.values() for n in names))
+        choose("--method", part, METHOD_NAMES)
     return MethodConfig(name=name, **named_options(name))
 
 

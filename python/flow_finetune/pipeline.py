@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flow_finetune.config import (
@@ -34,7 +34,7 @@ from flow_finetune.plots import require_matplotlib
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
-from flow_finetune.scores import score
+from flow_finetune.scores import score, score_header
 from flow_finetune.tasks import check_task, prepare
 from flow_finetune.train import train
 from flow_finetune.train_checks import check_dtype, check_grad_filter, check_train
@@ -87,14 +87,20 @@ def base_model(config: ModelConfig, directory: Path) -> ModelConfig:
 
 
 def score_data(
-    base: ModelConfig, data: DataConfig, path: Path, *, batch_tokens: int = 4096, tokens: bool = False
-) -> SampleSet:
-    """Score `data` into `path`, unless that is done, and return its samples."""
+    base: ModelConfig,
+    data: DataConfig,
+    place: Callable[[dict], Path],
+    *,
+    batch_tokens: int = 4096,
+    tokens: bool = False,
+) -> tuple[SampleSet, Path]:
+    """Score `data` into the `place` for its `score_header`, unless that is done; returns its samples and the file."""
     lm, tokenizer = load_model(base)
     samples = load_samples(data, tokenizer)
     say(f"{data.source}: {samples.describe()}")
+    path = place(score_header(lm, tokenizer, samples, base, batch_tokens, tokens))
     score(lm, tokenizer, samples, path, model_config=base, batch_tokens=batch_tokens, tokens=tokens)
-    return samples
+    return samples, path
 
 
 def train_into(
