@@ -43,7 +43,7 @@ demo: setup
 # DEVICE=cuda: first whether there is a GPU, then every test, the operator tests on Triton's kernels compiled for it.
 test: lint
 	$(if $(filter cuda,$(DEVICE)),$(BIN)/python benchmarks/gpu.py --require)
-	$(if $(filter cuda,$(DEVICE)),DEVICE=cuda OPERATOR_BACKENDS="reference cpu triton") $(BIN)/python -m pytest
+	$(if $(filter cuda,$(DEVICE)),DEVICE=cuda) $(BIN)/python -m pytest
 
 # The sanitisers' runtimes must be the first libraries of the process. Leaks are Python's own. The conftest.py of the
 # root is left out, because pytest would put its directory, with the ordinary kernels, before PYTHONPATH.

@@ -8,8 +8,10 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-# What torch.cuda.is_available() would say, without importing torch, which the environment must precede.
-if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/kfd")):
+# What torch.cuda.is_available() would say, without importing torch, which the environment must precede: one GPU of a node
+# may be /dev/nvidia3 alone, and /dev/dxg is that of WSL. `make test DEVICE=cuda` must never pass in the interpreter.
+_HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*")) or any(Path(device).exists() for device in ("/dev/kfd", "/dev/dxg"))
+if not _HAS_GPU and os.environ.get("DEVICE") != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

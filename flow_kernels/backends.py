@@ -57,6 +57,8 @@ def _why_no_triton(device_type: str) -> str:
         return f"flow_kernels has no Triton kernels for {device_type}"
     if not torch.cuda.is_available():
         return "no usable GPU driver: torch.cuda.is_available() is False"
+    if interprets:
+        return "TRITON_INTERPRET=1 was set before triton's import, so nothing would be compiled; start without it"
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < MIN_CUDA_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"

@@ -49,8 +49,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _refuse_capture(device_type: str) -> None:
+    """Say what torch would say of a value that is looked at while a CUDA graph is captured, and what to do."""
+    if device_type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the reference looks at targets on the host, which a CUDA graph cannot hold (torch.compile's "
+            "reduce-overhead makes one): name backend='triton', or leave the loss out of the graph"
+        )
+
+
 def check_target(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise `IndexError` naming the first row whose target is neither a class nor `ignore_index`."""
+    _refuse_capture(target.device.type)
     bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
@@ -194,9 +204,9 @@ def flow_weights(loss, target, temperature, cu_seqlens, ignore_index, normalize)
     if normalize == "none":
         weights = exponent.exp()
     else:
-        # No sample with a target: 0 everywhere, where the softmax of nothing would be NaN.
+        # Where no sample has a target and a finite loss: 0 everywhere, where the softmax of nothing would be NaN.
         scale = has_target.sum() if normalize == "mean" else 1
-        weights = torch.where(has_target, scale * exponent.softmax(0), 0)
+        weights = torch.where(exponent == -torch.inf, 0, scale * exponent.softmax(0))
     dtype = accumulation_dtype(loss.dtype)
     return mean_loss.to(dtype), weights.to(dtype)
 

@@ -187,6 +187,16 @@ def row_weights(
     return torch.where(count == 0, 0.0, weight / torch.where(count == 0, 1.0, count))
 
 
+def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number or a 0-d tensor as a 0-d tensor on `device`, without a wait for it where the host knows the number."""
+    if isinstance(value, Tensor) and (
+        value.device.type != "cpu" or device.type == "cpu" or torch.compiler.is_compiling()
+    ):
+        return value.to(device, dtype)
+    # Not as_tensor and not `to`: a copy from the host's memory would wait for the device.
+    return torch.full((), float(value), dtype=dtype, device=device)
+
+
 def _count(rows: Rows, weight: Tensor, class_weight: Tensor | None, normalizer: str | float | Tensor) -> Tensor:
     if isinstance(normalizer, str):
         if normalizer not in ("targets", "weights"):
@@ -200,13 +210,9 @@ def _count(rows: Rows, weight: Tensor, class_weight: Tensor | None, normalizer: 
     if not isinstance(normalizer, (Real, Tensor)):
         got = type(normalizer).__name__
         raise TypeError(f"normalizer must be 'targets', 'weights', a number or a 0-d tensor, got {got}")
-    if isinstance(normalizer, Tensor):
-        count = normalizer.to(weight.device, weight.dtype)
-    else:
-        # Not as_tensor: a copy from the host's memory would wait for the device.
-        count = torch.full((), float(normalizer), dtype=weight.dtype, device=weight.device)
-    if count.dim() != 0:
-        raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(count.shape)}")
+    if isinstance(normalizer, Tensor) and normalizer.dim() != 0:
+        raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+    count = scalar(normalizer, weight.device, weight.dtype)
     if reads_values(count) and not bool(torch.isfinite(count)):
         raise ValueError(f"normalizer must be finite, got {float(count)}")
     return count

@@ -10,7 +10,7 @@ from torch import Tensor
 from flow_kernels import backends, ops
 from flow_kernels.losses import cast_for_autocast, check_chunk_size, check_head, check_options
 from flow_kernels.reference import accumulation_dtype, sum_rows
-from flow_kernels.rows import check_floating, flatten
+from flow_kernels.rows import check_floating, flatten, scalar
 from flow_kernels.weighting import NORMALIZATIONS
 
 
@@ -188,11 +188,10 @@ def weigh_samples(
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < float("inf"):
             raise ValueError(f"the temperature must be positive and finite, got {temperature}")
-        temperature = torch.full((), temperature, dtype=accumulation_dtype(loss.dtype), device=loss.device)
     elif temperature.dim() != 0:
         raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+    dtype = accumulation_dtype(loss.dtype)
+    tau = scalar(temperature, loss.device, temperature.dtype if isinstance(temperature, Tensor) else dtype)
     values, labels = (_by_sample(t, target, cu_seqlens) for t in (rows.input.squeeze(-1), rows.target))
-    backend = backends.resolve(backend, loss.device.type, accumulation_dtype(loss.dtype), "flow_weights")
-    return SampleWeights(
-        *ops.flow_weights(values, labels, temperature.to(loss.device), cu_seqlens, ignore_index, normalize, backend)
-    )
+    backend = backends.resolve(backend, loss.device.type, dtype, "flow_weights")
+    return SampleWeights(*ops.flow_weights(values, labels, tau, cu_seqlens, ignore_index, normalize, backend))

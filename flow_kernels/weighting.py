@@ -138,7 +138,7 @@ def flow_weights(
     elif quantile != _MEDIAN:
         raise ValueError(f"temperature is given, so quantile={quantile}, which would find one, has no effect; give one")
     else:
-        tau = torch.as_tensor(temperature, dtype=torch.float64, device=losses.device)
+        tau = torch.as_tensor(temperature, dtype=torch.float64, device=losses.device).detach()
         if tau.dim() != 0:
             raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(tau.shape)}")
         _check_temperature(tau)

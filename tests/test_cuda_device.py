@@ -1,10 +1,18 @@
 """The CUDA kernels on a GPU against the reference in fp64; collected by `make test DEVICE=cuda` only (conftest.py)."""
 
+import shutil
+
 import pytest
 import torch
 
 import flow_kernels
-from flow_kernels import ops, reference
+from flow_kernels import cuda, ops, reference
+
+# Where there is a compiler for them, kernels that did not compile are a failure.
+pytestmark = pytest.mark.skipif(
+    cuda.why_not() is not None and (torch.version.hip is not None or shutil.which("nvcc") is None),
+    reason=f"no CUDA kernels, and no nvcc to compile them: {cuda.why_not()}",
+)
 
 OPTIONS = {
     "plain": (False, -100, 0.0, 0.0, 0.0),

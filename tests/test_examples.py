@@ -11,6 +11,19 @@ from flow_finetune.config import RunConfig, from_mapping, read_yaml
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.fixture(autouse=True)
+def accelerate_of_its_own():
+    """One state of accelerate is shared by a whole process: on a GPU machine, no test after these could use the CPU."""
+    _forget_accelerate()
+    yield
+    _forget_accelerate()
+
+
+def _forget_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def _load(name: str):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -36,9 +49,7 @@ def test_the_accelerate_loop_takes_the_same_steps_however_they_are_divided():
     main = _load("accelerate_loop").main
     whole = main(gradient_accumulation_steps=1)
     assert 0 < whole[-1] < 0.8 * whole[0]
-    # One state of accelerate is shared by a whole process.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    _forget_accelerate()
     assert main(gradient_accumulation_steps=4) == pytest.approx(whole, rel=1e-4)
     with pytest.raises(ValueError, match="samples_per_step must be a multiple of 4, got 6"):
         main(gradient_accumulation_steps=4, samples_per_step=6)

@@ -318,6 +318,14 @@ def test_forward_mode_is_refused(backend, reduction):
         function(tensor)  # outside, nothing is refused
 
 
+def test_the_reference_says_that_it_cannot_be_captured(monkeypatch):
+    target = torch.tensor([1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    reference.check_target(target, 3, -100)  # of the CPU
+    with pytest.raises(RuntimeError, match="name backend='triton', or leave the loss out of the graph"):
+        reference._refuse_capture("cuda")
+
+
 def test_the_reference_holds_larger_chunks_on_accelerators():
     assert [reference.default_chunk_size(262144, device) for device in ("cpu", "cuda")] == [64, 512]
     assert reference.default_chunk_size(10**6, "cuda") == reference.MIN_ACCELERATOR_ROWS

@@ -176,6 +176,16 @@ def test_infinite_logits_follow_the_reference():
     torch.testing.assert_close(dlogits[:2].double(), exact_dlogits[:2], rtol=1e-5, atol=1e-6)
 
 
+def test_offsets_beyond_int32():
+    # 4 GiB of address space; on a CPU only the rows are ever touched.
+    logits = torch.empty(2**31 + 1000, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 1000), (2**30, 1))
+    logits.copy_(torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)))
+    target = torch.tensor([1, IGNORE, 999], device=DEVICE)
+    loss, _, _ = kernels.cross_entropy_fwd(logits, target, None, *PLAIN)
+    exact = torch.nn.functional.cross_entropy(logits.double(), target, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="looking at the targets would synchronise a GPU")
 @pytest.mark.parametrize("bad", [-1, 50, 2**40])
 def test_target_out_of_range_raises_on_the_cpu(bad):

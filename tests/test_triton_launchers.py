@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from test_triton_kernels import DEVICE, OPTIONS, PLAIN, batch, head, samples, weighting
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -236,10 +237,19 @@ class TestBackend:
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
         assert backends.status("triton", "cpu").reason == "triton is not installed"
 
+    def test_the_interpreter_does_not_serve_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        found = backends.status("triton", "cuda")
+        assert found.available == (not triton.knobs.runtime.interpret)
+        assert found.available or "start without it" in found.reason
+
     @pytest.mark.parametrize(("capability", "available"), [((7, 5), False), ((8, 0), True), ((10, 0), True)])
     def test_old_gpus_are_refused(self, capability, available, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
         found = backends.status("triton", "cuda")
         assert found.available == available
         assert available or "compute capability 7.5" in found.reason

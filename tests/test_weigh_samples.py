@@ -56,6 +56,14 @@ def test_with_score_tokens_one_pass_over_the_logits_gives_losses_and_weights(bac
     torch.testing.assert_close(got.weight, torch.exp(-got.mean_loss / TAU) * (sums.num_targets > 0))
 
 
+@pytest.mark.parametrize("normalize", ["none", "mean", "simplex"])
+def test_samples_of_infinite_loss_alone_weigh_nothing(backend, normalize):
+    loss = torch.full((2, 3), torch.inf)
+    got = weigh_samples(loss, torch.zeros(2, 3).long(), 1.0, normalize=normalize, backend=backend)
+    assert got.mean_loss.tolist() == [torch.inf] * 2
+    assert got.weight.tolist() == [0.0] * 2
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
 def test_no_samples_and_no_rows(backend, shape):
     got = weigh_samples(torch.zeros(shape), torch.zeros(shape, dtype=torch.long), 1.0, backend=backend)

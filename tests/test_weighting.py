@@ -156,6 +156,7 @@ def test_weights_keep_shape_and_no_gradient():
     assert weights.shape == losses.shape
     assert not weights.requires_grad
     assert not temperature(losses).requires_grad
+    assert not flow_weights(losses, torch.ones((), requires_grad=True)).requires_grad
     assert flow_weights(torch.rand(4).bfloat16()).dtype == torch.float32
 
 

@@ -32,8 +32,10 @@ from flow_kernels.kernels.cross_entropy import (
 )
 from flow_kernels.products import add_product, rounded_product
 
-# The buffer of logits. 256 MiB are 512 rows of 262144 in bf16: with D = 640 or more such a chunk's products still run
-# at the matmul's full rate, and more would only cost memory.
+# The buffer of logits. 256 MiB are 512 rows of 262144 in bf16. By the roofline of an H100 (about 240 flops in the time of
+# a byte) the products that read `linear_weight` are bound by arithmetic then (R flops a byte), and that of its gradient by
+# memory (its fp32 sum is read and written once a chunk, R / 4 flops a byte, whatever D is): a larger `chunk_size` trades
+# memory for speed there. Not measured on a GPU.
 LOGITS_BUFFER_BYTES = 256 * 2**20
 # Fewer rows than this leave a matmul waiting for `linear_weight`, which each chunk reads again: R flops per byte of it,
 # where an H100 does about 300 flops in the time of one byte.
