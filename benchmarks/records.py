@@ -99,8 +99,20 @@ class Records:
 
         None where it is not measured, infinite where the training diverged.
         """
-        records = {cell.candidate: self.read(cell) for cell in self.experiment.candidates(owner)}
+        cells = list(self.experiment.candidates(owner))
+        records = {cell.candidate: self.read(cell) for cell in cells}
+        self._check_validation(owner, [cell for cell in cells if records[cell.candidate] is not None])
         return {rate: record and _validation_loss(record) for rate, record in records.items()}
+
+    def _check_validation(self, owner, done: list[Cell]) -> None:
+        """Refuse losses of a grid that were measured on different samples: their lowest means nothing."""
+        # What diverged was not evaluated.
+        files = [path for cell in done if (path := self.directory(cell) / EVALUATION_FILE).is_file()]
+        if len({json.loads(path.read_text())["tasks"][0]["fingerprint"] for path in files}) > 1:
+            raise InputError(
+                f"the learning rates of {owner.name} were tried on different validation samples; remove the records "
+                f"{owner.name}-lr* in {self.path / 'search'} that are not of this data"
+            )
 
     def start(self, cell: Cell) -> dict[str, str]:
         """Fingerprints of the model and the training data that a cell is made from; none where it has no record."""

@@ -1,5 +1,6 @@
 """Completions against plain loops over the full logits of a tiny model."""
 
+import copy
 import json
 import re
 
@@ -10,6 +11,8 @@ from evaluation_cases import metrics_of, run, target_log_probabilities, write_ro
 from flow_finetune.config import TaskConfig
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
+from flow_finetune.tasks import prepare
+from tokenizers.processors import TemplateProcessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,6 +71,20 @@ def test_template(tiny, tmp_path):
     first, second = (task["metrics"] for task in result["tasks"])
     assert first == second
     assert json.loads((tmp_path / "o" / "evaluation.json").read_text())["tasks"][0]["kind"] == "completion"
+
+
+def test_a_chat_template_that_writes_the_bos_gets_no_second_one(tiny, tmp_path):
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}:"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    source = write_rows(tmp_path / "words.jsonl", ROWS[:1])
+    for template, text in (("chat", "How many apples are in the:"), ("{prompt}:", "How many apples are in the:")):
+        (sample,) = prepare([completion(source, template=template)], tokenizer)[0].samples
+        assert sample.input_ids.tolist() == tokenizer(text + ROWS[0]["target"]).input_ids
+        assert sample.input_ids.tolist().count(tokenizer.bos_token_id) == 1
 
 
 def test_bad_completions(tiny, tmp_path):

@@ -139,6 +139,16 @@ def test_without_a_pretrained_run_nothing_is_hard(tmp_path):
     assert not any(m.hardest for m in shown_metrics(runs))
 
 
+def test_which_accuracy_counts_and_under_which_names(tmp_path):
+    names = [{"siqa": "social_iqa"}.get(name, name) for name in derived.COMMONSENSE]
+    tasks = [("blimp", "multiple_choice", "retained"), *((name, "multiple_choice", "retained") for name in names)]
+    runs, _ = three_runs(tmp_path, tasks)
+    # BLiMP is of pairs of sentences, and the likelier one wins; the harness's name of SIQA is the paper's.
+    assert derived.retained_mean(runs)[0] == (0.5, ("blimp", "accuracy"))
+    assert derived.retained_mean(runs)[1:] == [(pytest.approx(1 / 12), (name, "accuracy_bytes")) for name in names]
+    assert len(derived.commonsense(runs)) == 6
+
+
 def test_page(tmp_path):
     runs, items = three_runs(tmp_path / "runs", LANGUAGE)
     text = write_report([tmp_path / "runs" / name for name in items], tmp_path / "report").read_text()
@@ -147,6 +157,7 @@ def test_page(tmp_path):
     assert f"{value.value:.3f} ± {value.standard_error:.3f}" in text
     assert "The commonsense average is the mean accuracy over hellaswag, arc_easy" in text
     assert "The hardest 10 % are the items of the target" in text
+    assert "over blimp (33.3%), harness (33.3%), hellaswag (5.6%), arc_easy (5.6%)" in text
     # Accuracies of other kinds do not stand in the tables of multiple choice.
     head = next(line for line in text.splitlines() if line.startswith("| run | blimp"))
     assert head == f"| run | {' | '.join(['blimp', *derived.COMMONSENSE])} |"

@@ -14,6 +14,7 @@ from flow_finetune.config import TaskConfig
 from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
+from flow_finetune.tasks import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,6 +193,9 @@ def test_bad_tasks(tiny, files, tmp_path):
         ([TaskConfig("perplexity", str(notes))], "notes.md is not a text file"),
         ([TaskConfig("perplexity", files["text"], window=1)], "window of .* must be at least 2"),
         ([TaskConfig("perplexity", files["text"], limit=0)], "limit of text must be at least 1"),
+        ([TaskConfig("perplexity", files["text"], max_length=99)], "max_length of text has no effect on a perplexity"),
+        ([TaskConfig("multiple_choice", no_choices, template="x")], "template of fields has no effect.*num_shots"),
+        ([qa_task(files["qa"], window=9)], "window of sums has no effect on a qa evaluation"),
         ([TaskConfig("essay", files["text"])], "kind of text must be one of perplexity, qa, multiple_choice"),
         ([TaskConfig("perplexity", files["text"], role="both")], "role of text must be one of"),
         ([TaskConfig("perplexity", files["text"])] * 2, "2 evaluations are named 'text'"),
@@ -204,4 +208,8 @@ def test_bad_tasks(tiny, files, tmp_path):
     for configs, message in cases:
         with pytest.raises(InputError, match=message):
             run(tiny, configs, tmp_path / "out")
+        # Found while tasks are read, before any of them is run.
+        if configs:
+            with pytest.raises(InputError, match=message):
+                prepare(configs, tiny[1])
     assert not (tmp_path / "out").exists()

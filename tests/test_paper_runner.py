@@ -1,5 +1,6 @@
 """The runner of experiments: which cells are run, once; how learning rates are chosen; what a killed call leaves."""
 
+import json
 import math
 import shutil
 
@@ -51,6 +52,20 @@ def test_the_learning_rate_is_the_lowest_validation_loss_of_the_own_or_named_sea
     assert used == {"standard-seed0": 3e-5, "l2-seed0": 3e-5, "flow-seed0": 1e-5, "fixed-seed0": 2e-5}
     losses = runner.records.search_losses(tiny_experiment.row("standard"))
     assert losses == pytest.approx({rate: 1 + math.log(rate / 3e-5) ** 2 for rate in (1e-5, 3e-5, 1e-4)})
+
+
+def test_validation_losses_of_different_samples_are_not_compared(tiny_experiment, tmp_path):
+    make_runner(tiny_experiment, tmp_path, FakeLaboratory()).run(tiny_experiment.cells())
+    path = tmp_path / "records/tiny/search/flow-lr0.001/evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["tasks"][0]["fingerprint"] = "of another machine's file"
+    path.write_text(json.dumps(evaluation))
+    records = Records(tiny_experiment, tmp_path / "records")
+    records.search_losses(tiny_experiment.row("standard"))
+    with pytest.raises(
+        InputError, match=r"learning rates of flow were tried on different validation samples.*flow-lr\*"
+    ):
+        records.search_losses(tiny_experiment.row("flow"))
 
 
 def test_shards_are_disjoint_complete_and_finish_the_experiment_together(tiny_experiment, tmp_path):

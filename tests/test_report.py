@@ -14,7 +14,7 @@ import pytest
 from flow_finetune import pipeline
 from flow_finetune.errors import InputError
 from flow_finetune.report import summary_table, write_report
-from flow_finetune.results import load_runs
+from flow_finetune.results import find_pretrained, load_runs
 from flow_finetune.statistics import Items, paired_difference, ratio_and_standard_error
 from flow_finetune.vision import pipeline as vision_pipeline
 from rich.console import Console
@@ -252,6 +252,35 @@ def test_bad_runs(runs, scores, tmp_path):
     with pytest.raises(InputError, match=r"items.parquet is not a score file"):
         write_report(runs[0], tmp_path / "out", scores=runs[0][0] / "items.parquet")
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_evaluated_in_another_way_are_refused(tmp_path):
+    for name, precision in (("half", "bf16"), ("whole", "full"), ("old", None)):
+        make_run(tmp_path / name, 1, {"target": 0.0, "retained": 0.0})
+        path = tmp_path / name / "evaluation.json"
+        evaluation = json.loads(path.read_text())
+        if precision is not None:
+            evaluation["tasks"][1]["settings"] = {"precision": precision}
+        path.write_text(json.dumps(evaluation))
+    with pytest.raises(InputError, match="'half' and 'whole' were evaluated on 'wiki' with another precision"):
+        load_runs([tmp_path / "half", tmp_path / "whole"])
+    # An older evaluation does not say.
+    assert len(load_runs([tmp_path / "half", tmp_path / "old"])) == 2
+
+
+def test_the_pretrained_model_is_the_one_that_was_trained_from(tmp_path):
+    for name, model in (("other", "x"), ("untrained", "m")):
+        make_run(tmp_path / name, 1, {"target": 0.8, "retained": 0.0})
+        path = tmp_path / name / "evaluation.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprints": {"model": model}}))
+    make_run(tmp_path / "plain", 2, {"target": 0.0, "retained": 0.3}, "none")
+    summary = tmp_path / "plain/train/summary.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "fingerprints": {"model": "m"}}))
+    paths = {name: tmp_path / name for name in ("other", "untrained", "plain")}
+    assert find_pretrained(load_runs(list(paths.values()))).name == "untrained"
+    said = "other is not the model that the trained runs started from"
+    assert said in write_report([paths["other"], paths["plain"]], tmp_path / "a").read_text()
+    assert said not in write_report(list(paths.values()), tmp_path / "b").read_text()
 
 
 def test_without_matplotlib(runs, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Few-shot prompts are the harness's, letter by letter; their metrics are those of a plain loop; bad shots are named."""
 
+import copy
 import json
 import re
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from evaluation_cases import metrics_of, qa_task, run, target_log_probabilities, write_rows
-from flow_finetune import tasks
+from flow_finetune import generate, tasks
 from flow_finetune.config import TaskConfig
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
+from flow_finetune.shots import stop_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,6 +97,39 @@ def test_values(tiny, paths, tmp_path):
         assert (
             json.loads(line)["generated"] == tokenizer.decode(new, skip_special_tokens=True).partition("Question:")[0]
         )
+
+
+@pytest.mark.parametrize(
+    ("template", "until"),
+    [
+        (None, ["### Instruction:"]),
+        ("Question: {prompt}\nAnswer:", ["Question:"]),
+        ("Solve.\n\nQ: {prompt}\nA:", ["Q:"]),
+        ("{prompt} =", []),
+        ("Solve {prompt}", []),
+        ("chat", []),
+    ],
+)
+def test_answers_without_shots_end_at_the_next_question(template, until):
+    assert stop_texts(qa_task("sums.jsonl", template=template)) == until
+
+
+def test_a_stop_text_that_is_a_special_token_ends_an_answer(tiny, monkeypatch):
+    lm, tokenizer = tiny[0], copy.deepcopy(tiny[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    seen = []
+
+    def generate_greedily(lm, prompts, *, stop_ids, ends, **options):
+        seen.append((set(stop_ids), ends(tokenizer("A new Question: of it").input_ids)))
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(generate, "generate_greedily", generate_greedily)
+    # Decoded text does not have it, so it is looked for by its number.
+    for until in (["Question:"], ["Question:", "<|im_end|>"]):
+        generate.generate_texts(lm, tokenizer, [tokenizer("How many").input_ids], until=until)
+    (plain, first), (special, second) = seen
+    assert special - plain == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert first is second is True
 
 
 def test_generation_ends_at_a_text(tiny):

@@ -51,7 +51,8 @@ def test_ratio_refuses(value, weight):
         ratio_and_standard_error(value, weight)
 
 
-def test_interval_of_three_items_is_that_of_all_27_resamples():
+def test_interval_of_three_items_is_that_of_all_27_resamples(monkeypatch):
+    monkeypatch.setattr(statistics, "_MIN_PAIRS", 3)
     a, b = np.array([4.0, 1.0, 9.0]), np.array([3.0, 2.0, 2.0])
     weight = np.array([1.0, 2.0, 3.0])
     draws = [list(d) for d in itertools.product(range(3), repeat=3)]
@@ -97,6 +98,18 @@ def test_pairing_matters_and_order_does_not():
     assert paired_difference(a, shuffled, num_resamples=2000) == found
     unpaired = items(b.value, ids=list(reversed(b.ids)))
     assert not paired_difference(a, unpaired, num_resamples=2000).excludes_zero
+
+
+def test_five_pairs_tell_nothing_and_six_do():
+    # All of n pairs differ in one direction by chance with probability 2^(1 - n): 1 in 16 of 5, 1 in 32 of 6.
+    rng = np.random.default_rng(9)
+    pairs = [(items(rng.uniform(1, 2, n)), items(np.zeros(n))) for n in (1, 5, 6)]
+    for (a, b), known in zip(pairs, (False, False, True), strict=True):
+        found = paired_difference(a, b, num_resamples=500)
+        assert found.difference == pytest.approx(a.value.mean())
+        assert found.excludes_zero == known
+        assert math.isfinite(found.low) == math.isfinite(found.high) == known
+    assert not paired_mean_difference(pairs, num_resamples=500).excludes_zero
 
 
 def test_blocks_do_not_change_the_result(monkeypatch):

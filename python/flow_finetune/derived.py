@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 HARDEST_SHARE = 0.1
 COMMONSENSE = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "siqa", "openbookqa")
+# Their names in lm-evaluation-harness, where these differ.
+_ALIASES = {"social_iqa": "siqa"}
+# Pairs of sentences of which the likelier one is meant to win, whatever their lengths.
+_BY_LIKELIHOOD = ("blimp",)
 # The one accuracy of a task that enters a mean, the first that it has.
 _ACCURACY = {
     "multiple_choice": ("accuracy_bytes",),
@@ -35,14 +39,15 @@ Key = tuple[str, str]  # task and metric
 
 
 def accuracies(runs: Sequence[Run], role: str) -> dict[str, Key]:
-    """Task and metric of the accuracy of every task of that role which all runs have."""
+    """Task and metric of the accuracy of every task of that role which all runs have, by the paper's name of the task."""
     found = {}
     for name, task in runs[0].tasks.items():
         if task["role"] != role:
             continue
-        for metric in _ACCURACY.get(task["kind"], ()):
+        wanted = ("accuracy",) if name in _BY_LIKELIHOOD else ()
+        for metric in (*wanted, *_ACCURACY.get(task["kind"], ())):
             if all(metric in run.metrics(name) for run in runs):
-                found[name] = (name, metric)
+                found[_ALIASES.get(name, name)] = (name, metric)
                 break
     return found
 

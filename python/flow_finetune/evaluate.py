@@ -74,7 +74,7 @@ def evaluate(
             {
                 "name": task.name, "kind": task.config.kind, "role": task.config.role, "source": task.config.source,
                 "num_items": task.num_items, "num_dropped": task.num_dropped, "num_truncated": task.num_truncated,
-                "fingerprint": task.fingerprint(),
+                "fingerprint": task.fingerprint(), "settings": {"precision": precision, **task.settings()},
                 "seconds": time.perf_counter() - start, "metrics": metrics,
             }
         )  # fmt: skip
@@ -102,14 +102,8 @@ def _run_completion(lm, tokenizer, task: Task, batch_tokens, precision, generati
 
 def _run_qa(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:
     config = task.config
-    asked = task.samples[: config.num_generate]
     pattern = compile_answer_pattern(config.answer_pattern, task.name)
-    expected = [extract_answer(s.response, pattern) for s in asked]
-    if None in expected:
-        raise InputError(
-            f"{config.source}: answer_pattern {config.answer_pattern!r} finds no answer in row "
-            f"{asked[expected.index(None)].id}; give another answer_pattern, or num_generate: 0 for losses only"
-        )
+    asked, expected = task.samples[: len(task.answers)], task.answers
     scores = score_groups(lm, task.groups(), tokenizer.pad_token_id, batch_tokens, precision, task.name)
     ids = [s.id for s in task.samples]
     items = {

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from flow_finetune.errors import InputError
 from flow_finetune.statistics import Items, ratio_and_standard_error
-from flow_finetune.storage import SUMMARY_FILE, atomic_path, write_json
+from flow_finetune.storage import SUMMARY_FILE, atomic_path, require_writable, write_json
 
 EVALUATION_FILE, ITEMS_FILE, GENERATIONS_FILE = "evaluation.json", "items.parquet", "generations.jsonl"
 
@@ -22,8 +22,7 @@ def require_unused(output: Path, overwrite: bool = False) -> None:
     """Raise `InputError` if `output` holds an evaluation that may not be replaced."""
     if (output / EVALUATION_FILE).exists() and not overwrite:
         raise InputError(f"{output} already holds an evaluation; choose another directory or pass --overwrite")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; an evaluation is several files in a directory")
+    require_writable(output)
 
 
 def summary_of(model: str) -> dict | None:

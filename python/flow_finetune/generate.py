@@ -37,8 +37,11 @@ def generate_texts(
         text = tokenizer.decode(ids[-tail:], skip_special_tokens=True)
         return any(stop in text for stop in until)
 
+    # A stop text that is a special token is not in decoded text.
+    encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in until]
+    special = {ids[0] for ids in encoded if len(ids) == 1 and ids[0] in tokenizer.all_special_ids}
     tokens = generate_greedily(
-        lm, prompts, stop_ids=_stop_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id, ends=ends if until else None,
+        lm, prompts, stop_ids=_stop_ids(lm, tokenizer) | special, pad_id=tokenizer.pad_token_id, ends=ends if until else None,
         **options,
     )  # fmt: skip
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]

@@ -25,6 +25,8 @@ from flow_finetune.results import (
     compare,
     comparisons,
     find_baseline,
+    find_pretrained,
+    is_another_model,
     load_runs,
     shown_metrics,
 )
@@ -96,7 +98,16 @@ def _intro(runs: Sequence[Run]) -> list[str]:
     models = sorted({run.summary["model"] for run in runs if run.summary} or {run.evaluation["model"] for run in runs})
     tasks = {name: task for run in runs for name, task in run.tasks.items()}
     listed = ", ".join(f"{name} ({task['num_items']:,})" for name, task in tasks.items())
-    return [f"Pre-trained model: {', '.join(f'`{m}`' for m in models)}. Items evaluated: {listed}.", ""]
+    lines = [f"Pre-trained model: {', '.join(f'`{m}`' for m in models)}. Items evaluated: {listed}.", ""]
+    pretrained = find_pretrained(runs)
+    is_text = "classification" not in {task["kind"] for task in tasks.values()}
+    if pretrained is not None and is_text and is_another_model(pretrained, runs):
+        lines += [
+            f"{pretrained.name} is not the model that the trained runs started from, or is held in another dtype; what is "
+            "hardest is by its losses.",
+            "",
+        ]
+    return lines
 
 
 def _results(runs: Sequence[Run]) -> list[str]:
@@ -111,7 +122,7 @@ def _results(runs: Sequence[Run]) -> list[str]:
         rows.append([*row, _summary(run, "num_steps", ","), _summary(run, "seconds", ",.0f")])
     head = ["run", *(m.label for m in shown), "mean(w)", "effective sample size", "steps", "seconds"]
     lines += table_lines(head, rows)
-    lines += _explanations(shown)
+    lines += _explanations(shown, runs)
     for name, words in (("accuracy_bytes", "byte-normalised"), ("accuracy", "highest log-likelihood")):
         shown = [m for m in accuracies if m.name == name]
         if shown:
@@ -124,21 +135,23 @@ def _results(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _explanations(shown: Sequence[Metric]) -> list[str]:
+def _explanations(shown: Sequence[Metric], runs: Sequence[Run]) -> list[str]:
     """What the worked-out columns are, of those that are there."""
     lines = []
     if any(m.name == COMMONSENSE for m in shown):
         lines += [f"The commonsense average is the mean accuracy over {', '.join(derived.COMMONSENSE)}.", ""]
     if any(m.name == MEAN_ACCURACY for m in shown):
+        tasks = ", ".join(f"{task} ({share:.1%})" for share, (task, _) in derived.retained_mean(runs))
         lines += [
-            "The mean retained accuracy is over the retained tasks, each counting the same; of multiple-choice tasks it "
-            "takes the byte-normalised accuracy.",
+            f"The mean retained accuracy is over {tasks}; of multiple-choice tasks it takes the byte-normalised accuracy, "
+            "of BLiMP's pairs the likelihood's.",
             "",
         ]
     if any(m.hardest for m in shown):
         lines += [
             "The hardest 10 % are the items of the target on which the pre-trained model loses most, the same for every "
-            "run. It was the one they were picked by, so compare the trained runs.",
+            "run. It was the one they were picked by, so compare the trained runs. They are few, and intervals over few "
+            "items are somewhat too narrow.",
             "",
         ]
     return lines

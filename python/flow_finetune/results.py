@@ -109,6 +109,14 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
                     f"runs {first.name!r} and {run.name!r} were not evaluated on the same tokens of {name!r} (another "
                     "file, limit, template or tokenizer); evaluate both the same way"
                 )
+            # Older evaluations do not say.
+            settings, others = (t.get("settings", {}) for t in (task, first.tasks[name]))
+            different = [option for option in settings.keys() & others.keys() if settings[option] != others[option]]
+            if different:
+                raise InputError(
+                    f"runs {first.name!r} and {run.name!r} were evaluated on {name!r} with another "
+                    f"{', '.join(sorted(different))}; evaluate both the same way"
+                )
     return runs
 
 
@@ -242,8 +250,26 @@ def _is_plain(method: dict) -> bool:
 
 
 def find_pretrained(runs: Sequence[Run]) -> Run | None:
-    """The first run that was not trained."""
-    return next((run for run in runs if run.summary is None), None)
+    """The first run that was not trained and is the model that others were trained from, else the first not trained."""
+    untrained = [run for run in runs if run.summary is None]
+    starts = _starts(runs)
+    return next((run for run in untrained if _model_of(run) in starts), untrained[0] if untrained else None)
+
+
+def is_another_model(pretrained: Run, runs: Sequence[Run]) -> bool:
+    """Whether runs were trained, and none of them from this model (or from it in another dtype)."""
+    starts = _starts(runs)
+    return bool(starts) and _model_of(pretrained) not in starts
+
+
+def _starts(runs: Sequence[Run]) -> set[str]:
+    """Fingerprints of the models that runs were trained from, as far as they say."""
+    found = (run.summary.get("fingerprints", {}).get("model") for run in runs if run.summary)
+    return {model for model in found if model}
+
+
+def _model_of(run: Run) -> str | None:
+    return run.evaluation.get("fingerprints", {}).get("model")
 
 
 def comparisons(runs: Sequence[Run], baseline: str | None = None) -> list[tuple[Run, list[Run]]]:

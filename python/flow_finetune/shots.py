@@ -42,10 +42,17 @@ def check_shots(config: TaskConfig, name: str) -> None:
 
 
 def stop_texts(config: TaskConfig) -> list[str]:
-    """What ends an answer that is generated after shots: the beginning of another question (gsm8k.yaml's `until`)."""
-    if not config.num_shots:
+    """What ends an answer that is generated: the beginning of another question (gsm8k.yaml's `until`).
+
+    A model that has not learned to end its answers goes on with questions of its own, whose answers do not count.
+    """
+    if config.num_shots:
+        return [_template(config).partition("{prompt}")[0].strip() or _BETWEEN]
+    if config.template == "chat":
         return []
-    return [_template(config).partition("{prompt}")[0].strip() or _BETWEEN]
+    # What stands right before the prompt, such as "### Instruction:", if it can be told from the text of an answer.
+    before = template_text(config.template or "alpaca").partition("{prompt}")[0].strip()
+    return [before.splitlines()[-1].strip()] if before.endswith(":") else []
 
 
 def _template(config: TaskConfig) -> str:

@@ -18,6 +18,8 @@ from flow_finetune.errors import InputError
 
 # Entries of the resample-by-item count matrix that is held at one time: 64 MiB of fp64.
 _BLOCK_ENTRIES = 2**23
+# Of 5 pairs all differ in one direction by chance in one case of 16, so no interval of theirs can be one of 95 %.
+_MIN_PAIRS = 6
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def paired_difference(
 ) -> Difference:
     """The metric of `a` minus that of `b`, with the percentile interval of a bootstrap over pairs of items.
 
+    Fewer than 6 pairs say nothing of an interval: it is infinite. Over few items (20, say) it is somewhat too narrow.
+
     Args:
         a: items of one model.
         b: the same items of the other, in any order.
@@ -110,7 +114,7 @@ def paired_mean_difference(
 
 
 def _bootstrap(a: Items, b: Items, transform, num_resamples: int, seed: int) -> tuple[float, np.ndarray]:
-    """The difference, and `[num_resamples]` differences of resampled items."""
+    """The difference, and `[num_resamples]` differences of resampled items; NaN where there are too few of them."""
     columns = _join(a, b)
     apply = transform or (lambda ratio: ratio)
 
@@ -118,6 +122,9 @@ def _bootstrap(a: Items, b: Items, transform, num_resamples: int, seed: int) -> 
         return apply(sums[:, 0] / sums[:, 1]) - apply(sums[:, 2] / sums[:, 3])
 
     n = len(columns)
+    whole = float(difference(columns.sum(0, keepdims=True))[0])
+    if n < _MIN_PAIRS:
+        return whole, np.full(num_resamples, np.nan)
     rng = np.random.default_rng(seed)
     block = max(_BLOCK_ENTRIES // n, 1)
     resampled = []
@@ -127,10 +134,12 @@ def _bootstrap(a: Items, b: Items, transform, num_resamples: int, seed: int) -> 
         # How often each item was drawn; sums over a resample are then one matrix product.
         counts = np.bincount(drawn.reshape(-1), minlength=rows * n).reshape(rows, n)
         resampled.append(difference(counts.astype(np.float64) @ columns))
-    return float(difference(columns.sum(0, keepdims=True))[0]), np.concatenate(resampled)
+    return whole, np.concatenate(resampled)
 
 
 def _interval(resampled: np.ndarray, level: float) -> tuple[float, float]:
+    if np.isnan(resampled).any():
+        return -np.inf, np.inf
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,15 +17,27 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from flow_finetune.config import DataConfig, TaskConfig, choose
+from flow_finetune.config import DataConfig, TaskConfig, choose, non_defaults
 from flow_finetune.data import Sample, load_samples, starts_with_bos
 from flow_finetune.errors import InputError
+from flow_finetune.generate import compile_answer_pattern, extract_answer
 from flow_finetune.harness import HarnessTasks, load_harness
 from flow_finetune.questions import Question, choice_samples, completions, read_questions
 from flow_finetune.shots import answers_after_shots, check_shots, questions_after_shots
 from flow_finetune.storage import fingerprint
 
-KINDS = ("perplexity", "qa", "multiple_choice", "completion", "lm_eval")
+_TEXTS = {"prompt_field", "response_field", "template", "max_length"}
+_SHOTS = {"num_shots", "shots_source", "max_length"}
+# What each kind of evaluation reads beside its source, name, role and limit.
+OPTIONS = {
+    "perplexity": {"window"},
+    "qa": {*_TEXTS, *_SHOTS, "max_new_tokens", "num_generate", "answer_pattern"},
+    "multiple_choice": _SHOTS,
+    "completion": _TEXTS,
+    "lm_eval": {"num_shots", "max_length", "include_path"},
+}
+KINDS = tuple(OPTIONS)
+_OF_ALL = {"kind", "source", "name", "role", "limit"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class Task:
     samples: list[Sample]
     questions: list[Question] = field(default_factory=list)  # of a multiple-choice task
     num_dropped: int = 0  # samples of a question/answer file that have no target token
+    answers: list[str] = field(default_factory=list)  # of the first questions of a qa task: those answered in full
     harness: HarnessTasks | None = None  # of an lm_eval task, which has no samples here
 
     @property
@@ -45,6 +59,11 @@ class Task:
     @property
     def num_truncated(self) -> int:
         return self.harness.num_truncated if self.harness else sum(s.truncated for s in self.samples)
+
+    def settings(self) -> dict[str, object]:
+        """What else decides a metric, and no token that is scored shows: two models are compared only where it agrees."""
+        names = {"qa": ("answer_pattern", "max_new_tokens"), "lm_eval": ("max_length",)}.get(self.config.kind, ())
+        return {name: getattr(self.config, name) for name in names}
 
     def groups(self) -> list[list[Sample]]:
         """The samples of each item."""
@@ -90,6 +109,10 @@ def check_task(config: TaskConfig) -> None:
     if not config.source and config.kind != "lm_eval":
         raise InputError(f"evaluation {name!r} lacks its source, the file to evaluate on")
     check_shots(config, name)
+    for option in non_defaults(config).keys() - _OF_ALL - OPTIONS[config.kind]:
+        raise InputError(
+            f"{option} of {name} has no effect on a {config.kind} evaluation, which takes {', '.join(sorted(OPTIONS[config.kind]))}"
+        )
     for option, lowest in (("limit", 1), ("num_generate", 0), ("max_new_tokens", 1), ("max_length", 2), ("window", 2)):
         value = getattr(config, option)
         if value is not None and value < lowest:
@@ -108,15 +131,28 @@ def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
         rows = read_questions(config.source, config.limit)
         rows = questions_after_shots(rows, config) if config.num_shots else rows
         return Task(name, config, *choice_samples(rows, config, tokenizer))
+    pattern = compile_answer_pattern(config.answer_pattern, name)
     if config.num_shots:
         samples, num_dropped = answers_after_shots(config, tokenizer)
-        return Task(name, config, samples, num_dropped=num_dropped)
-    data = DataConfig(
-        source=config.source, prompt_field=config.prompt_field, response_field=config.response_field,
-        template=config.template or "alpaca", max_length=config.max_length, limit=config.limit,
-    )  # fmt: skip
-    loaded = load_samples(data, tokenizer)
-    return Task(name, config, loaded.samples, num_dropped=len(loaded.dropped))
+    else:
+        data = DataConfig(
+            source=config.source, prompt_field=config.prompt_field, response_field=config.response_field,
+            template=config.template or "alpaca", max_length=config.max_length, limit=config.limit,
+        )  # fmt: skip
+        loaded = load_samples(data, tokenizer)
+        samples, num_dropped = loaded.samples, len(loaded.dropped)
+    return Task(name, config, samples, num_dropped=num_dropped, answers=_right_answers(config, pattern, samples))
+
+
+def _right_answers(config: TaskConfig, pattern: re.Pattern, samples: Sequence[Sample]) -> list[str]:
+    asked = samples[: config.num_generate]
+    answers = [extract_answer(s.response, pattern) for s in asked]
+    if None in answers:
+        raise InputError(
+            f"{config.source}: answer_pattern {config.answer_pattern!r} finds no answer in row "
+            f"{asked[answers.index(None)].id}; give another answer_pattern, or num_generate: 0 for losses only"
+        )
+    return answers
 
 
 def _windows(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
