@@ -54,7 +54,7 @@ class ImageLaboratory:
     def try_out(self, method: MethodConfig, seed: int, directory: Path) -> float:
         """Train without the validation share of the training images; returns the loss on it, nats an image."""
         holdout, data = self.search.holdout, self.setup.data
-        fields = {name: getattr(data, name) for name in ("source", "split", "image_field", "label_field", "id_field",
+        fields = {name: getattr(data, name) for name in ("source", "split", "subset", "image_field", "label_field", "id_field",
                                                          "size", "crop", "limit", "bad_images")}  # fmt: skip
         task = ImageTaskConfig(**fields, name="validation", role="target", part="validation", holdout=holdout)
         train = dataclasses.replace(self.setup.train, epochs=self.search.epochs)

@@ -114,7 +114,7 @@ class LanguageLaboratory:
         if trained is None or first < trained:
             raise InputError(f"the validation rows from {first} on are trained on; limit the training data to them")
         path = self.work / f"validation-{first}-{count}.jsonl"
-        rows = read_rows(data.source, data.split, first + count)
+        rows = read_rows(data.source, data.split, first + count, data.subset)
         if len(rows) < first + count:
             raise InputError(f"{data.source} has {len(rows)} rows, too few for the validation rows")
         text = "".join(json.dumps(rows[i]) + "\n" for i in range(first, first + count))

@@ -56,6 +56,16 @@ FIELDS = "--prompt-field question --response-field answer --device cpu --precisi
             "--include-path has no effect without --lm-eval",
         ),
         ("evaluate -m MODEL -o e --perplexity x.txt --num-shots 5", "--num-shots has no effect without --qa or --mult"),
+        (
+            "evaluate -m MODEL -o e --perplexity x.txt --max-length 50",
+            "--max-length has no effect without --qa or --mult",
+        ),
+        (f"evaluate -m MODEL -o e --qa DATA {FIELDS} --window 50", "--window has no effect without --perplexity"),
+        (f"score -m MODEL -d DATA -o . {FIELDS}", ". is a directory; give a file for the scores"),
+        (f"score -m MODEL -d DATA -o . {FIELDS} --overwrite", ". is a directory; give a file for the scores"),
+        (f"score -m MODEL -d DATA -o s.parquet {FIELDS} --subset main", "subset 'main' is of a hub data set"),
+        (f"train -m MODEL -d DATA -o out {FIELDS} --method standard --seed -1", "seed must be between 0 and 2^32 - 1"),
+        ("wise-ft MODEL MODEL -o w --alpha 0.3 --alpha 30", "alpha must be in [0, 1], got 30"),
         ("run -o r -m MODEL -d DATA --method best", "--method must be one of"),
         ("run -o r -m MODEL -d DATA", "at least one evaluation task"),
         ("run -o r -m MODEL -d DATA --qa DATA --method flow --method flow", "two methods are named 'flow'"),
@@ -112,6 +122,37 @@ def test_score_train_evaluate_report(call, tmp_path, qa_file):
         "value"
     ]
     assert f"{value:.2f}" in page
+
+
+def test_what_the_system_refuses_is_a_message(call, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for command, message in (
+        (f"score -m MODEL -d DATA -o file/s.parquet {FIELDS}", "choose another place"),
+        (f"train -m MODEL -d DATA -o file/out {FIELDS} --method standard", "choose another place"),
+        (f"evaluate -m MODEL -o file/e --qa DATA {FIELDS}", "file is a file"),
+    ):
+        code, output = call(command)
+        assert code == 2, command
+        assert message in output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_overwrite_that_is_refused_leaves_what_is_there(call, tmp_path):
+    train = f"train -m MODEL -d DATA -o out {FIELDS} --method standard --epochs 1 --limit 4"
+    assert call(train)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    code, output = call(f"{train} --overwrite --grad-filter-eps 1e-6 --backend reference")
+    assert (code, "grad_filter_eps saves nothing" in output) == (2, True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_flow_is_the_method_when_none_is_named(call, tmp_path):
+    assert call(f"score -m MODEL -d DATA -o s.parquet {FIELDS} --limit 4")[0] == 0
+    train = f"train -m MODEL -d DATA -o out --scores s.parquet {FIELDS} --epochs 1 --limit 4"
+    assert call(train)[0] == 0
+    code, output = call(f"{train} --method flow")
+    assert (code, "holds this run already" in output) == (0, True)
 
 
 def test_help_shows_examples(call):

@@ -160,22 +160,36 @@ def test_files_that_cannot_be_used_are_named(tokenizer, tmp_path):
 def test_hub_ids_may_hold_dots_and_paths_are_no_hub_ids(monkeypatch, tmp_path):
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(name, subset, split):
+        asked.append((name, subset, split))
         return datasets.Dataset.from_dict({"prompt": ["q"], "response": ["a"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
     for name in ("squad", "someone/set", "teknium/OpenHermes-2.5"):
-        assert len(read_rows(name, "test")) == 1
-    assert asked == [("squad", "test"), ("someone/set", "test"), ("teknium/OpenHermes-2.5", "test")]
+        assert len(read_rows(name, "test", subset="main")) == 1
+    assert asked == [(name, "main", "test") for name in ("squad", "someone/set", "teknium/OpenHermes-2.5")]
     for name in ("rows.jsonl", "someone/rows.jsonl.gz", "./set", "~/set", "/set", "a/b/c", "a/rows.tsv", "a.txt"):
         with pytest.raises(InputError, match="no such file"):
             read_rows(name)
     assert len(asked) == 3
     # A folder is the library's to read.
     (tmp_path / "local/set.d").mkdir(parents=True)
-    assert len(read_rows("local/set.d", "train")) == 1
+    assert len(read_rows("local/set.d", "test")) == 1
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q"}')
+    with pytest.raises(InputError, match=r"split 'test' is of a hub data set; rows\.jsonl is a file"):
+        read_rows("rows.jsonl", "test")
+
+
+def test_a_hub_data_set_of_several_subsets_says_which(monkeypatch):
+    def load_dataset(name, subset, split):
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample: ..."
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError, match=r"several subsets; give one as subset \(--subset\).*\['main', 'socratic'\]"):
+        read_rows("openai/gsm8k")
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))

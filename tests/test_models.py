@@ -1,6 +1,8 @@
 """Models: body and head taken apart give the model's own logits, and what cannot be loaded is named."""
 
+import dataclasses
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -158,12 +160,30 @@ def test_models_that_are_not_there_are_named(source, match):
         load_model(_config(source))
 
 
+def test_a_revision_of_what_is_here_is_refused(tmp_path, tiny_model_dir):
+    (tmp_path / "model.gguf").write_text("not read")
+    for source in (tiny_model_dir, tmp_path / "model.gguf"):
+        with pytest.raises(InputError, match="revision 'v2' is of a hub id"):
+            load_model(dataclasses.replace(_config(source), revision="v2"))
+
+
 def test_directories_and_files_that_are_no_model_are_named(tmp_path, tiny_model_dir):
     with pytest.raises(InputError, match=r"no config\.json"):
         load_model(_config(tmp_path))
     (tmp_path / "text.gguf").write_text("not a model")
     with pytest.raises(InputError, match="no language model could be loaded"):
         load_model(_config(tmp_path / "text.gguf"))
+    for name, content in (("cut", lambda whole: whole[:-99]), ("garbage", lambda whole: b"no weights")):
+        damaged = Path(shutil.copytree(tiny_model_dir, tmp_path / name))
+        weights = damaged / "model.safetensors"
+        weights.write_bytes(content(weights.read_bytes()))
+        with pytest.raises(InputError, match="no language model could be loaded"):
+            load_model(_config(damaged))
+    resized = Path(shutil.copytree(tiny_model_dir, tmp_path / "resized"))
+    config = json.loads((resized / "config.json").read_text())
+    (resized / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 8}))
+    with pytest.raises(InputError, match="no language model could be loaded"):
+        load_model(_config(resized))
     without_weights = tmp_path / "without-weights"
     shutil.copytree(tiny_model_dir, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(InputError, match="no language model could be loaded"):

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from flow_finetune import pipeline as pipeline_module
 from flow_finetune.cli import app
-from flow_finetune.config import RunConfig, from_mapping
+from flow_finetune.config import ModelConfig, RunConfig, from_mapping
 from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
 from flow_finetune.pipeline import run
@@ -207,6 +208,49 @@ def test_a_directory_in_use_is_refused(mapping, tmp_path):
     (tmp_path / "used/thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="used by something else"):
         run(from_mapping(RunConfig, mapping, "test"), tmp_path / "used")
+
+
+def test_a_revision_is_of_the_hub_alone(mapping, tmp_path, monkeypatch):
+    asked, load_model = [], pipeline_module.load_model
+
+    def load(config):
+        asked.append((Path(config.source).name, config.revision))
+        return load_model(dataclasses.replace(config, revision=None))
+
+    monkeypatch.setattr(pipeline_module, "load_model", load)
+    mapping["model"]["revision"] = "v2"
+    mapping["methods"] = [{"name": "standard"}]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    base = Path(mapping["model"]["source"]).name
+    assert asked == [(base, "v2"), (base, "v2"), ("standard", None)]
+
+
+def test_a_model_read_from_another_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "load_model", lambda config: (SimpleNamespace(model=config.source), None))
+    monkeypatch.setattr(
+        pipeline_module, "save_model", lambda model, tokenizer, directory: directory.mkdir(parents=True)
+    )
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_text(name)
+    first = ModelConfig(str(tmp_path / "a.gguf"))
+    saved = pipeline_module.base_model(first, tmp_path / "out")
+    assert saved.source == str(tmp_path / "out/model")
+    assert pipeline_module.base_model(first, tmp_path / "out") == saved
+    with pytest.raises(InputError, match=r"out/model was made of another file than .*b\.gguf"):
+        pipeline_module.base_model(ModelConfig(str(tmp_path / "b.gguf")), tmp_path / "out")
+    (tmp_path / "a.gguf").write_text("another one")
+    with pytest.raises(InputError, match="was made of another file"):
+        pipeline_module.base_model(first, tmp_path / "out")
+
+
+def test_a_learning_rate_that_rows_would_not_take_is_refused(mapping, tmp_path):
+    mapping["methods"] = [{"name": "standard"}, {"name": "l2", "learning_rate": 1e-4}]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(mapping))
+    command = ["run", str(tmp_path / "run.yaml"), "-o", str(tmp_path / "out"), "--lr", "1e-3"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "--lr would not change l2, which have a learning_rate of their own" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 # Nothing of this project: what a user has after the run is a directory, transformers and torch.

@@ -11,9 +11,11 @@ import pytest
 import tiny_model
 import torch
 from accelerate.utils import DistributedType
+from flow_finetune import models
 from flow_finetune import train as train_module
 from flow_finetune.commands.processes import require_one_process
 from flow_finetune.errors import InputError
+from flow_finetune.models import resolve_device
 from run_files import assert_same_files
 from safetensors.torch import load_file
 from train_in_two_processes import fine_tune
@@ -86,6 +88,24 @@ def test_other_ways_of_accelerate_are_refused(monkeypatch):
     monkeypatch.setattr(train_module, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind))
     with pytest.raises(InputError, match="accelerate is set to DEEPSPEED"):
         train_module.make_accelerator(torch.device("cpu"))
+
+
+def test_each_process_has_its_own_gpu_and_one_process_the_one_named(monkeypatch):
+    monkeypatch.setattr(models.torch, "empty", lambda size, device: SimpleNamespace(device=torch.device(device)))
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(
+        train_module, "Accelerator", lambda **options: SimpleNamespace(distributed_type=DistributedType.NO)
+    )
+    train_module.make_accelerator(torch.device("cuda:1"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    train_module.make_accelerator(torch.device("cuda:0"))
+    assert current == [torch.device("cuda:1")]
+    assert resolve_device("cuda") == torch.device("cuda:1")
+    with pytest.raises(InputError, match="device 'cuda:1' is one GPU, and every process has its own"):
+        resolve_device("cuda:1")
 
 
 def test_commands_for_one_process(monkeypatch):

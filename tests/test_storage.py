@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 from flow_finetune.errors import InputError
-from flow_finetune.storage import atomic_path, fingerprint, is_used, require_disk_space, write_json
+from flow_finetune.storage import (
+    atomic_path,
+    fingerprint,
+    is_used,
+    require_disk_space,
+    require_writable,
+    write_json,
+)
 
 
 def test_a_file_or_directory_replaces_the_old_one_when_it_is_whole(tmp_path):
@@ -32,6 +39,25 @@ def test_nothing_is_left_and_the_old_file_stays_when_writing_fails(tmp_path, err
         raise error
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_directory_is_not_replaced_by_a_file(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/model").write_text("mine")
+    with pytest.raises(InputError, match="runs is a directory, which is not replaced by a file"):
+        write_json(tmp_path / "runs", {})
+    assert (tmp_path / "runs/model").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file is a file; .*file/a/b is to be a directory"):
+        require_writable(tmp_path / "file/a/b")
+    require_writable(tmp_path / "new/a")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="may not be written to"):
+        require_writable(tmp_path / "new/a")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_other_errors_keep_their_class(tmp_path):

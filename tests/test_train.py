@@ -152,6 +152,15 @@ def test_gradient_checkpointing_costs_forward_passes_and_changes_nothing(setup, 
     assert without[True] == without[False]
 
 
+def test_the_head_alone_is_trained_without_gradient_checkpointing(setup, tmp_path, capfd):
+    probe = MethodConfig("probe", weights="none", train="head")
+    for is_on in (False, True):
+        setup.train(tmp_path / f"{is_on}", probe, gradient_checkpointing=is_on, epochs=1, learning_rate=1e-2)
+        assert ("gradient checkpointing is left out" in " ".join(capfd.readouterr().err.split())) == is_on
+    plain, checkpointed = (load_file(tmp_path / f"{is_on}/model.safetensors") for is_on in (False, True))
+    assert all(torch.equal(checkpointed[name], weight) for name, weight in plain.items())
+
+
 def test_log_and_summary_hold_the_numbers_of_the_run(setup, tmp_path):
     summary = setup.train(tmp_path / "out", epochs=1, batch_size=8, learning_rate=1e-3)
     lines = [json.loads(line) for line in (tmp_path / "out/train/log.jsonl").read_text().splitlines()]

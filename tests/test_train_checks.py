@@ -3,11 +3,17 @@
 import pytest
 import torch
 from flow_finetune.cli import app
-from flow_finetune.config import MethodConfig, ModelConfig
+from flow_finetune.config import MethodConfig, ModelConfig, TrainConfig
 from flow_finetune.errors import InputError
 from flow_finetune.methods import named_method
 from flow_finetune.models import load_model
-from flow_finetune.train_checks import check_dtype, check_scores, warn_of_lost_updates
+from flow_finetune.train_checks import (
+    check_dtype,
+    check_gradient_checkpointing,
+    check_scores,
+    check_train,
+    warn_of_lost_updates,
+)
 from typer.testing import CliRunner
 
 
@@ -34,6 +40,19 @@ def test_updates_that_bfloat16_rounds_away_are_counted(tiny_model_dir, capsys):
     lm.float()
     warn_of_lost_updates(lm, 1e-5)
     assert not capsys.readouterr().err
+
+
+def test_seeds_and_gradient_checkpointing_that_cannot_be(tiny_model_dir):
+    for seed in (-1, 2**32):
+        with pytest.raises(InputError, match="seed must be between 0 and"):
+            check_train(TrainConfig(seed=seed), named_method("standard"))
+    check_train(TrainConfig(seed=2**32 - 1), named_method("standard"))
+    lm, _ = load_model(ModelConfig(str(tiny_model_dir), device="cpu"))
+    check_gradient_checkpointing(TrainConfig(gradient_checkpointing=True), lm)
+    lm.model.supports_gradient_checkpointing = False
+    check_gradient_checkpointing(TrainConfig(), lm)
+    with pytest.raises(InputError, match="does not do gradient checkpointing"):
+        check_gradient_checkpointing(TrainConfig(gradient_checkpointing=True), lm)
 
 
 def test_a_missing_score_file_is_named_before_a_model_is_loaded(tmp_path):

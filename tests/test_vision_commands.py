@@ -28,6 +28,10 @@ def test_score_and_evaluate_alone_say_what_the_run_says(image_run, image_mapping
     result = CliRunner().invoke(app, ["score", "-m", model, "-d", data, "-o", str(tmp_path / "s"), *common])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "s/pretrained/model/classifier.json").is_file()
+    losses = pq.read_table(tmp_path / "s/scores.parquet")["loss"].to_numpy()
+    weights = np.exp(-losses / np.median(losses))
+    size = f"effective sample size {weights.sum() ** 2 / np.square(weights).sum():,.1f} of {len(losses)}"
+    assert size in " ".join(result.output.split())
     scored = pq.read_table(tmp_path / "s/scores.parquet")
     assert scored["id"].to_pylist() == pq.read_table(image_run.scores)["id"].to_pylist()
     command = ["evaluate", "-m", str(image_run.output / "flow/model"), "--images", test, "--source-images",
@@ -40,7 +44,9 @@ def test_score_and_evaluate_alone_say_what_the_run_says(image_run, image_mapping
         json.loads((d / "evaluation.json").read_text()) for d in (tmp_path / "e", image_run.output / "flow")
     )
     assert [t["metrics"] for t in alone["tasks"]] == [t["metrics"] for t in whole["tasks"]]
-    for wrong, message in ((["--tokens"], "--tokens has no meaning with --task image"),
+    for wrong, message in ((["--split", "test"], "split 'test' is of a hub data set"),
+                           (["--revision", "main"], "revision 'main' is of a transformers hub id"),
+                           (["--tokens"], "--tokens has no meaning with --task image"),
                            (["--task", "language", "--size", "8"], "--size has no meaning with --task language")):  # fmt: skip
         result = CliRunner().invoke(app, ["score", "-m", model, "-d", data, "-o", "x", *common, *wrong])
         assert result.exit_code == 2
@@ -58,6 +64,40 @@ def test_scoring_again_needs_overwrite_and_names_what_differs(image_mapping, tmp
     again = [*common, "--precision", "full", "--size", "20", "--overwrite"]
     assert CliRunner().invoke(app, again).exit_code == 0
     assert json.loads((tmp_path / "s/pretrained/model/classifier.json").read_text())["size"] == 20
+
+
+def test_what_others_keep_in_a_directory_is_not_replaced(image_mapping, tmp_path):
+    model, data = image_mapping["model"]["source"], image_mapping["data"]["source"]
+    command = ["score", "-m", model, "-d", data, "--task", "image", "--device", "cpu", "-o", str(tmp_path / "s")]
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/scores.parquet").write_text("of texts")
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "s is used by something else" in " ".join(result.output.split())
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["scores.parquet"]
+    assert (tmp_path / "s/scores.parquet").read_text() == "of texts"
+    # A mark without scores is of a call that was killed: it is made again.
+    (tmp_path / "s/scores.parquet").unlink()
+    (tmp_path / "s/pretrained/model").mkdir(parents=True)
+    (tmp_path / "s/pretrained/model/classifier.json").write_text("half of it")
+    (tmp_path / "s/pretrained/probe.json").write_text("{}")
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert json.loads((tmp_path / "s/pretrained/model/classifier.json").read_text())["size"] > 0
+
+
+def test_a_revision_is_of_the_model_that_a_directory_was_tuned_from(image_mapping, tmp_path, monkeypatch):
+    asked = []
+
+    def evaluate_saved(model, tasks, output, *, pretrained, **options):
+        asked.append((model.revision, pretrained and pretrained.revision))
+        return {"tasks": []}
+
+    monkeypatch.setattr("flow_finetune.vision.evaluate.evaluate_saved", evaluate_saved)
+    common = ["evaluate", "--task", "image", "--images", image_mapping["tasks"][0]["source"], "-o", str(tmp_path / "e"),
+              "--revision", "v2"]  # fmt: skip
+    for more in (["-m", str(tmp_path), "--pretrained", "org/model"], ["-m", "org/model"]):
+        assert CliRunner().invoke(app, [*common, *more]).exit_code == 0
+    assert asked == [(None, "v2"), ("v2", None)]
 
 
 def test_train_alone_starts_from_what_score_left_and_wise_ft_averages_it(image_mapping, tmp_path):

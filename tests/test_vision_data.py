@@ -41,7 +41,7 @@ def test_folder_parquet_and_hub_agree(images, tmp_path, monkeypatch):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
     rows = {"image": [{"bytes": content, "path": None} for content in encoded], "label": labels}
     hub = datasets.Dataset.from_dict(rows, features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: hub)
     from_hub = load_images(ImageDataConfig("someone/images"), 32)
     # Squares of one side are kept as they are, to be enlarged on the device.
     assert numbers.pixels.shape == (12, 10, 10, 3)
@@ -200,7 +200,7 @@ def test_a_file_that_is_gone_is_counted_with_a_cache_too(images, tmp_path, monke
         "image": [{"bytes": content, "path": None} for content in encoded[:-1]] + [{"bytes": None, "path": "/gone"}]
     }
     hub = datasets.Dataset.from_dict({**rows, "label": labels}, features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: hub)
     with pytest.raises(InputError, match="1 of 12 images do not decode, the first: 11"):
         load_images(ImageDataConfig("someone/images", cache=str(tmp_path / "cache")), 16)
 

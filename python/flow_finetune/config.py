@@ -40,6 +40,7 @@ class DataConfig:
     template: str = "alpaca"  # "alpaca", "chat" or a text that contains {prompt}
     max_length: int = 1024
     limit: int | None = None  # the first so many rows
+    subset: str | None = None  # of a hub data set that has several
 
 
 # What the parts of a method's name stand for, by the question that each answers; a question is answered once.

@@ -80,7 +80,7 @@ class Batch:
         return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
-def read_rows(source: str, split: str = "train", limit: int | None = None):
+def read_rows(source: str, split: str = "train", limit: int | None = None, subset: str | None = None):
     """The rows of a local JSONL, CSV or Parquet file, or of a hub data set, as a `datasets.Dataset`."""
     import datasets
 
@@ -91,19 +91,31 @@ def read_rows(source: str, split: str = "train", limit: int | None = None):
         if path.is_file():
             if not suffixes or suffixes[-1] not in _FORMATS:
                 raise InputError(f"{source} is none of {', '.join(_FORMATS)} (.gz allowed)")
+            for name, value in (("split", None if split == DataConfig.split else split), ("subset", subset)):
+                if value is not None:
+                    raise InputError(f"{name} {value!r} is of a hub data set; {source} is a file, read as a whole")
             rows = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split="train")
         elif not path.is_dir() and is_local(source):
             raise InputError(f"no such file: {source}")
         else:
-            rows = datasets.load_dataset(source, split=split)
+            rows = datasets.load_dataset(source, subset, split=split)
     except InputError:
         raise
     except Exception as error:  # the library raises a different class for every way in which a file can be wrong
-        detail = str(error.__cause__ or error).strip().splitlines()
-        raise InputError(f"{source} could not be read: {detail[0] if detail else type(error).__name__}") from error
+        raise InputError(f"{source} could not be read: {_detail(error)}") from error
     if len(rows) == 0:
         raise InputError(f"{source} is empty")
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _detail(error: Exception) -> str:
+    """The first line of the library's message, and which subsets there are where one has to be named."""
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith("Config name is missing") and len(lines) > 1:
+        return f"it has several subsets; give one as subset (--subset). {lines[1]}"
+    return lines[0]
 
 
 def is_local(source: str) -> bool:
@@ -181,7 +193,7 @@ def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Samp
             target token.
     """
     check_data(config)
-    rows = read_rows(config.source, config.split, config.limit)
+    rows = read_rows(config.source, config.split, config.limit, config.subset)
     prompts = text_column(rows, config.prompt_field, config.source)
     responses = text_column(rows, config.response_field, config.source)
     ids = _sample_ids(rows, config)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -185,6 +186,10 @@ def resolve_device(name: str) -> torch.device:
             raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
         if device.type == "mps":
             raise InputError("device mps has no fp64, in which losses of samples are summed; use cpu")
+        if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if torch.device(name).index is not None:
+                raise InputError(f"device {name!r} is one GPU, and every process has its own; give cuda")
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -217,7 +222,7 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
                 location, dtype=dtype, trust_remote_code=config.trust_remote_code, output_loading_info=True, **safe,
                 **options,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
                 f"no language model could be loaded from {config.source!r}: {first_line} (expected a hub id, a "
@@ -245,6 +250,8 @@ def _location(config: ModelConfig) -> tuple[str, dict]:
     path = Path(config.source).expanduser()
     if not config.source:
         raise InputError("no model is named; give one with -m MODEL, or as model: source in the file")
+    if config.revision is not None and (config.source.endswith(".gguf") or path.is_dir()):
+        raise InputError(f"revision {config.revision!r} is of a hub id; {config.source} is here, so leave it out")
     if config.source.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"no such file: {config.source}")

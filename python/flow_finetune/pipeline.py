@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from flow_finetune.config import (
     TrainConfig,
 )
 from flow_finetune.data import SampleSet, check_data, load_samples
+from flow_finetune.errors import InputError
 from flow_finetune.evaluate import evaluate
 from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.methods import needs_scores
@@ -35,6 +37,7 @@ from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.scores import score, score_header
+from flow_finetune.storage import write_json
 from flow_finetune.tasks import check_task, prepare
 from flow_finetune.train import train
 from flow_finetune.train_checks import check_dtype, check_grad_filter, check_train
@@ -148,9 +151,10 @@ def evaluate_saved(
     gc.collect()
     if (directory / EVALUATION_FILE).is_file():
         return
-    source = source or str(directory)
-    lm, tokenizer = load_model(dataclasses.replace(base, source=source))
-    evaluate(lm, tokenizer, tasks, directory, batch_tokens=batch_tokens, precision=base.precision, source=source)
+    # A revision is the base's, on its hub.
+    model = _at(base, directory) if source is None else dataclasses.replace(base, source=source)
+    lm, tokenizer = load_model(model)
+    evaluate(lm, tokenizer, tasks, directory, batch_tokens=batch_tokens, precision=base.precision, source=model.source)
 
 
 def _scores_path(config: RunConfig, output: Path) -> Path | None:
@@ -158,11 +162,23 @@ def _scores_path(config: RunConfig, output: Path) -> Path | None:
 
 
 def _saved_model(config: ModelConfig, pretrained: Path) -> ModelConfig:
-    directory = pretrained / "model"
+    directory, mark = pretrained / "model", pretrained / "source.json"
+    path = Path(config.source).expanduser()
+    if path == directory:
+        return config
+    source = {"source": path.name, **({"bytes": path.stat().st_size} if path.is_file() else {})}
     if not directory.is_dir():
         say(f"reading {config.source}")
         lm, tokenizer = load_model(config)
+        write_json(mark, source)
         save_model(lm.model, tokenizer, directory)
+    elif mark.is_file() and json.loads(mark.read_text()) != source:
+        raise InputError(f"{directory} was made of another file than {config.source}; choose another directory")
+    return _at(config, directory)
+
+
+def _at(config: ModelConfig, directory: Path) -> ModelConfig:
+    """The model in a local directory, held and run as `config` says."""
     return dataclasses.replace(config, source=str(directory), revision=None)
 
 

@@ -84,6 +84,8 @@ def score(
         InputError: `path` or its journal belongs to other scores, a loss is NaN or infinite (ids listed), or the disk
             is full.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; give a file for the scores, for example {path / 'scores.parquet'}")
     lm.check_length(max(len(s.input_ids) for s in samples.samples), "a sample")
     header = score_header(lm, tokenizer, samples, model_config, batch_tokens, tokens)
     if path.exists() and not overwrite:

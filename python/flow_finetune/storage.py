@@ -33,6 +33,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             yield temporary
             _sync(temporary)
             if path.is_dir():
+                if not temporary.is_dir():
+                    raise InputError(f"{path} is a directory, which is not replaced by a file; choose another name")
                 shutil.rmtree(path)
             os.replace(temporary, path)
             _sync(path.parent)
@@ -70,6 +72,16 @@ def is_used(path: Path) -> bool:
 def _is_partial(path: Path) -> bool:
     """Whether `path` is, or is in, what `atomic_path` had not finished."""
     return any(part.startswith(".") and part.endswith(".partial") for part in path.parts)
+
+
+def require_writable(path: Path) -> None:
+    """Raise `InputError` unless `path` is a directory that can be written to, or can become one; nothing is made."""
+    path = path.absolute()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file; {path} is to be a directory with several files")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{existing} may not be written to; choose another output")
 
 
 def used_error(path: Path) -> InputError:

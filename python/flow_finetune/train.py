@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ from flow_finetune.scores import read_scores, scoring_fingerprints
 from flow_finetune.train_checks import (
     check_dtype,
     check_grad_filter,
+    check_gradient_checkpointing,
     check_scores,
     check_train,
     warn_of_lost_updates,
@@ -143,6 +145,8 @@ def train(
     fingerprints = scoring_fingerprints(lm, tokenizer, samples)
     check_scores(method, scores)
     check_dtype(method, model_config.dtype)
+    check_grad_filter(config, lm.backend, lm.head.weight.device.type)
+    check_gradient_checkpointing(config, lm)
     found = None
     if needs_scores(method) or (method.online and scores is not None):
         found = read_scores(scores, samples, fingerprints, tokens=method.weights == "token")
@@ -162,7 +166,6 @@ def train(
     if summary is not None:
         say(f"{output} holds this run already, finished")
         return summary
-    check_grad_filter(config, lm.backend, lm.head.weight.device.type)
     if needs_scores(method):
         num_weights = len(samples.samples) if weights.per_token is None else sum(map(len, weights.per_token))
         say(
@@ -199,6 +202,8 @@ def make_accelerator(device: torch.device) -> Accelerator:
     Raises:
         InputError: those settings ask for a way of training that is not done here.
     """
+    if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        torch.cuda.set_device(device)  # accelerate takes the current one
     # Given here, because its environment would otherwise divide the loss, scale it, or change the precision, in silence.
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no",
@@ -218,7 +223,10 @@ def _optimise(lm, samples, weights, directory, accelerator, method, config, mode
     torch.manual_seed(config.seed)
     lora = prepare_parameters(lm, method)
     warn_of_lost_updates(lm, method.learning_rate or config.learning_rate)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and method.train == "head":
+        # It would make inputs ask for gradients, and with them the frozen body, forward and backward.
+        say("gradient checkpointing is left out: no gradient passes the body where the head alone is trained")
+    elif config.gradient_checkpointing:
         # Re-entrant checkpointing gives no gradients where the input has none, as below adapters.
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     tracks_distance = config.track_distance and accelerator.is_main_process

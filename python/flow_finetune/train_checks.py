@@ -24,6 +24,8 @@ def check_train(config: TrainConfig, method: MethodConfig) -> None:
                         ("micro_batch_tokens", config.micro_batch_tokens), ("log_every", config.log_every)):  # fmt: skip
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed must be between 0 and 2^32 - 1, got {config.seed}")
     if config.checkpoint_every < 0:
         raise InputError(f"checkpoint_every must be at least 0 (0 for none), got {config.checkpoint_every}")
     if not 0.0 <= config.warmup <= 1.0:
@@ -72,6 +74,12 @@ def warn_of_lost_updates(lm: CausalLM, learning_rate: float) -> None:
             f"{share:.0%} of the parameters are in bfloat16 and too large for updates of {learning_rate:.1e}, which are "
             "rounded away; use dtype float32 to train them"
         )
+
+
+def check_gradient_checkpointing(config: TrainConfig, lm: CausalLM) -> None:
+    """Raise `InputError` where gradient checkpointing was asked for and the model has none."""
+    if config.gradient_checkpointing and not lm.model.supports_gradient_checkpointing:
+        raise InputError(f"{type(lm.model).__name__} does not do gradient checkpointing; leave it out")
 
 
 def check_grad_filter(config: TrainConfig, backend: str, device_type: str) -> None:

@@ -44,6 +44,12 @@ class Stored:
     end: int
 
 
+def check_alpha(alpha: float) -> None:
+    """Raise `InputError` unless `alpha` is a share."""
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha must be in [0, 1], got {alpha}")
+
+
 def wise_ft(pretrained: Path, finetuned: Path, alpha: float, output: Path, *, name: str = "", of: str = "") -> Path:
     """Write the average of two model directories to `output`, which transformers loads; returns `output`.
 
@@ -63,8 +69,7 @@ def wise_ft(pretrained: Path, finetuned: Path, alpha: float, output: Path, *, na
         InputError: alpha out of range, no safetensors weights, a tensor that one model lacks or that differs in shape
             (named), weights in 8 bits or fewer, `output` in use, or too small a disk.
     """
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha must be in [0, 1], got {alpha}")
+    check_alpha(alpha)
     ours, theirs = read_headers(pretrained), read_headers(finetuned)
     _require_same(ours, theirs, pretrained, finetuned)
     files = sorted({stored.path for stored in theirs.values()})

@@ -80,12 +80,15 @@ def evaluate(
     template: Annotated[
         str | None,
         typer.Option(
-            help="Of --qa: alpaca, chat (the tokenizer's own) or a text with {prompt}; alpaca without shots, "
-            "'Question: {prompt}\\nAnswer:' with them.",
+            help="Of --qa: alpaca, chat (the tokenizer's own) or a text with {prompt}; alpaca without shots, with them "
+            "$'Question: {prompt}\\nAnswer:' (in bash, where $'' makes a line break of \\n).",
             rich_help_panel=DATA_PANEL,
         ),
     ] = None,
     max_length: MaxLength = 1024,
+    window: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window of --perplexity.", rich_help_panel=DATA_PANEL)
+    ] = TaskConfig.window,
     batch_tokens: BatchTokens = 4096,
     revision: Revision = None,
     dtype: Dtype = "float32",
@@ -138,16 +141,21 @@ def evaluate(
         from flow_finetune.evaluation_files import summary_of
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
-        given = {"limit": limit, "max_length": max_length}
-        solved = {"num_shots": num_shots or None, "shots_source": None if shots is None else str(shots)}
+        longest = {"max_length": max_length}
+        shots_source = None if shots is None else str(shots)
+        solved = {"num_shots": num_shots or None, "shots_source": shots_source, **longest}
         answers = {"prompt_field": prompt_field, "response_field": response_field, "template": template,
                    "num_generate": num_generate, "answer_pattern": answer_pattern, **solved}  # fmt: skip
-        completed = {"prompt_field": completion_prompt_field, "response_field": completion_response_field}
-        harness = {"num_shots": num_shots, "include_path": None if include_path is None else str(include_path)}
+        completed = {"prompt_field": completion_prompt_field, "response_field": completion_response_field, **longest}
+        harness = {
+            "num_shots": num_shots,
+            "include_path": None if include_path is None else str(include_path),
+            **longest,
+        }
         tasks = [
-            TaskConfig(kind, str(source), role=role, **given, **options)
+            TaskConfig(kind, str(source), role=role, limit=limit, **options)
             for kind, role, sources, options in (
-                ("perplexity", "retained", perplexity, {}), ("qa", "target", qa, answers),
+                ("perplexity", "retained", perplexity, {"window": window}), ("qa", "target", qa, answers),
                 ("multiple_choice", "retained", multiple_choice, solved),
                 ("completion", "retained", completion, completed), ("lm_eval", "retained", lm_eval, harness),
             )
@@ -174,6 +182,7 @@ def evaluate(
 _KINDS = {
     **dict.fromkeys(("prompt_field", "response_field", "template", "num_generate", "answer_pattern"), ("qa",)),
     **dict.fromkeys(("completion_prompt_field", "completion_response_field"), ("completion",)),
+    "window": ("perplexity",), "max_length": ("qa", "multiple_choice", "completion", "lm_eval"),
     "num_shots": ("qa", "multiple_choice", "lm_eval"), "shots": ("qa", "multiple_choice"), "include_path": ("lm_eval",),
 }  # fmt: skip
 

@@ -50,7 +50,7 @@ _OF_IMAGES = {"size", "images", "source_images", "pretrained", "optimizer", "aug
               "label_field", "bad_images"}  # fmt: skip
 # Options of the shared commands that an image task has a use for.
 _USED = _OF_IMAGES | {
-    "task", "model", "data", "output", "limit", "split", "id_field", "revision", "precision", "device", "overwrite",
+    "task", "model", "data", "output", "limit", "split", "subset", "id_field", "revision", "precision", "device", "overwrite",
     "method", "scores", "weights", "temperature", "quantile", "clip_low", "clip_high", "normalize", "keep_easiest",
     "penalty_strength", "penalty_copy", "average_every", "average_share", "epochs", "batch_size", "learning_rate",
     "warmup", "weight_decay", "max_grad_norm", "seed", "log_every", "track_distance",
@@ -83,18 +83,21 @@ def score_images(
     overwrite,
 ) -> None:  # fmt: skip
     """`score --task image`: stage 0's model and its losses, `output/pretrained/model` and `output/scores.parquet`."""
-    from flow_finetune.scores import read_metadata
+    from flow_finetune.scores import describe_weights, read_metadata
     from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig
     from flow_finetune.vision.pipeline import check_image_run, probe_and_score
 
     config = ImageRunConfig(
         ImageModelConfig(model, revision, precision, device),
-        ImageDataConfig(data, split, **_reading(context), id_field=id_field, size=size, limit=limit),
+        ImageDataConfig(
+            data, split, context.params["subset"], **_reading(context), id_field=id_field, size=size, limit=limit
+        ),
     )
     check_image_run(config)
     prepared = probe_and_score(config, output, overwrite=overwrite)
     tau = read_metadata(prepared.scores)["temperature"]
     say(f"{prepared.scores}: median loss {tau:.4f} nats per image")
+    say(describe_weights(prepared.scores))
 
 
 def train_images(
@@ -115,11 +118,13 @@ def train_images(
     train = ImageTrainConfig(**{name: context.params[name] for name in sorted(names) if is_given(context, name)})
     config = ImageRunConfig(
         ImageModelConfig(model, revision, precision, device),
-        ImageDataConfig(data, split, **_reading(context), id_field=id_field, size=size, limit=limit),
+        ImageDataConfig(
+            data, split, context.params["subset"], **_reading(context), id_field=id_field, size=size, limit=limit
+        ),
     )
     check_image_method(method)
     check_image_run(dataclasses.replace(config, train=train))
-    if not (scores / PROBE_FILE).is_file():
+    if not all((scores / name).is_file() for name in (PROBE_FILE, "scores.parquet")):
         raise InputError(f"{scores} is no directory that score --task image -o {scores} has made; make it first")
     # The probe is the one of `score`, whatever stage 1's options are: all methods and seeds start from one model.
     summary = train_method(probe_and_score(config, scores), method, output, train, overwrite=overwrite)
@@ -147,9 +152,12 @@ def evaluate_images(
     ]
     if not tasks:
         raise InputError("nothing to evaluate; give --images or --source-images")
+    # A tuned model is a directory; the revision is then of the one that it was tuned from.
+    is_tuned = pretrained is not None and Path(model).expanduser().is_dir()
+    revisions = (None, revision) if is_tuned else (revision, None)
     result = evaluate_saved(
-        ImageModelConfig(model, revision, precision, device), tasks, output,
-        pretrained=None if pretrained is None else ImageModelConfig(pretrained, None, precision, device),
+        ImageModelConfig(model, revisions[0], precision, device), tasks, output,
+        pretrained=None if pretrained is None else ImageModelConfig(pretrained, revisions[1], precision, device),
         size=size, overwrite=overwrite,
     )  # fmt: skip
     for task in result["tasks"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import typer
 from rich.markup import escape
@@ -19,5 +20,11 @@ def messages() -> Iterator[None]:
     try:
         yield
     except (InputError, BackendUnavailable, backends.CompiledFileError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        _stop(str(error))
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        _stop(f"{error.filename}: {error.strerror}; choose another place")
+
+
+def _stop(message: str) -> NoReturn:
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2) from None

@@ -11,7 +11,7 @@ METHOD_PANEL = "Method"
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Hub id, local directory or .gguf file.", rich_help_panel=MODEL_PANEL)
 ]
-Revision = Annotated[str | None, typer.Option(help="Hub revision.", rich_help_panel=MODEL_PANEL)]
+Revision = Annotated[str | None, typer.Option(help="Of a hub id.", rich_help_panel=MODEL_PANEL)]
 Dtype = Annotated[
     str,
     typer.Option(help="Parameters: float32; bfloat16 or float16 to score, or with LoRA.", rich_help_panel=MODEL_PANEL),
@@ -37,6 +37,10 @@ Data = Annotated[
     ),
 ]
 Split = Annotated[str, typer.Option(help="Split of a hub data set.", rich_help_panel=DATA_PANEL)]
+Subset = Annotated[
+    str | None,
+    typer.Option(help="Of a hub data set that has several, as main of openai/gsm8k.", rich_help_panel=DATA_PANEL),
+]
 PromptField = Annotated[str, typer.Option(help="Field that holds the prompt.", rich_help_panel=DATA_PANEL)]
 ResponseField = Annotated[str, typer.Option(help="Field that holds the response.", rich_help_panel=DATA_PANEL)]
 IdField = Annotated[

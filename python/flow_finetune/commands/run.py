@@ -82,6 +82,13 @@ def run(
             if not equals:
                 raise InputError(f"--set takes name=value, got {assignment!r}")
             _set(mapping, name, parse_yaml(value, f"--set {name}"))
+        own = [
+            row["name"] for row in mapping.get("methods") or [] if isinstance(row, dict) and row.get("learning_rate")
+        ]
+        if learning_rate is not None and own:
+            raise InputError(
+                f"--lr would not change {', '.join(own)}, which have a learning_rate of their own in {config}; change it there"
+            )
         where = str(config) if config else "the command line"
         if choose("task", mapping.get("task", "language"), ("language", "image")) == "image":
             from flow_finetune.vision.config import read_image_run

@@ -33,6 +33,7 @@ from flow_finetune.commands.options import (
     ResponseField,
     Revision,
     Split,
+    Subset,
     Template,
     TrustRemoteCode,
 )
@@ -53,6 +54,7 @@ def score(
     max_length: MaxLength = 1024,
     limit: Limit = None,
     split: Split = "train",
+    subset: Subset = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Keep the loss of every target token as well.")] = False,
     batch_tokens: BatchTokens = 4096,
     revision: Revision = None,
@@ -87,7 +89,9 @@ def score(
         from flow_finetune import models, scores
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
-        data_config = DataConfig(data, split, prompt_field, response_field, id_field, template, max_length, limit)
+        data_config = DataConfig(
+            data, split, prompt_field, response_field, id_field, template, max_length, limit, subset
+        )
         lm, tokenizer = models.load_model(model_config)
         samples = data_module.load_samples(data_config, tokenizer)
         say(f"{data}: {samples.describe()}")

@@ -55,6 +55,7 @@ from flow_finetune.commands.options import (
     Scores,
     Seed,
     Split,
+    Subset,
     Temperature,
     Template,
     TrustRemoteCode,
@@ -132,6 +133,7 @@ def train(
     max_length: MaxLength = 1024,
     limit: Limit = None,
     split: Split = "train",
+    subset: Subset = None,
     revision: Revision = None,
     dtype: Dtype = "float32",
     precision: Precision = "bf16",
@@ -185,7 +187,9 @@ def train(
         from flow_finetune.train_checks import check_dtype, check_scores, check_train
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
-        data_config = DataConfig(data, split, prompt_field, response_field, id_field, template, max_length, limit)
+        data_config = DataConfig(
+            data, split, prompt_field, response_field, id_field, template, max_length, limit, subset
+        )
         config = TrainConfig(
             epochs, batch_size, micro_batch_tokens, learning_rate, warmup, weight_decay, max_grad_norm, seed,
             checkpoint_every, log_every, gradient_checkpointing, track_distance, grad_filter_eps,
@@ -215,7 +219,7 @@ def _method_config(name: str | None, details: dict) -> MethodConfig:
 
     if name is None:
         weights = details.get("weights", "sequence")
-        found = MethodConfig("standard" if weights == "none" else f"flow-{weights}")
+        found = MethodConfig({"none": "standard", "sequence": "flow"}.get(weights, f"flow-{weights}"))
     else:
         found = named_method(name)
     found = dataclasses.replace(found, **details)

@@ -29,5 +29,7 @@ def wise_ft(
         from flow_finetune import wise_ft as wise_ft_module
 
         for share in alpha or [0.5]:
+            wise_ft_module.check_alpha(share)
+        for share in alpha or [0.5]:
             path = wise_ft_module.wise_ft(pretrained, finetuned, share, output / f"alpha-{share:g}")
             say(f"{path}: {1 - share:g} * {pretrained} + {share:g} * {finetuned}")

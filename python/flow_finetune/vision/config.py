@@ -24,6 +24,7 @@ class ImageDataConfig:
 
     source: str  # folder with a folder per class, .parquet with encoded bytes, or hub id
     split: str = "train"  # of a hub id
+    subset: str | None = None  # of a hub id that has several
     image_field: str = "image"
     label_field: str = "label"
     id_field: str | None = None  # row numbers (paths in a folder) when not given
@@ -67,6 +68,7 @@ class ImageTaskConfig:
     name: str | None = None  # the file's stem when not given
     role: str = "target"  # "target": the new head; "retained": the original head and batch-norms are put back
     split: str = "test"
+    subset: str | None = None
     image_field: str = "image"
     label_field: str = "label"
     id_field: str | None = None

@@ -126,6 +126,12 @@ def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_clas
 
 def _read_source(config) -> Encoded:
     path = Path(config.source).expanduser()
+    if path.is_dir() or path.suffix == ".parquet":
+        for name in ("split", "subset"):
+            if getattr(config, name) != getattr(type(config), name):
+                raise InputError(
+                    f"{name} {getattr(config, name)!r} is of a hub data set; {config.source} is here, and read as a whole"
+                )
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".parquet":
@@ -194,7 +200,7 @@ def _read_hub(config) -> Encoded:
     import datasets
 
     try:
-        data = datasets.load_dataset(config.source, split=config.split)
+        data = datasets.load_dataset(config.source, config.subset, split=config.split)
         if config.image_field in data.column_names:
             data = data.cast_column(config.image_field, datasets.Image(decode=False))
     except Exception as error:

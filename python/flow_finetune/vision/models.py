@@ -140,6 +140,10 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
         InputError: no such model, a library that is missing, or a model that classifies no images.
     """
     directory, head_is_missing = Path(config.source).expanduser(), False
+    if config.revision is not None and (
+        directory.is_dir() or config.source == _LITE0 or config.source.startswith("timm:")
+    ):
+        raise InputError(f"revision {config.revision!r} is of a transformers hub id, which {config.source} is not")
     if (directory / _DESCRIPTION).is_file():
         description = _read_description(directory / _DESCRIPTION)
         if description.library == "transformers":

@@ -28,7 +28,7 @@ from flow_finetune.plots import require_matplotlib
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
-from flow_finetune.storage import write_json
+from flow_finetune.storage import is_used, used_error, write_json
 from flow_finetune.vision.config import ImageRunConfig, ImageTrainConfig, check_image_run
 from flow_finetune.vision.data import ImageSet, align_labels, load_images
 from flow_finetune.vision.evaluate import ImageTask, Original, evaluate_classifier, prepare_tasks
@@ -37,7 +37,7 @@ from flow_finetune.vision.scores import write_scores
 from flow_finetune.vision.stages import extract_features, losses_of, train_head
 from flow_finetune.vision.train import check_image_method, train_method, wise_ft_method
 
-# Says whose probe a directory holds.
+# Says whose probe a directory holds, or is about to.
 PROBE_FILE = Path("pretrained") / "probe.json"
 
 
@@ -65,7 +65,7 @@ class Prepared:
 
     def load(self, directory: Path) -> ImageClassifier:
         """A model that this run saved."""
-        return load_classifier(dataclasses.replace(self.config.model, source=str(directory)))
+        return load_classifier(dataclasses.replace(self.config.model, source=str(directory), revision=None))
 
 
 def run(config: ImageRunConfig, output: Path) -> Path:
@@ -130,11 +130,7 @@ def probe_and_score(config: ImageRunConfig, output: Path, *, overwrite: bool = F
             align_labels(task.images, images.class_names, images.num_classes)
     say(f"{config.data.source}: {len(images.ids):,} images of {images.num_classes} classes, {images.num_bad} left out")
     prepared = Prepared(config, output, images, labels, size, tasks, original, {"images": images.fingerprint})
-    if overwrite:
-        # The mark first: what is left after a kill is no probe.
-        (output / PROBE_FILE).unlink(missing_ok=True)
-        prepared.scores.unlink(missing_ok=True)
-    _probe(prepared, classifier)
+    _probe(prepared, classifier, overwrite)
     prepared.fingerprints["model"] = classifier_fingerprint(prepared.load(prepared.probed))
     return prepared
 
@@ -150,8 +146,11 @@ def _check_size(classifier: ImageClassifier, images: ImageSet, size: int, source
         ) from error
 
 
-def _probe(prepared: Prepared, classifier: ImageClassifier) -> None:
-    """Stage 0, its model and its scores, unless they are there."""
+def _probe(prepared: Prepared, classifier: ImageClassifier, overwrite: bool) -> None:
+    """Stage 0, its model and its scores, unless they are there.
+
+    Whose probe it is, is written first, the scores last: a mark without scores is of a call that was killed.
+    """
     train = prepared.config.train
     identity = {
         "images": prepared.images.fingerprint, "size": prepared.size, "precision": prepared.config.model.precision,
@@ -159,7 +158,9 @@ def _probe(prepared: Prepared, classifier: ImageClassifier) -> None:
         "head": [train.head_epochs, train.head_batch_size, train.head_learning_rate],
     }  # fmt: skip
     mark = prepared.output / PROBE_FILE
-    if mark.is_file() and prepared.scores.is_file():
+    if not overwrite and not mark.is_file() and any(is_used(path) for path in (prepared.scores, prepared.probed)):
+        raise used_error(prepared.output)
+    if not overwrite and mark.is_file() and prepared.scores.is_file():
         found = json.loads(mark.read_text())
         if found == identity:
             return
@@ -168,6 +169,8 @@ def _probe(prepared: Prepared, classifier: ImageClassifier) -> None:
             f"{prepared.output} holds another probe (it differs in {differs}); give the same options, choose another "
             "directory, or score again with --overwrite"
         )
+    prepared.scores.unlink(missing_ok=True)
+    write_json(mark, identity)
     classifier.new_head(prepared.images.num_classes, prepared.images.class_names, train.seed)
     labels = torch.from_numpy(prepared.labels)
     features = extract_features(classifier, prepared.images.pixels, prepared.size, prepared.config.batch_size)
@@ -178,7 +181,6 @@ def _probe(prepared: Prepared, classifier: ImageClassifier) -> None:
     loss, predicted = losses_of(classifier.head, features, labels)
     fingerprints = {"images": prepared.images.fingerprint, "model": classifier_fingerprint(classifier)}
     write_scores(prepared.scores, prepared.images, prepared.labels, loss, predicted, fingerprints)
-    write_json(mark, identity)
     accuracy = float((predicted == labels).double().mean())
     say(f"stage 0: median loss {float(loss.median()):.4f} nats, training accuracy {100 * accuracy:.2f} %")
 
