@@ -23,7 +23,9 @@ class Question:
 
     id: str
     answer: int
-    num_bytes: tuple[int, ...]  # UTF-8 length of each choice
+    # UTF-8 length of each choice as its file has it, the space that joins it to the context included, which
+    # lm-evaluation-harness leaves out: one byte more of each.
+    num_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
