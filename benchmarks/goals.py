@@ -103,19 +103,14 @@ def _accuracy() -> list[dict]:
 
 def _growth() -> list[dict]:
     lines = []
-    for (case, dimension, name), points in sorted(sweeps().items()):
-        if name == FLOW and len(points) > 2:
-            value = fit_exponent(points)
-            limit = "0.9 - 1.1" if dimension != "D" else ""
-            is_reached = ("yes" if 0.9 <= value <= 1.1 else "no") if limit else ""
-            lines.append(
-                {
-                    "goal": f"{case}: exponent over {dimension}",
-                    "limit": limit,
-                    "measured": f"{value:.2f}",
-                    "reached": is_reached,
-                }
-            )
+    for csv, where in (("sweep", "beside others"), ("sweep_alone", "alone in the process")):
+        for (case, dimension, name), points in sorted(sweeps(name=csv).items()):
+            if name == FLOW and len(points) > 2:
+                value = fit_exponent(points)
+                limit = "0.9 - 1.1" if dimension != "D" else ""
+                is_reached = ("yes" if 0.9 <= value <= 1.1 else "no") if limit else ""
+                goal = f"{case}: exponent over {dimension}, {where}"
+                lines.append({"goal": goal, "limit": limit, "measured": f"{value:.2f}", "reached": is_reached})
     return lines
 
 

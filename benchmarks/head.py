@@ -3,6 +3,7 @@
 python benchmarks/head.py time --case score --head gemma-3-270m      one case of one head, all implementations in turn
 python benchmarks/head.py memory --case train --head gemma-3-270m    peak memory, a fresh process each
 python benchmarks/head.py sweep --case train --over N                8 x range of N, V or D
+python benchmarks/head.py sweep --case train --over N --alone        the same of ours alone, to sweep_alone.csv
 python benchmarks/head.py chunks --case train --head gemma-3-270m    chunk sizes of F.linear_cross_entropy
 python benchmarks/head.py accuracy                                   errors against fp64
 python benchmarks/head.py report                                     head.md and plots from the CSV files
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--head", default="gemma-3-270m", help=", ".join(HEADS))
     parser.add_argument("--over", choices=tuple(SWEEPS), default="N")
+    parser.add_argument("--alone", action="store_true", help="sweep: ours, and nothing else in the process")
     parser.add_argument("--kind", action="append", choices=tuple(CONFIDENCE), help="accuracy: of which rows")
     parser.add_argument("--rows", type=int, help="another N for the head")
     parser.add_argument("--implementation", action="append", choices=tuple(IMPLEMENTATIONS))
@@ -201,8 +203,10 @@ def main() -> None:
     elif options.what == "memory":
         memory(cases, head, [n for n in names if n != FLOOR], "head_memory")
     elif options.what == "sweep":
+        # Beside calls that take gigabytes the time of ours is also that of new memory, which says nothing of its growth.
+        names, csv = ([FLOW], "sweep_alone") if options.alone else (names, "sweep")
         for one in SWEEPS[options.over]:
-            time_cases(cases[:1], one, names, options.repetitions, options.budget / 4, "sweep")
+            time_cases(cases[:1], one, names, options.repetitions, options.budget / 4, csv)
     elif options.what == "chunks":
         chunks(cases, head, *repeated)
     elif options.what == "accuracy":
