@@ -1,6 +1,7 @@
 """The weighted fused loss, and weights for it, inside training programs of others; it needs the extra `[train]`."""
 
 try:
+    from flow_finetune.integrations.collator import KeepWeights
     from flow_finetune.integrations.sample_weights import add_sample_weights, sample_losses
     from flow_finetune.integrations.trainer import use_weighted_loss
 except ModuleNotFoundError as error:
@@ -10,4 +11,4 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-__all__ = ["add_sample_weights", "sample_losses", "use_weighted_loss"]
+__all__ = ["KeepWeights", "add_sample_weights", "sample_losses", "use_weighted_loss"]
