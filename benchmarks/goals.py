@@ -60,6 +60,7 @@ def _speed() -> list[dict]:
         lines.append(
             _line(f"{case}, {gemma}: fp32-upcast eager / ours", _ratio(case, gemma, EAGER, "over_flow"), eager, False)
         )
+        lines += _alone(case, gemma, fast, eager)
     for case, limit, what in (
         ("train weighted", 0.03, "weighted / plain - 1"),
         ("train half ignored", 0.6, "half ignored / dense"),
@@ -71,6 +72,19 @@ def _speed() -> list[dict]:
                 value = abs(value - 1)
             lines.append(_line(f"{what}, {head}", value, limit))
     return lines
+
+
+def _alone(case: str, head: str, fast: float, eager: float) -> list[dict]:
+    """The same two where every implementation has processes of its own."""
+    ratios = {row["implementation"]: float(row["over_flow"]) for row in find("head_alone", case=case, head=head)}
+    ratios = {name: ratio for name, ratio in ratios.items() if name not in (FLOW, FLOOR, REFERENCE)}
+    if not ratios:
+        return []
+    best, where = min(ratios, key=ratios.get), f"{case}, {head}, each in processes of its own"
+    return [
+        _line(f"{where}: fastest baseline measured / ours", ratios[best], fast, False, f" ({best})"),
+        _line(f"{where}: fp32-upcast eager / ours", ratios.get(EAGER), eager, False),
+    ]
 
 
 def _memory() -> list[dict]:
@@ -103,7 +117,7 @@ def _accuracy() -> list[dict]:
 
 def _growth() -> list[dict]:
     lines = []
-    for csv, where in (("sweep", "beside others"), ("sweep_alone", "alone in the process")):
+    for csv, where in (("sweep", "beside others"), ("sweep_alone", "in processes of its own")):
         for (case, dimension, name), points in sorted(sweeps(name=csv).items()):
             if name == FLOW and len(points) > 2:
                 value = fit_exponent(points)

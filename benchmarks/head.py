@@ -3,7 +3,8 @@
 python benchmarks/head.py time --case score --head gemma-3-270m      one case of one head, all implementations in turn
 python benchmarks/head.py memory --case train --head gemma-3-270m    peak memory, a fresh process each
 python benchmarks/head.py sweep --case train --over N                8 x range of N, V or D
-python benchmarks/head.py sweep --case train --over N --alone        the same of ours alone, to sweep_alone.csv
+python benchmarks/head.py alone --case train --head gemma-3-270m     each implementation in processes of its own, in turn
+python benchmarks/head.py sweep --case train --over N --alone        the sweep of ours, a fresh process for each size
 python benchmarks/head.py chunks --case train --head gemma-3-270m    chunk sizes of F.linear_cross_entropy
 python benchmarks/head.py accuracy                                   errors against fp64
 python benchmarks/head.py report                                     head.md and plots from the CSV files
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from flow_kernels import reference
 
 QUICK_RESULTS = harness.ROOT / "runs" / "bench"
 CONFIDENCE = {"random": None, "p=0.9": 0.9, "p=0.99": 0.99, "p=0.999": 0.999}
+CALLS_OF_A_PROCESS = 3
 # By default left out: the definition, and the one that takes minutes a call where V is large.
 DEFAULT_NAMES = [name for name in IMPLEMENTATIONS if name not in (REFERENCE, DEFAULT_CHUNKS)]
 
@@ -113,6 +117,41 @@ def peak(case: str, head: Head, name: str) -> None:
     print(round(harness.peak_above(call_of(name, case, head, inputs), result_bytes) / 2**20, 1))
 
 
+def time_alone(case: str, head: Head, names: list[str], rounds: int, csv: str) -> None:
+    """Time each of `names` in `rounds` processes of its own, in turn, and write one row each to <csv>.csv.
+
+    A call that takes gigabytes leaves the process's memory in another state than it found it in, in which the calls
+    after it are slower: here none comes after another implementation's.
+    """
+    right, reasons = right_calls(case, head, names)
+    names = list(right)
+    right.clear()
+    for name, reason in reasons.items():
+        print(f"{case}, {name}: not timed: {reason}", flush=True)
+    arguments = [__file__, "seconds", "--case", case, "--head", head.name, "--rows", str(head.num_rows)]
+    times = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            line = harness.in_fresh_process([*arguments, "--implementation", name])
+            times[name] += json.loads(line)  # "failed: ..." stops here
+    found = {name: harness.summary(of_name) for name, of_name in times.items()}
+    rows = []
+    for name, row in found.items():
+        over = {"over_flow": round(row["median_s"] / found[FLOW]["median_s"], 3)} if FLOW in found else {}
+        rows.append(_about(head, case, name) | row | {"processes": rounds} | over | harness.provenance("head.py"))
+        print(
+            {k: rows[-1][k] for k in ("case", "head", "implementation", "median_s", "q1_s", "q3_s", *over)}, flush=True
+        )
+    harness.update_csv(csv, rows, KEYS)
+
+
+def seconds(case: str, head: Head, name: str) -> None:
+    """Print wall and CPU seconds of a few calls after the first, as JSON."""
+    call = call_of(name, case, head, tensors(head, case))
+    call()
+    print(json.dumps(harness.interleave({name: call}, CALLS_OF_A_PROCESS, math.inf)[name]))
+
+
 def chunks(cases: list[str], head: Head, repetitions: int, budget_s: float) -> None:
     """Seconds of `F.linear_cross_entropy` with every chunk size from 64 rows to all of them, to head_chunks.csv."""
     name = "F.linear_cross_entropy, best chunk"
@@ -175,11 +214,13 @@ def quick() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "memory", "sweep", "chunks", "accuracy", "peak", "report", "quick"))
+    parser.add_argument(
+        "what", choices=("time", "memory", "sweep", "chunks", "accuracy", "peak", "seconds", "alone", "report", "quick")
+    )
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--head", default="gemma-3-270m", help=", ".join(HEADS))
     parser.add_argument("--over", choices=tuple(SWEEPS), default="N")
-    parser.add_argument("--alone", action="store_true", help="sweep: ours, and nothing else in the process")
+    parser.add_argument("--alone", action="store_true", help="sweep: ours, in processes of its own")
     parser.add_argument("--kind", action="append", choices=tuple(CONFIDENCE), help="accuracy: of which rows")
     parser.add_argument("--rows", type=int, help="another N for the head")
     parser.add_argument("--implementation", action="append", choices=tuple(IMPLEMENTATIONS))
@@ -202,17 +243,22 @@ def main() -> None:
         time_cases(cases, head, names, *repeated, "head" if len(cases) == 1 else "head_cases")
     elif options.what == "memory":
         memory(cases, head, [n for n in names if n != FLOOR], "head_memory")
+    elif options.what == "alone":
+        time_alone(cases[0], head, names, options.repetitions, "head_alone")
     elif options.what == "sweep":
-        # Beside calls that take gigabytes the time of ours is also that of new memory, which says nothing of its growth.
-        names, csv = ([FLOW], "sweep_alone") if options.alone else (names, "sweep")
         for one in SWEEPS[options.over]:
-            time_cases(cases[:1], one, names, options.repetitions, options.budget / 4, csv)
+            if options.alone:
+                time_alone(cases[0], one, [FLOW], options.repetitions, "sweep_alone")
+            else:
+                time_cases(cases[:1], one, names, options.repetitions, options.budget / 4, "sweep")
     elif options.what == "chunks":
         chunks(cases, head, *repeated)
     elif options.what == "accuracy":
         accuracy(head, [name for name in names if name != FLOOR], options.kind or list(CONFIDENCE))
     elif options.what == "peak":
         peak(cases[0], head, names[0])
+    elif options.what == "seconds":
+        seconds(cases[0], head, names[0])
     elif options.what == "quick":
         quick()
     if options.what in ("report", "quick"):

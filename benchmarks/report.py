@@ -82,6 +82,14 @@ def speed_tables() -> list[str]:
     return parts
 
 
+def alone_table() -> list[str]:
+    """Every implementation in processes of its own."""
+    rows = sorted(harness.read_csv("head_alone"), key=lambda r: (r["head"], r["case"], float(r["median_s"])))
+    columns = ["head", "case", "implementation", "median_s", "q1_s", "q3_s", "over_flow", "repetitions", "processes"]
+    commands = sorted({f"Commit {row['commit']}: `{row['command']}`" for row in rows})
+    return [harness.markdown(rows, columns), *commands] if rows else ["Not measured yet."]
+
+
 def accuracy_table() -> list[str]:
     """Errors against fp64."""
     rows = sorted(
@@ -240,6 +248,7 @@ def write_report() -> None:
         "errors has each N). Peak memory is that of a fresh process, above inputs and results."
     )
     text += ["## Goals", *goal_table(), "## Time, memory and error", *speed_tables()]
+    text += ["## Each in processes of its own, in turn", *alone_table()]
     text += ["## Weights, ignored rows and a frozen head", *case_table()]
     text += ["## Error against fp64", *accuracy_table(), "## Peak memory", *memory_table()]
     text += ["## Growth", *sweep_table(), *(f"![{name}]({name})" for name in plots())]

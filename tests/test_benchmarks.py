@@ -284,3 +284,28 @@ def test_exact_losses_of_a_head_that_they_would_be_wrong_for_are_refused(softcap
     lm = SimpleNamespace(softcap=softcap, head=SimpleNamespace(bias=bias))
     with pytest.raises(SystemExit, match="has a soft-cap or a bias"):
         end_to_end.exact(lm, None, [], SimpleNamespace(model="m"))
+
+
+def test_implementations_in_processes_of_their_own_are_timed_in_turn(tmp_path, monkeypatch):
+    import harness
+    import head
+    from shapes import HEADS
+
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    asked = []
+
+    def in_fresh_process(arguments):
+        asked.append(arguments[-1])
+        # Wall and CPU seconds; the second process of each is slower.
+        return {0: "[[2, 9], [1, 8]]", 1: "[[4, 9], [8, 8]]", 2: "[[2, 9], [3, 8]]", 3: "[[5, 9], [9, 8]]"}[
+            len(asked) - 1
+        ]
+
+    monkeypatch.setattr(harness, "in_fresh_process", in_fresh_process)
+    names = ["flow cpu", "eager, fp32 logits"]
+    head.time_alone("score", HEADS["small"], names, 2, "head_alone")
+    assert asked == names * 2
+    rows = {row["implementation"]: row for row in harness.read_csv("head_alone")}
+    assert [float(rows[name]["median_s"]) for name in names] == [2.0, 6.5]
+    assert float(rows[names[1]]["over_flow"]) == 3.25
+    assert (rows[names[0]]["repetitions"], rows[names[0]]["processes"]) == ("4", "2")
