@@ -13,6 +13,7 @@ from flow_finetune.config import MethodConfig
 from flow_finetune.evaluation_files import EVALUATION_FILE, ITEMS_FILE
 from flow_finetune.storage import write_json
 from flow_finetune.vision.config import ImageRunConfig, ImageTaskConfig
+from flow_finetune.vision.data import is_here
 from flow_finetune.vision.pipeline import Prepared, prepare, train_and_evaluate
 from records import locked
 
@@ -54,9 +55,13 @@ class ImageLaboratory:
     def try_out(self, method: MethodConfig, seed: int, directory: Path) -> float:
         """Train without the validation share of the training images; returns the loss on it, nats an image."""
         holdout, data = self.search.holdout, self.setup.data
-        fields = {name: getattr(data, name) for name in ("source", "split", "subset", "image_field", "label_field", "id_field",
+        fields = {name: getattr(data, name) for name in ("source", "subset", "image_field", "label_field", "id_field",
                                                          "size", "crop", "limit", "bad_images")}  # fmt: skip
-        task = ImageTaskConfig(**fields, name="validation", role="target", part="validation", holdout=holdout)
+        # A task's own default is another split.
+        split = None if is_here(data.source) else data.split or "train"
+        task = ImageTaskConfig(
+            **fields, split=split, name="validation", role="target", part="validation", holdout=holdout
+        )
         train = dataclasses.replace(self.setup.train, epochs=self.search.epochs)
         data = dataclasses.replace(data, part="train", holdout=holdout)
         setup = dataclasses.replace(self.setup, data=data, train=train, tasks=(task,))

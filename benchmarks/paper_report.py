@@ -26,7 +26,7 @@ _INTERVALS = (
     "Row minus {baseline} of the same seed on the same items (the pre-trained model: minus the {baseline} of this "
     "table), with the 95 % interval of a bootstrap over items (10,000 resamples). Bold: the interval excludes 0. The "
     "intervals hold the chance of which items were evaluated, not of another training seed; of many intervals, one in "
-    "twenty excludes 0 without any difference."
+    "twenty excludes 0 without any difference. Fewer than 6 items give no interval (infinite ends)."
 )
 
 

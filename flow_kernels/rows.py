@@ -189,9 +189,7 @@ def row_weights(
 
 def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A number or a 0-d tensor as a 0-d tensor on `device`, without a wait for it where the host knows the number."""
-    if isinstance(value, Tensor) and (
-        value.device.type != "cpu" or device.type == "cpu" or torch.compiler.is_compiling()
-    ):
+    if isinstance(value, Tensor) and (device.type == "cpu" or not reads_values(value)):
         return value.to(device, dtype)
     # Not as_tensor and not `to`: a copy from the host's memory would wait for the device.
     return torch.full((), float(value), dtype=dtype, device=device)

@@ -52,6 +52,14 @@ def test_weights_per_token_are_padded_as_their_tokens_are(tiny_model_dir, weight
     assert not batch["sample_weight"][~present].any()
 
 
+def test_rows_may_be_tokenised_by_the_collator(tiny_model_dir, weighted):
+    padded = padding(tiny_model_dir)
+    tokens = features(weighted, 3, ("input_ids", "labels"))
+    collator = KeepWeights(lambda rows: padded([tokens[row["text"]] for row in rows]))
+    batch = collator([{"text": i, "sample_weight": 0.5 * i} for i in range(3)])
+    assert batch["sample_weight"].tolist() == [0.0, 0.5, 1.0]
+
+
 def test_one_number_a_row_stays_one_and_an_evaluation_has_none(tiny_model_dir, weighted):
     collator = KeepWeights(padding(tiny_model_dir))
     found = features(weighted, 3)
@@ -68,6 +76,9 @@ def test_weights_that_fit_no_sample_are_refused(tiny_model_dir, weighted):
         packing([found[0], {**found[1], "sample_weight": [1.0, 2.0]}])
     with pytest.raises(InputError, match=r"labels of shape \(2, 8\) of 3 samples"):
         KeepWeights(lambda rows: {"labels": torch.zeros(2, 8)})(found)
+    no_mask = KeepWeights(lambda rows: {"labels": torch.zeros(3, 1000)})
+    with pytest.raises(InputError, match="no attention_mask, which says on which side"):
+        no_mask([{**row, "sample_weight": [1.0] * len(row["input_ids"])} for row in found])
     cut = KeepWeights(lambda rows: {"labels": torch.zeros(3, 8), "attention_mask": torch.ones(3, 8)})
     with pytest.raises(InputError, match=r"row 0 has \d+ weights, and its batch 8 tokens"):
         cut([{**row, "sample_weight": [1.0] * len(row["input_ids"])} for row in found])

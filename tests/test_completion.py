@@ -85,6 +85,11 @@ def test_a_chat_template_that_writes_the_bos_gets_no_second_one(tiny, tmp_path):
         (sample,) = prepare([completion(source, template=template)], tokenizer)[0].samples
         assert sample.input_ids.tolist() == tokenizer(text + ROWS[0]["target"]).input_ids
         assert sample.input_ids.tolist().count(tokenizer.bos_token_id) == 1
+    # A context that is cut at its beginning keeps the BOS.
+    (cut,) = prepare([completion(source, template="chat", max_length=6)], tokenizer)[0].samples
+    assert cut.input_ids.tolist() == [tokenizer.bos_token_id, *sample.input_ids[-5:].tolist()]
+    assert cut.truncated
+    assert cut.num_targets == sample.num_targets
 
 
 def test_bad_completions(tiny, tmp_path):

@@ -147,6 +147,11 @@ def test_which_accuracy_counts_and_under_which_names(tmp_path):
     assert derived.retained_mean(runs)[0] == (0.5, ("blimp", "accuracy"))
     assert derived.retained_mean(runs)[1:] == [(pytest.approx(1 / 12), (name, "accuracy_bytes")) for name in names]
     assert len(derived.commonsense(runs)) == 6
+    both, _ = three_runs(tmp_path / "both", [*tasks, ("siqa", "multiple_choice", "retained")])
+    assert {key for _, key in derived.retained_mean(both)} >= {
+        ("siqa", "accuracy_bytes"),
+        ("social_iqa", "accuracy_bytes"),
+    }
 
 
 def test_page(tmp_path):

@@ -322,8 +322,11 @@ def test_the_reference_says_that_it_cannot_be_captured(monkeypatch):
     target = torch.tensor([1])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     reference.check_target(target, 3, -100)  # of the CPU
-    with pytest.raises(RuntimeError, match="name backend='triton', or leave the loss out of the graph"):
-        reference._refuse_capture("cuda")
+    with (
+        FakeTensorMode(),
+        pytest.raises(RuntimeError, match="name backend='triton', or leave the loss out of the graph"),
+    ):
+        reference.check_target(torch.empty(1, dtype=torch.long, device="cuda"), 3, -100)
 
 
 def test_the_reference_holds_larger_chunks_on_accelerators():

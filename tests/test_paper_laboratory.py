@@ -3,13 +3,19 @@
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
+import tiny_images
+from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
+from flow_finetune.evaluation_files import read_items
 from flow_finetune.scores import read_metadata
 from flow_finetune.storage import write_json
+from flow_finetune.vision.config import read_image_run
 from paper_cells import MAPPING, write_experiment
 
-from experiment import read_experiment  # isort: skip
+from experiment import ImageSearch, read_experiment  # isort: skip
+from image_laboratory import ImageLaboratory  # isort: skip
 from laboratory import LanguageLaboratory  # isort: skip
 from records import Records  # isort: skip
 
@@ -94,3 +100,35 @@ def test_a_training_from_another_start_than_the_records_is_refused_before_it_beg
         with pytest.raises(InputError, match=f"{cell} was made from another {kind} than this training would be"):
             laboratory.train(None, 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_learning_rate_of_images_is_tried_on_the_share_that_is_held_out(image_mapping, tmp_path):
+    setup = read_image_run({**image_mapping, "data": {**image_mapping["data"], "id_field": None}}, "test")
+    laboratory = ImageLaboratory(setup, ImageSearch(holdout=0.25), tmp_path / "work")
+    loss = laboratory.try_out(MethodConfig("standard", weights="none"), 0, tmp_path / "work/search/standard")
+    evaluation = json.loads((tmp_path / "work/search/standard/evaluation.json").read_text())
+    (task,) = evaluation["tasks"]
+    assert (task["name"], task["num_items"]) == ("validation", tiny_images.NUM_IMAGES // 4)
+    assert loss == task["metrics"]["nats"]["value"] > 0
+    trained = pq.read_table(tmp_path / "work/search-setup/scores.parquet")["id"].to_pylist()
+    held_out = {item for item in read_items(tmp_path / "work/search/standard")["validation", "nats"].ids}
+    assert len(trained) == tiny_images.NUM_IMAGES - len(held_out)
+    assert held_out.isdisjoint(trained)
+
+
+def test_a_learning_rate_of_images_of_the_hub_is_tried_on_the_split_that_is_trained_on(
+    image_mapping, tmp_path, monkeypatch
+):
+    setup = read_image_run({**image_mapping, "data": {"source": "org/images", "subset": "small"}}, "test")
+    laboratory = ImageLaboratory(setup, ImageSearch(), tmp_path / "work")
+    asked = []
+
+    def prepared(run, output):
+        asked.append([(part.source, part.subset, part.split) for part in (run.data, *run.tasks)])
+        raise InputError("enough")
+
+    monkeypatch.setattr(laboratory, "_prepare", prepared)
+    with pytest.raises(InputError, match="enough"):
+        laboratory.try_out(MethodConfig("standard", weights="none"), 0, tmp_path / "search")
+    # Not given, the split of training data is train, but that of a task would be test.
+    assert asked == [[("org/images", "small", None), ("org/images", "small", "train")]]

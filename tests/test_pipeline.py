@@ -249,7 +249,7 @@ def test_a_learning_rate_that_rows_would_not_take_is_refused(mapping, tmp_path):
     command = ["run", str(tmp_path / "run.yaml"), "-o", str(tmp_path / "out"), "--lr", "1e-3"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
-    assert "--lr would not change l2, which have a learning_rate of their own" in " ".join(result.output.split())
+    assert "--lr would not change l2, which has a learning_rate of its own" in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -264,8 +264,10 @@ def test_runs_evaluated_in_another_way_are_refused(tmp_path):
         path.write_text(json.dumps(evaluation))
     with pytest.raises(InputError, match="'half' and 'whole' were evaluated on 'wiki' with another precision"):
         load_runs([tmp_path / "half", tmp_path / "whole"])
-    # An older evaluation does not say.
+    # An older evaluation does not say, and does not hide what the others do.
     assert len(load_runs([tmp_path / "half", tmp_path / "old"])) == 2
+    with pytest.raises(InputError, match="'half' and 'whole' were evaluated on 'wiki' with another precision"):
+        load_runs([tmp_path / "old", tmp_path / "half", tmp_path / "whole"])
 
 
 def test_the_pretrained_model_is_the_one_that_was_trained_from(tmp_path):

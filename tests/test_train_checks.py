@@ -48,11 +48,12 @@ def test_seeds_and_gradient_checkpointing_that_cannot_be(tiny_model_dir):
             check_train(TrainConfig(seed=seed), named_method("standard"))
     check_train(TrainConfig(seed=2**32 - 1), named_method("standard"))
     lm, _ = load_model(ModelConfig(str(tiny_model_dir), device="cpu"))
-    check_gradient_checkpointing(TrainConfig(gradient_checkpointing=True), lm)
+    check_gradient_checkpointing(TrainConfig(gradient_checkpointing=True), named_method("flow"), lm)
     lm.model.supports_gradient_checkpointing = False
-    check_gradient_checkpointing(TrainConfig(), lm)
+    check_gradient_checkpointing(TrainConfig(), named_method("flow"), lm)
+    check_gradient_checkpointing(TrainConfig(gradient_checkpointing=True), named_method("linear-probe"), lm)
     with pytest.raises(InputError, match="does not do gradient checkpointing"):
-        check_gradient_checkpointing(TrainConfig(gradient_checkpointing=True), lm)
+        check_gradient_checkpointing(TrainConfig(gradient_checkpointing=True), named_method("flow"), lm)
 
 
 def test_a_missing_score_file_is_named_before_a_model_is_loaded(tmp_path):

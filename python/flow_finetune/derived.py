@@ -47,7 +47,8 @@ def accuracies(runs: Sequence[Run], role: str) -> dict[str, Key]:
         wanted = ("accuracy",) if name in _BY_LIKELIHOOD else ()
         for metric in (*wanted, *_ACCURACY.get(task["kind"], ())):
             if all(metric in run.metrics(name) for run in runs):
-                found[_ALIASES.get(name, name)] = (name, metric)
+                known = _ALIASES.get(name, name)
+                found[name if known in runs[0].tasks else known] = (name, metric)
                 break
     return found
 

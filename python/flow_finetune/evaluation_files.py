@@ -19,7 +19,7 @@ EVALUATION_FILE, ITEMS_FILE, GENERATIONS_FILE = "evaluation.json", "items.parque
 
 
 def require_unused(output: Path, overwrite: bool = False) -> None:
-    """Raise `InputError` if `output` holds an evaluation that may not be replaced."""
+    """Raise `InputError` if `output` holds an evaluation that may not be replaced, or cannot be written to."""
     if (output / EVALUATION_FILE).exists() and not overwrite:
         raise InputError(f"{output} already holds an evaluation; choose another directory or pass --overwrite")
     require_writable(output)

@@ -40,7 +40,7 @@ from flow_finetune.scores import score, score_header
 from flow_finetune.storage import write_json
 from flow_finetune.tasks import check_task, prepare
 from flow_finetune.train import train
-from flow_finetune.train_checks import check_dtype, check_grad_filter, check_train
+from flow_finetune.train_checks import check_dtype, check_grad_filter, check_gradient_checkpointing, check_train
 from flow_finetune.wise_ft import read_headers, wise_ft
 
 
@@ -184,6 +184,9 @@ def _at(config: ModelConfig, directory: Path) -> ModelConfig:
 
 def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, scores: Path | None) -> SampleSet:
     lm, tokenizer = load_model(base)
+    for method in config.methods:
+        if method.of is None:
+            check_gradient_checkpointing(config.train, method, lm)
     samples = load_samples(config.data, tokenizer)
     # Before anything is trained: an evaluation file that cannot be used is found now.
     prepared = prepare(config.tasks, tokenizer)

@@ -124,7 +124,9 @@ def _sample(id, context, choice, ids, start, bos, config, tokenizer) -> Sample:
         raise InputError(f"{what} has no token")
     # Nothing would predict a first token that is a target, so something stands in front of it in any case.
     prefix = []
-    if (bos and ids[0] != tokenizer.bos_token_id) or start == 0:  # a chat template writes the BOS itself
+    if bos and start > 0 and ids[0] == tokenizer.bos_token_id:  # a chat template has written it
+        ids, start = ids[1:], start - 1
+    if bos or start == 0:
         prefix = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     excess = len(prefix) + len(ids) - config.max_length
     truncated = excess > 0

@@ -75,7 +75,9 @@ def write_report(
 def summary_table(runs: Sequence[Path], baseline: str | None = None) -> Table:
     """Metrics by runs with standard errors, seconds, and the paired difference of each trained run and the baseline."""
     loaded = load_runs([Path(run) for run in runs])
-    table = Table(caption="± standard error; [95 % interval of the paired difference], * excludes 0")
+    table = Table(
+        caption="± standard error; [95 % interval of the paired difference; infinite of fewer than 6 items], * excludes 0"
+    )
     table.add_column("metric")
     for run in loaded:
         table.add_column(run.name, justify="right", no_wrap=True)
@@ -166,7 +168,8 @@ def _comparisons(runs: Sequence[Run], baseline: str | None) -> list[str]:
         "",
         "Run minus reference on the same items, with the 95 % interval of a bootstrap over items (10,000 resamples). "
         "Bold: the interval excludes 0. The intervals hold the chance of which items were evaluated, not of another "
-        "training seed; of many intervals, one in twenty excludes 0 without any difference.",
+        "training seed; of many intervals, one in twenty excludes 0 without any difference. Fewer than 6 items give no "
+        "interval (infinite ends).",
         "",
     ]
     for reference, others in found:

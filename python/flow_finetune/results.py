@@ -110,6 +110,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
                     "file, limit, template or tokenizer); evaluate both the same way"
                 )
             # Older evaluations do not say.
+            first = next((r for r in runs if "settings" in r.tasks.get(name, {})), first)
             settings, others = (t.get("settings", {}) for t in (task, first.tasks[name]))
             different = [option for option in settings.keys() & others.keys() if settings[option] != others[option]]
             if different:

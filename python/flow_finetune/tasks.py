@@ -23,7 +23,7 @@ from flow_finetune.errors import InputError
 from flow_finetune.generate import compile_answer_pattern, extract_answer
 from flow_finetune.harness import HarnessTasks, load_harness
 from flow_finetune.questions import Question, choice_samples, completions, read_questions
-from flow_finetune.shots import answers_after_shots, check_shots, questions_after_shots
+from flow_finetune.shots import answers_after_shots, check_shots, questions_after_shots, stop_texts
 from flow_finetune.storage import fingerprint
 
 _TEXTS = {"prompt_field", "response_field", "template", "max_length"}
@@ -62,8 +62,11 @@ class Task:
 
     def settings(self) -> dict[str, object]:
         """What else decides a metric, and no token that is scored shows: two models are compared only where it agrees."""
-        names = {"qa": ("answer_pattern", "max_new_tokens"), "lm_eval": ("max_length",)}.get(self.config.kind, ())
-        return {name: getattr(self.config, name) for name in names}
+        config = self.config
+        if self.answers:
+            generated = {"answer_pattern": config.answer_pattern, "max_new_tokens": config.max_new_tokens}
+            return {**generated, "until": stop_texts(config)}
+        return {"max_length": config.max_length} if config.kind == "lm_eval" else {}
 
     def groups(self) -> list[list[Sample]]:
         """The samples of each item."""
@@ -102,7 +105,7 @@ def prepare(configs: Sequence[TaskConfig], tokenizer: PreTrainedTokenizerBase) -
 
 
 def check_task(config: TaskConfig) -> None:
-    """Raise `InputError` for an option out of range; nothing is read for it."""
+    """Raise `InputError` for an option out of range, or one that this kind of task does not read; nothing is read for it."""
     name = task_name(config)
     choose(f"kind of {name}", config.kind, KINDS)
     choose(f"role of {name}", config.role, ("retained", "target"))

@@ -146,7 +146,7 @@ def train(
     check_scores(method, scores)
     check_dtype(method, model_config.dtype)
     check_grad_filter(config, lm.backend, lm.head.weight.device.type)
-    check_gradient_checkpointing(config, lm)
+    check_gradient_checkpointing(config, method, lm)
     found = None
     if needs_scores(method) or (method.online and scores is not None):
         found = read_scores(scores, samples, fingerprints, tokens=method.weights == "token")

@@ -76,9 +76,9 @@ def warn_of_lost_updates(lm: CausalLM, learning_rate: float) -> None:
         )
 
 
-def check_gradient_checkpointing(config: TrainConfig, lm: CausalLM) -> None:
-    """Raise `InputError` where gradient checkpointing was asked for and the model has none."""
-    if config.gradient_checkpointing and not lm.model.supports_gradient_checkpointing:
+def check_gradient_checkpointing(config: TrainConfig, method: MethodConfig, lm: CausalLM) -> None:
+    """Raise `InputError` where gradient checkpointing was asked for, would be done, and the model has none."""
+    if config.gradient_checkpointing and method.train != "head" and not lm.model.supports_gradient_checkpointing:
         raise InputError(f"{type(lm.model).__name__} does not do gradient checkpointing; leave it out")
 
 

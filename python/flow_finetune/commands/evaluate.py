@@ -178,17 +178,26 @@ def evaluate(
                 say(f"{task['name']} {metric}: {found['value']:.4f}{error}")
 
 
-# What each option is of; one that no task of the call asks for would change nothing in silence.
+# Options that have another name than those of a task in a file, or that are of one of the kinds that read it.
 _KINDS = {
-    **dict.fromkeys(("prompt_field", "response_field", "template", "num_generate", "answer_pattern"), ("qa",)),
+    **dict.fromkeys(("prompt_field", "response_field", "template"), ("qa",)),
     **dict.fromkeys(("completion_prompt_field", "completion_response_field"), ("completion",)),
-    "window": ("perplexity",), "max_length": ("qa", "multiple_choice", "completion", "lm_eval"),
-    "num_shots": ("qa", "multiple_choice", "lm_eval"), "shots": ("qa", "multiple_choice"), "include_path": ("lm_eval",),
-}  # fmt: skip
+}
+_NAMES = {"shots": "shots_source"}
 
 
 def _refuse_unused(context: typer.Context, kinds: set[str]) -> None:
-    for name, used_by in _KINDS.items():
+    """Raise `InputError` for an option that no task of the call reads: it would change nothing in silence."""
+    from flow_finetune.tasks import OPTIONS
+
+    known = set().union(*OPTIONS.values())
+    for name in context.params:
+        if name in _KINDS:
+            used_by = _KINDS[name]
+        elif (option := _NAMES.get(name, name)) in known:
+            used_by = [kind for kind, options in OPTIONS.items() if option in options]
+        else:
+            continue
         if is_given(context, name) and kinds.isdisjoint(used_by):
             wanted = " or ".join(f"--{kind.replace('_', '-')}" for kind in used_by)
             raise InputError(f"--{name.replace('_', '-')} has no effect without {wanted}")

@@ -90,7 +90,13 @@ def score_images(
     config = ImageRunConfig(
         ImageModelConfig(model, revision, precision, device),
         ImageDataConfig(
-            data, split, context.params["subset"], **_reading(context), id_field=id_field, size=size, limit=limit
+            data,
+            split if is_given(context, "split") else None,
+            context.params["subset"],
+            **_reading(context),
+            id_field=id_field,
+            size=size,
+            limit=limit,
         ),
     )
     check_image_run(config)
@@ -119,7 +125,13 @@ def train_images(
     config = ImageRunConfig(
         ImageModelConfig(model, revision, precision, device),
         ImageDataConfig(
-            data, split, context.params["subset"], **_reading(context), id_field=id_field, size=size, limit=limit
+            data,
+            split if is_given(context, "split") else None,
+            context.params["subset"],
+            **_reading(context),
+            id_field=id_field,
+            size=size,
+            limit=limit,
         ),
     )
     check_image_method(method)

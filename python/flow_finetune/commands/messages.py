@@ -22,6 +22,8 @@ def messages() -> Iterator[None]:
     except (InputError, BackendUnavailable, backends.CompiledFileError) as error:
         _stop(str(error))
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        if error.filename is None:
+            raise
         _stop(f"{error.filename}: {error.strerror}; choose another place")
 
 

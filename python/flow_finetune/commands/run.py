@@ -82,13 +82,6 @@ def run(
             if not equals:
                 raise InputError(f"--set takes name=value, got {assignment!r}")
             _set(mapping, name, parse_yaml(value, f"--set {name}"))
-        own = [
-            row["name"] for row in mapping.get("methods") or [] if isinstance(row, dict) and row.get("learning_rate")
-        ]
-        if learning_rate is not None and own:
-            raise InputError(
-                f"--lr would not change {', '.join(own)}, which have a learning_rate of their own in {config}; change it there"
-            )
         where = str(config) if config else "the command line"
         if choose("task", mapping.get("task", "language"), ("language", "image")) == "image":
             from flow_finetune.vision.config import read_image_run
@@ -100,6 +93,11 @@ def run(
 
             mapping.pop("task", None)
             run_config = from_mapping(RunConfig, mapping, where)
+        own = [method.name for method in run_config.methods if method.learning_rate]
+        if learning_rate is not None and own:
+            raise InputError(
+                f"--lr would not change {', '.join(own)}, which has a learning_rate of its own; change it there"
+            )
         path = run_pipeline(run_config, output)
         print_table(summary_table(run_directories(run_config, output)))
         say(f"report: {path}")

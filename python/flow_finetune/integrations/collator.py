@@ -44,12 +44,12 @@ class KeepWeights:
             return batch
         if len(weights) != len(features):
             raise InputError(f"{len(features) - len(weights)} of {len(features)} rows have no {COLUMN}")
-        lengths = [len(row["input_ids"]) for row in features]
         labels = batch["labels"]
         rows_stay = labels.shape[0] == len(features)
         if rows_stay and all(isinstance(w, Real) or (isinstance(w, Tensor) and not w.dim()) for w in weights):
             batch[COLUMN] = torch.tensor([float(w) for w in weights])
             return batch
+        lengths = [len(row["input_ids"]) for row in features]
         per_label = [_per_label(w, length, row) for row, (w, length) in enumerate(zip(weights, lengths, strict=True))]
         if rows_stay:
             batch[COLUMN] = _padded(per_label, labels, batch.get("attention_mask"))
@@ -79,6 +79,8 @@ def _padded(per_label: list[Tensor], labels: Tensor, attention_mask: Tensor | No
         present = torch.arange(labels.shape[1]) < len(values)
         if attention_mask is not None:
             present = attention_mask[row] != 0
+        elif len(values) < labels.shape[1]:
+            raise InputError("the batch has no attention_mask, which says on which side its rows were padded")
         if int(present.sum()) != len(values):
             raise InputError(
                 f"row {row} has {len(values)} weights, and its batch {int(present.sum())} tokens; cut both to one length "

@@ -23,7 +23,7 @@ class ImageDataConfig:
     """Which labelled images, and at which size the model sees them."""
 
     source: str  # folder with a folder per class, .parquet with encoded bytes, or hub id
-    split: str = "train"  # of a hub id
+    split: str | None = None  # of a hub id; "train" when not given
     subset: str | None = None  # of a hub id that has several
     image_field: str = "image"
     label_field: str = "label"
@@ -67,7 +67,7 @@ class ImageTaskConfig:
     source: str
     name: str | None = None  # the file's stem when not given
     role: str = "target"  # "target": the new head; "retained": the original head and batch-norms are put back
-    split: str = "test"
+    split: str | None = None  # "test" when not given
     subset: str | None = None
     image_field: str = "image"
     label_field: str = "label"

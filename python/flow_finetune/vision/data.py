@@ -124,11 +124,17 @@ def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_clas
     return images.labels
 
 
+def is_here(source: str) -> bool:
+    """Whether a source is a folder or a Parquet file, and no hub id."""
+    path = Path(source).expanduser()
+    return path.is_dir() or path.suffix == ".parquet"
+
+
 def _read_source(config) -> Encoded:
     path = Path(config.source).expanduser()
-    if path.is_dir() or path.suffix == ".parquet":
+    if is_here(config.source):
         for name in ("split", "subset"):
-            if getattr(config, name) != getattr(type(config), name):
+            if getattr(config, name) is not None:
                 raise InputError(
                     f"{name} {getattr(config, name)!r} is of a hub data set; {config.source} is here, and read as a whole"
                 )
@@ -199,12 +205,13 @@ def _read_folder(path: Path) -> Encoded:
 def _read_hub(config) -> Encoded:
     import datasets
 
+    split = config.split or ("train" if isinstance(config, ImageDataConfig) else "test")
     try:
-        data = datasets.load_dataset(config.source, config.subset, split=config.split)
+        data = datasets.load_dataset(config.source, config.subset, split=split)
         if config.image_field in data.column_names:
             data = data.cast_column(config.image_field, datasets.Image(decode=False))
     except Exception as error:
-        raise InputError(f"{config.source} (split {config.split}) cannot be read from the hub: {error}") from error
+        raise InputError(f"{config.source} (split {split}) cannot be read from the hub: {error}") from error
     feature = data.features.get(config.label_field)
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     return _read_columns(config, {name: lambda name=name: data[name][:] for name in data.column_names}, names)

@@ -97,7 +97,7 @@ def evaluate_classifier(
             {
                 "name": task.name, "kind": task.config.kind, "role": task.config.role, "source": task.config.source,
                 "num_items": len(task.images.ids), "num_dropped": task.images.num_bad, "num_truncated": 0,
-                "fingerprint": mark, "seconds": time.perf_counter() - start,
+                "fingerprint": mark, "settings": {"precision": classifier.precision}, "seconds": time.perf_counter() - start,
                 "metrics": {name: metric_record(i) for name, i in items.items()},
             }
         )  # fmt: skip
