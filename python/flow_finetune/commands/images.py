@@ -78,27 +78,26 @@ def _reading(context: typer.Context) -> dict[str, str]:
     return {name: context.params[name] for name in ("image_field", "label_field", "bad_images")}
 
 
-def score_images(
-    context: typer.Context, model, data, output: Path, size, id_field, limit, split, revision, precision, device,
-    overwrite,
-) -> None:  # fmt: skip
+def _run_config(context: typer.Context):
+    """The `ImageRunConfig` of the model and the images that a call names."""
+    from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig
+
+    given = context.params
+    shared = {name: given[name] for name in ("subset", "id_field", "size", "limit")}
+    # The option's default is that of texts.
+    split = given["split"] if is_given(context, "split") else None
+    return ImageRunConfig(
+        ImageModelConfig(given["model"], given["revision"], given["precision"], given["device"]),
+        ImageDataConfig(given["data"], split, **_reading(context), **shared),
+    )
+
+
+def score_images(context: typer.Context, output: Path, overwrite: bool) -> None:
     """`score --task image`: stage 0's model and its losses, `output/pretrained/model` and `output/scores.parquet`."""
     from flow_finetune.scores import describe_weights, read_metadata
-    from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig
     from flow_finetune.vision.pipeline import check_image_run, probe_and_score
 
-    config = ImageRunConfig(
-        ImageModelConfig(model, revision, precision, device),
-        ImageDataConfig(
-            data,
-            split if is_given(context, "split") else None,
-            context.params["subset"],
-            **_reading(context),
-            id_field=id_field,
-            size=size,
-            limit=limit,
-        ),
-    )
+    config = _run_config(context)
     check_image_run(config)
     prepared = probe_and_score(config, output, overwrite=overwrite)
     tau = read_metadata(prepared.scores)["temperature"]
@@ -107,14 +106,13 @@ def score_images(
 
 
 def train_images(
-    context: typer.Context, model, data, output: Path, scores, method: MethodConfig, size, id_field, limit, split,
-    revision, precision, device, overwrite,
-) -> None:  # fmt: skip
+    context: typer.Context, output: Path, scores: Path | None, method: MethodConfig, overwrite: bool
+) -> None:
     """`train --task image`: stages 1 and 2 from the model that `score` probed, into `output/model`.
 
     How to optimise is what the call gives; the rest is `ImageTrainConfig`'s, and not the language task's.
     """
-    from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig, ImageTrainConfig
+    from flow_finetune.vision.config import ImageTrainConfig
     from flow_finetune.vision.pipeline import PROBE_FILE, check_image_run, probe_and_score
     from flow_finetune.vision.train import check_image_method, train_method
 
@@ -122,18 +120,7 @@ def train_images(
         raise InputError("--task image trains from the model that score --task image -o DIR probed; give --scores DIR")
     names = {field.name for field in dataclasses.fields(ImageTrainConfig)} & context.params.keys()
     train = ImageTrainConfig(**{name: context.params[name] for name in sorted(names) if is_given(context, name)})
-    config = ImageRunConfig(
-        ImageModelConfig(model, revision, precision, device),
-        ImageDataConfig(
-            data,
-            split if is_given(context, "split") else None,
-            context.params["subset"],
-            **_reading(context),
-            id_field=id_field,
-            size=size,
-            limit=limit,
-        ),
-    )
+    config = _run_config(context)
     check_image_method(method)
     check_image_run(dataclasses.replace(config, train=train))
     if not all((scores / name).is_file() for name in (PROBE_FILE, "scores.parquet")):

@@ -81,9 +81,7 @@ def score(
     with messages():
         require_one_process("score")
         if is_image(task, context):
-            score_images(
-                context, model, data, output, size, id_field, limit, split, revision, precision, device, overwrite
-            )
+            score_images(context, output, overwrite)
             return
         from flow_finetune import data as data_module
         from flow_finetune import models, scores

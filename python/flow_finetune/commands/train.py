@@ -175,10 +175,7 @@ def train(
         }  # fmt: skip
         method_config = _method_config(method, {k: v for k, v in details.items() if v is not None})
         if image:
-            train_images(
-                context, model, data, output, scores, method_config, size, id_field, limit, split, revision, precision,
-                device, overwrite,
-            )  # fmt: skip
+            train_images(context, output, scores, method_config, overwrite)
             return
         from flow_finetune import data as data_module
         from flow_finetune import models
