@@ -32,13 +32,23 @@ bool has_slow_vdpbf16ps() {
 #endif
 }
 
+// Whether oneDNN itself will take AMX: it may be kept from it (ONEDNN_MAX_CPU_ISA, no AVX512_FP16) where the CPU has it.
+bool onednn_takes_amx() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  return at::native::cpublas::could_pack(at::kBFloat16);
+#else
+  return true;
+#endif
+}
+
 // Best first. brgemm leads where the CPU has AMX; elsewhere its vdpbf16ps code only repeats ours, behind a table of
 // generated kernels, and it stays for the tests.
 std::vector<const Kernels*> candidates(DType dtype) {
   std::vector<const Kernels*> found;
   if (dtype == DType::bf16) {
     const Kernels* brgemm = at::globalContext().userEnabledMkldnn() ? brgemm_kernels(bf16_brgemm) : nullptr;
-    static const bool amx = at::cpu::init_amx(), slow_vdpbf16ps = has_slow_vdpbf16ps();
+    static const bool has_amx = at::cpu::init_amx(), slow_vdpbf16ps = has_slow_vdpbf16ps();
+    const bool amx = has_amx && onednn_takes_amx();
     if (amx) found.push_back(brgemm);
     if (slow_vdpbf16ps) found.push_back(avx512_kernels());
     found.push_back(avx512_bf16_kernels());

@@ -34,6 +34,15 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 at::Tensor bytes(int64_t size) { return with_huge_pages(at::empty({std::max<int64_t>(size, 64)}, at::kByte)); }
 
+// A thread that used AMX tiles gives them back, also when what it did throws.
+struct Release {
+  explicit Release(const Kernels& kernels) : is_needed(std::string(kernels.name) == "brgemm") {}
+  ~Release() {
+    if (is_needed) at::native::cpublas::brgemm_release();
+  }
+  const bool is_needed;
+};
+
 struct Head {
   at::Tensor input, weight, bias;
   KeptRows rows;
@@ -113,13 +122,13 @@ struct Head {
     // Threads take the next stretch when they are free: a core that is busy elsewhere delays one stretch, not half.
     std::atomic<int64_t> next{0};
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      const Release release(*kernels);
       for (int64_t w = begin; w < end; ++w) {
         for (int64_t s = next++; s < stretches; s = next++) {
           kernels->forward(problem, s * problem.num_tiles / stretches, (s + 1) * problem.num_tiles / stretches,
                            stats + s * n, scratch_ptr + w * per_thread);
         }
       }
-      release();
     });
     float *loss_ptr = loss_out.mutable_data_ptr<float>(), *lse_ptr = lse.mutable_data_ptr<float>();
     float* log_p_ptr = log_p.mutable_data_ptr<float>();
@@ -207,22 +216,17 @@ struct Head {
     float* parts_ptr = parts.mutable_data_ptr<float>();
     char* scratch_ptr = static_cast<char*>(scratch.mutable_data_ptr());
     at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      const Release release(*kernels);
       for (int64_t w = begin; w < end; ++w) {
         kernels->backward(problem, w * problem.num_tiles / workers, (w + 1) * problem.num_tiles / workers,
                           parts_ptr + w * part, scratch_ptr + w * per_thread);
       }
-      release();
     });
     if (!problem.need_dinput) return;
     at::parallel_for(0, problem.num_rows, 16, [&](int64_t begin, int64_t end) {
       kernels->finish_dinput(parts_ptr, workers, part, problem.dim, index(), begin, end, problem.dtype,
                              dinput.mutable_data_ptr(), dinput.stride(0));
     });
-  }
-
-  // A thread that used AMX tiles gives them back.
-  void release() const {
-    if (std::string(kernels->name) == "brgemm") at::native::cpublas::brgemm_release();
   }
 };
 

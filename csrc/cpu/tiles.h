@@ -245,9 +245,14 @@ static AView transposed_probabilities(const Scratch<C>& s, int64_t padded, int64
       }
       Vec::transpose(block);
       for (int64_t i = 0; i < W; ++i) {
+        uint32_t* to = s.p_row_major + (v + i) * k_words + k;
+        if (some == W) {
+          Vec::store_words(to, block[i]);
+          continue;
+        }
         alignas(64) uint32_t words[W];
         Vec::store_words(words, block[i]);
-        __builtin_memcpy(s.p_row_major + (v + i) * k_words + k, words, some * 4);
+        __builtin_memcpy(to, words, some * 4);
       }
     }
   }
