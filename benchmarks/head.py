@@ -133,7 +133,9 @@ def time_alone(case: str, head: Head, names: list[str], rounds: int, csv: str) -
     for _ in range(rounds):
         for name in names:
             line = harness.in_fresh_process([*arguments, "--implementation", name])
-            times[name] += json.loads(line)  # "failed: ..." stops here
+            if line.startswith("failed: "):
+                raise SystemExit(f"{case}, {name}, in a process of its own {line}")
+            times[name] += json.loads(line)
     found = {name: harness.summary(of_name) for name, of_name in times.items()}
     rows = []
     for name, row in found.items():
