@@ -125,7 +125,8 @@ class LanguageLaboratory:
                     temporary.write_text(text)
         return TaskConfig(
             kind="qa", source=str(path), name="validation", role="target", num_generate=0, template=data.template,
-            prompt_field=data.prompt_field, response_field=data.response_field, max_length=data.max_length,
+            prompt_field=data.prompt_field, response_field=data.response_field, choices_field=data.choices_field,
+            max_length=data.max_length,
         )  # fmt: skip
 
 

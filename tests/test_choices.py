@@ -98,6 +98,23 @@ def test_long_contexts_lose_their_beginning(tiny, tmp_path):
         tasks.prepare([TaskConfig("multiple_choice", source, max_length=2)], tokenizer)
 
 
+def test_rows_of_a_split_are_asked(tiny, tmp_path):
+    """A slice's questions are those of the file, as are its right answers when they are read as texts."""
+    rows = [{"context": f"{i} and", "choices": [f" {i}", " 7", " the"][: 2 + i % 2], "answer": i % 2} for i in range(6)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    tail = write_rows(tmp_path / "tail.jsonl", rows[4:])
+    texts = {"prompt_field": "context", "response_field": "answer", "choices_field": "choices"}
+    for kind, options in (("multiple_choice", {}), ("completion", texts), ("qa", {**texts, "num_generate": 0})):
+        part, whole, own = (
+            tasks.prepare([TaskConfig(kind, path, **options, **chosen)], tiny[1])[0]
+            for path, chosen in ((source, {"split": "train[4:]"}), (source, {}), (tail, {}))
+        )
+        assert part.fingerprint() == own.fingerprint() != whole.fingerprint()
+        assert part.num_items == 2
+        if kind != "multiple_choice":
+            assert [s.response for s in whole.samples] == [row["choices"][row["answer"]] for row in rows]
+
+
 GOOD = {"context": "a", "choices": [" b", " c"], "answer": 0}
 
 

@@ -55,6 +55,9 @@ FIELDS = "--prompt-field question --response-field answer --device cpu --precisi
             f"evaluate -m MODEL -o e --qa DATA {FIELDS} --include-path x",
             "--include-path has no effect without --lm-eval",
         ),
+        ("evaluate -m MODEL -o e --perplexity x.txt --split train[2:]", "--split has no effect without --qa or --mult"),
+        (f"evaluate -m MODEL -o e --qa DATA --split test {FIELDS}", "split 'test' is of a hub data set"),
+        (f"score -m MODEL -d DATA -o s.parquet {FIELDS} --choices-field texts", "has no field 'texts'"),
         ("evaluate -m MODEL -o e --perplexity x.txt --num-shots 5", "--num-shots has no effect without --qa or --mult"),
         (
             "evaluate -m MODEL -o e --perplexity x.txt --max-length 50",

@@ -192,6 +192,51 @@ def test_a_hub_data_set_of_several_subsets_says_which(monkeypatch):
         read_rows("openai/gsm8k")
 
 
+CHOICES = [{"question": f"q{i}", "choices": [f" a{i}", f" b{i}", f" c{i}"], "answer": i % 3} for i in range(6)]
+
+
+def test_a_response_may_be_one_of_several_choices(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "choices.jsonl", CHOICES)
+    texts = [{"question": row["question"], "answer": row["choices"][row["answer"]]} for row in CHOICES]
+    assert [row["answer"] for row in texts] == [" a0", " b1", " c2", " a3", " b4", " c5"]
+    found = load_samples(_config(path, choices_field="choices"), tokenizer)
+    wanted = load_samples(_config(write_rows(tmp_path / "texts.jsonl", texts)), tokenizer)
+    assert [s.input_ids.tolist() for s in found.samples] == [s.input_ids.tolist() for s in wanted.samples]
+    assert found.fingerprints == wanted.fingerprints
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"choices": [" a", " b"], "answer": 2}, r"answer of row 1 is 2, which is not the index of one of its 2"),
+        ({"choices": [" a", " b"], "answer": None}, "answer of row 1 is None"),
+        ({"choices": None, "answer": 0}, "choices of row 1 must be a list of non-empty texts, got None"),
+    ],
+)
+def test_choices_that_cannot_be_used_are_named(tokenizer, tmp_path, row, match):
+    rows = [CHOICES[0], {"question": "q", **row}]
+    with pytest.raises(InputError, match=match):
+        load_samples(_config(write_rows(tmp_path / "a.jsonl", rows), choices_field="choices"), tokenizer)
+    with pytest.raises(InputError, match="no field 'options'; it has question, choices, answer"):
+        load_samples(_config(tmp_path / "a.jsonl", choices_field="options"), tokenizer)
+
+
+def test_rows_of_a_file_are_chosen_as_of_a_split(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"number": i} for i in range(8)])
+    for split, wanted in (
+        ("train", range(8)), ("train[:3]", range(3)), ("train[6:]", (6, 7)), ("train[-1:]", (7,)),
+        ("train[:25%]", (0, 1)), ("train[:1]+train[4:6]", (0, 4, 5)),
+    ):  # fmt: skip
+        assert list(read_rows(path, split)["number"]) == list(wanted)
+    assert list(read_rows(path, "train[2:]", limit=2)["number"]) == [2, 3]
+    for split, match in (
+        ("train[8:]", "is empty"), ("train[3", "could not be read"), ("test[:3]", "split 'test.*' is of a hub data set"),
+        ("train[:2]+test", "is of a hub data set"), ("training", "is of a hub data set"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=match):
+            read_rows(path, split)
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
 def test_token_batches_hold_every_sample_once_within_the_budget(lengths, max_tokens):
     batches = token_batches(lengths, max_tokens)

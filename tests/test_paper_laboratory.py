@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 import tiny_images
 from flow_finetune.config import MethodConfig
+from flow_finetune.data import load_samples
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
 from flow_finetune.scores import read_metadata
 from flow_finetune.storage import write_json
+from flow_finetune.tasks import prepare
 from flow_finetune.vision.config import read_image_run
 from paper_cells import MAPPING, write_experiment
+from transformers import AutoTokenizer
 
 from experiment import ImageSearch, read_experiment  # isort: skip
 from image_laboratory import ImageLaboratory  # isort: skip
@@ -84,6 +88,19 @@ def test_the_validation_file_follows_the_data(make, tmp_path):
         task = laboratory._validation(laboratory.setup.data)
         with open(task.source) as file:
             assert [json.loads(line) for line in file] == rows(first + 4, 3)
+
+
+def test_validation_responses_may_be_choices(make, tmp_path, tiny_model_dir):
+    """The search's rows become a file of their own, with the same samples as a slice of the data."""
+    chosen = [{**row, "choices": [row["answer"], " no"], "answer": i % 2} for i, row in enumerate(rows(0, 8))]
+    write_rows(tmp_path / "train.jsonl", chosen)
+    laboratory = make()
+    data = replace(laboratory.setup.data, choices_field="choices")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    (task,) = prepare([laboratory._validation(data)], tokenizer)
+    wanted = load_samples(replace(data, split="train[4:7]", limit=None), tokenizer).samples
+    assert [s.response for s in wanted] == ["The answer is 5.", " no", "The answer is 7."]
+    assert [s.input_ids.tolist() for s in task.samples] == [s.input_ids.tolist() for s in wanted]
 
 
 def test_a_training_from_another_start_than_the_records_is_refused_before_it_begins(make, tmp_path):

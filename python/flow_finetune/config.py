@@ -33,7 +33,7 @@ class DataConfig:
     """Which samples, and how a sample becomes tokens."""
 
     source: str  # local .jsonl, .json, .csv, .parquet (each also .gz where the format allows) or hub id
-    split: str = "train"
+    split: str = "train"  # or a slice of one, as in "train[:700]"
     prompt_field: str = "prompt"
     response_field: str = "response"
     id_field: str | None = None  # row numbers when not given
@@ -41,6 +41,7 @@ class DataConfig:
     max_length: int = 1024
     limit: int | None = None  # the first so many rows
     subset: str | None = None  # of a hub data set that has several
+    choices_field: str | None = None  # a list of texts, of which response_field holds the index of the response
 
 
 # What the parts of a method's name stand for, by the question that each answers; a question is answered once.
@@ -162,8 +163,11 @@ class TaskConfig:
     role: str = "retained"  # "retained" or "target", for the report
     limit: int | None = None
     window: int = 256  # perplexity: tokens of a window, its BOS included
+    split: str = "train"  # or a slice of one, as in "train[700:]"
+    subset: str | None = None  # of a hub data set that has several
     prompt_field: str = "prompt"
     response_field: str = "response"
+    choices_field: str | None = None  # as in DataConfig
     template: str | None = None  # "alpaca" for qa, "Question: {prompt}\nAnswer:" with shots, "{prompt}" for completion
     max_length: int = 1024
     max_new_tokens: int = 256  # qa: of a generated answer

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flow_finetune.config import DataConfig
+from flow_finetune.config import DataConfig, TaskConfig
 from flow_finetune.errors import InputError
 from flow_finetune.storage import fingerprint
 
@@ -91,10 +91,13 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
         if path.is_file():
             if not suffixes or suffixes[-1] not in _FORMATS:
                 raise InputError(f"{source} is none of {', '.join(_FORMATS)} (.gz allowed)")
-            for name, value in (("split", None if split == DataConfig.split else split), ("subset", subset)):
+            for name, value in (("split", None if _of_a_file(split) else split), ("subset", subset)):
                 if value is not None:
-                    raise InputError(f"{name} {value!r} is of a hub data set; {source} is a file, read as a whole")
-            rows = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split="train")
+                    raise InputError(
+                        f"{name} {value!r} is of a hub data set; {source} is a file, of which only rows can be chosen, "
+                        "as in split 'train[:700]'"
+                    )
+            rows = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split=split)
         elif not path.is_dir() and is_local(source):
             raise InputError(f"no such file: {source}")
         else:
@@ -106,6 +109,11 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
     if len(rows) == 0:
         raise InputError(f"{source} is empty")
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _of_a_file(split: str) -> bool:
+    """Whether a split can be a file's, which `datasets` calls "train": the whole, or slices of it."""
+    return all(part.partition("[")[0] == DataConfig.split for part in split.split("+"))
 
 
 def _detail(error: Exception) -> str:
@@ -136,6 +144,37 @@ def text_column(rows, name: str, source: str) -> list[str]:
                 f"{source}: field {name!r} of row {index} is {type(value).__name__} ({value!r:.60}), not text"
             )
     return values
+
+
+def choice_columns(rows, source: str, choices: str, answer: str) -> list[tuple[list[str], int]]:
+    """The columns of a multiple-choice file: the choices of each row, and the index of the right one.
+
+    Raises:
+        InputError: a field that is not there, choices that are no list of texts, or an answer that is none of them.
+    """
+    for name in (choices, answer):
+        if name not in rows.column_names:
+            raise InputError(f"{source} has no field {name!r}; it has {', '.join(rows.column_names)}")
+    columns = []
+    for index, (texts, right) in enumerate(zip(rows[choices], rows[answer], strict=True)):
+        if not isinstance(texts, list) or not all(isinstance(c, str) and c for c in texts):
+            raise InputError(f"{source}: {choices} of row {index} must be a list of non-empty texts, got {texts!r:.80}")
+        if len(texts) < 2:
+            raise InputError(f"{source}: row {index} has {len(texts)} choice; give at least 2 or leave the row out")
+        if not isinstance(right, int | float) or right not in range(len(texts)):
+            raise InputError(
+                f"{source}: {answer} of row {index} is {right!r}, which is not the index of one of its {len(texts)} "
+                "choices; the first is 0"
+            )
+        columns.append((texts, int(right)))
+    return columns
+
+
+def responses_of(rows, source: str, config: DataConfig | TaskConfig) -> list[str]:
+    """The response of each row: the text in its field, or the choice that the field holds the index of."""
+    if config.choices_field is None:
+        return text_column(rows, config.response_field, source)
+    return [texts[right] for texts, right in choice_columns(rows, source, config.choices_field, config.response_field)]
 
 
 def render_prompts(prompts: Sequence[str], template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -195,7 +234,7 @@ def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Samp
     check_data(config)
     rows = read_rows(config.source, config.split, config.limit, config.subset)
     prompts = text_column(rows, config.prompt_field, config.source)
-    responses = text_column(rows, config.response_field, config.source)
+    responses = responses_of(rows, config.source, config)
     ids = _sample_ids(rows, config)
     samples, dropped, num_truncated = [], [], 0
     rendered = render_prompts(prompts, config.template, tokenizer)

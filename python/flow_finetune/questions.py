@@ -13,7 +13,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from flow_finetune.config import TaskConfig
-from flow_finetune.data import Sample, read_rows, render_prompts, starts_with_bos, text_column
+from flow_finetune.data import (
+    Sample,
+    choice_columns,
+    read_rows,
+    render_prompts,
+    responses_of,
+    starts_with_bos,
+    text_column,
+)
 from flow_finetune.errors import InputError
 
 
@@ -38,33 +46,17 @@ class Row:
     subject: str | None = None
 
 
-def read_questions(source: str, limit: int | None = None, context_field: str = "context") -> list[Row]:
+def read_questions(rows, source: str, context_field: str = "context") -> list[Row]:
     """The rows of a multiple-choice file, each checked.
 
     Raises:
         InputError: a field that is not there, choices that are no list of texts, or an answer that is none of them.
     """
-    rows = read_rows(source, limit=limit)
     contexts = text_column(rows, context_field, source)
-    for name in ("choices", "answer"):
-        if name not in rows.column_names:
-            raise InputError(f"{source} has no field {name!r}; it has {', '.join(rows.column_names)}")
     field = next((name for name in ("subtask", "subject") if name in rows.column_names), None)
     subjects = text_column(rows, field, source) if field else [None] * len(contexts)
-    questions = []
-    columns = zip(contexts, rows["choices"], rows["answer"], subjects, strict=True)
-    for index, (context, choices, answer, subject) in enumerate(columns):
-        if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
-            raise InputError(f"{source}: choices of row {index} must be a list of non-empty texts, got {choices!r:.80}")
-        if len(choices) < 2:
-            raise InputError(f"{source}: row {index} has {len(choices)} choice; give at least 2 or leave the row out")
-        if not isinstance(answer, int | float) or answer not in range(len(choices)):
-            raise InputError(
-                f"{source}: answer of row {index} is {answer!r}, which is not the index of one of its {len(choices)} "
-                "choices; the first is 0"
-            )
-        questions.append(Row(context, choices, int(answer), subject))
-    return questions
+    columns = zip(contexts, choice_columns(rows, source, "choices", "answer"), subjects, strict=True)
+    return [Row(context, choices, answer, subject) for context, (choices, answer), subject in columns]
 
 
 def choice_samples(
@@ -81,7 +73,7 @@ def choice_samples(
 
 def completions(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """The response of each row as the continuation of its prompt, without an end-of-sequence token."""
-    prompts, responses = read_pairs(config.source, config, config.limit)
+    prompts, responses = read_pairs(task_rows(config), config.source, config)
     texts = render_prompts(prompts, config.template or "{prompt}", tokenizer)
     for index, response in enumerate(responses):
         if not response:
@@ -90,10 +82,14 @@ def completions(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> list[
     return continuations(list(pairs), config, tokenizer)
 
 
-def read_pairs(source: str, config: TaskConfig, limit: int | None) -> tuple[list[str], list[str]]:
-    """Prompts and responses of a file, in the fields that `config` names."""
-    rows = read_rows(source, limit=limit)
-    return tuple(text_column(rows, name, source) for name in (config.prompt_field, config.response_field))
+def task_rows(config: TaskConfig):
+    """The rows that a task is evaluated on, as a `datasets.Dataset`."""
+    return read_rows(config.source, config.split, config.limit, config.subset)
+
+
+def read_pairs(rows, source: str, config: TaskConfig) -> tuple[list[str], list[str]]:
+    """Prompts and responses of rows, in the fields that `config` names."""
+    return text_column(rows, config.prompt_field, source), responses_of(rows, source, config)
 
 
 def continuations(

@@ -16,9 +16,9 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from flow_finetune.config import TaskConfig
-from flow_finetune.data import Sample, read_rows, render_prompts, template_text
+from flow_finetune.data import Sample, is_local, read_rows, render_prompts, template_text
 from flow_finetune.errors import InputError
-from flow_finetune.questions import Row, continuations, read_pairs, read_questions
+from flow_finetune.questions import Row, continuations, read_pairs, read_questions, task_rows
 
 QA_TEMPLATE = "Question: {prompt}\nAnswer:"
 # MMLU's first line, which stands once, in front of all shots.
@@ -67,8 +67,8 @@ def answers_after_shots(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     Also returns how many rows were left out because their response is empty.
     """
     template = _template(config)
-    prompts, responses = read_pairs(config.source, config, config.limit)
-    solved, answers = read_pairs(config.shots_source, config, config.num_shots)
+    prompts, responses = read_pairs(task_rows(config), config.source, config)
+    solved, answers = read_pairs(_shot_rows(config, config.num_shots), config.shots_source, config)
     _check_number(len(solved), config)
     _check_leaks(solved, prompts, config)
     shots = render_prompts(solved, template, tokenizer)
@@ -87,8 +87,9 @@ def questions_after_shots(rows: Sequence[Row], config: TaskConfig) -> list[Row]:
 
     `shots_source` has the fields of a multiple-choice file, or MMLU's: question, choices, answer and subject.
     """
-    plain = "context" not in read_rows(config.shots_source, limit=1).column_names
-    shots = read_questions(config.shots_source, context_field="question" if plain else "context")
+    solved = _shot_rows(config)
+    plain = "context" not in solved.column_names
+    shots = read_questions(solved, config.shots_source, context_field="question" if plain else "context")
     fronts: dict[tuple, str] = {}
     used, answered = [], []
     for row in rows:
@@ -103,6 +104,11 @@ def questions_after_shots(rows: Sequence[Row], config: TaskConfig) -> list[Row]:
         answered.append(replace(row, context=header + fronts[key] + text))
     _check_leaks(used, [_identity(_split_header(row.context)[1], row) for row in rows], config)
     return answered
+
+
+def _shot_rows(config: TaskConfig, limit: int | None = None):
+    """The rows that shots are read from: of a file, or of the split train of a hub data set."""
+    return read_rows(config.shots_source, limit=limit, subset=None if is_local(config.shots_source) else config.subset)
 
 
 def _of_subject(shots: Sequence[Row], subject: str | None, config: TaskConfig) -> Sequence[Row]:

@@ -22,17 +22,18 @@ from flow_finetune.data import Sample, load_samples, starts_with_bos
 from flow_finetune.errors import InputError
 from flow_finetune.generate import compile_answer_pattern, extract_answer
 from flow_finetune.harness import HarnessTasks, load_harness
-from flow_finetune.questions import Question, choice_samples, completions, read_questions
+from flow_finetune.questions import Question, choice_samples, completions, read_questions, task_rows
 from flow_finetune.shots import answers_after_shots, check_shots, questions_after_shots, stop_texts
 from flow_finetune.storage import fingerprint
 
-_TEXTS = {"prompt_field", "response_field", "template", "max_length"}
+_ROWS = {"split", "subset"}
+_TEXTS = {*_ROWS, "prompt_field", "response_field", "choices_field", "template", "max_length"}
 _SHOTS = {"num_shots", "shots_source", "max_length"}
 # What each kind of evaluation reads beside its source, name, role and limit.
 OPTIONS = {
     "perplexity": {"window"},
     "qa": {*_TEXTS, *_SHOTS, "max_new_tokens", "num_generate", "answer_pattern"},
-    "multiple_choice": _SHOTS,
+    "multiple_choice": {*_ROWS, *_SHOTS},
     "completion": _TEXTS,
     "lm_eval": {"num_shots", "max_length", "include_path"},
 }
@@ -131,7 +132,7 @@ def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
     if config.kind == "completion":
         return Task(name, config, completions(config, tokenizer))
     if config.kind == "multiple_choice":
-        rows = read_questions(config.source, config.limit)
+        rows = read_questions(task_rows(config), config.source)
         rows = questions_after_shots(rows, config) if config.num_shots else rows
         return Task(name, config, *choice_samples(rows, config, tokenizer))
     pattern = compile_answer_pattern(config.answer_pattern, name)
@@ -139,7 +140,8 @@ def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
         samples, num_dropped = answers_after_shots(config, tokenizer)
     else:
         data = DataConfig(
-            source=config.source, prompt_field=config.prompt_field, response_field=config.response_field,
+            source=config.source, split=config.split, subset=config.subset, prompt_field=config.prompt_field,
+            response_field=config.response_field, choices_field=config.choices_field,
             template=config.template or "alpaca", max_length=config.max_length, limit=config.limit,
         )  # fmt: skip
         loaded = load_samples(data, tokenizer)

@@ -23,6 +23,7 @@ from flow_finetune.commands.options import (
     DATA_PANEL,
     Backend,
     BatchTokens,
+    ChoicesField,
     Device,
     Dtype,
     Limit,
@@ -33,6 +34,8 @@ from flow_finetune.commands.options import (
     PromptField,
     ResponseField,
     Revision,
+    Split,
+    Subset,
     TrustRemoteCode,
 )
 from flow_finetune.commands.processes import require_one_process
@@ -71,6 +74,7 @@ def evaluate(
     ] = TaskConfig.answer_pattern,
     prompt_field: PromptField = "prompt",
     response_field: ResponseField = "response",
+    choices_field: ChoicesField = None,
     completion_prompt_field: Annotated[
         str, typer.Option(help="Field that holds the text before a completion.", rich_help_panel=DATA_PANEL)
     ] = "prompt",
@@ -86,6 +90,8 @@ def evaluate(
         ),
     ] = None,
     max_length: MaxLength = 1024,
+    split: Split = "train",
+    subset: Subset = None,
     window: Annotated[
         int, typer.Option(min=2, help="Tokens of a window of --perplexity.", rich_help_panel=DATA_PANEL)
     ] = TaskConfig.window,
@@ -142,11 +148,14 @@ def evaluate(
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
         longest = {"max_length": max_length}
+        chosen = {"split": split, "subset": subset}
         shots_source = None if shots is None else str(shots)
         solved = {"num_shots": num_shots or None, "shots_source": shots_source, **longest}
-        answers = {"prompt_field": prompt_field, "response_field": response_field, "template": template,
-                   "num_generate": num_generate, "answer_pattern": answer_pattern, **solved}  # fmt: skip
-        completed = {"prompt_field": completion_prompt_field, "response_field": completion_response_field, **longest}
+        answers = {"prompt_field": prompt_field, "response_field": response_field,
+                   "choices_field": choices_field, "template": template, **chosen, "num_generate": num_generate,
+                   "answer_pattern": answer_pattern, **solved}  # fmt: skip
+        completed = {"prompt_field": completion_prompt_field, "response_field": completion_response_field, **chosen,
+                     **longest}  # fmt: skip
         harness = {
             "num_shots": num_shots,
             "include_path": None if include_path is None else str(include_path),
@@ -156,7 +165,7 @@ def evaluate(
             TaskConfig(kind, str(source), role=role, limit=limit, **options)
             for kind, role, sources, options in (
                 ("perplexity", "retained", perplexity, {"window": window}), ("qa", "target", qa, answers),
-                ("multiple_choice", "retained", multiple_choice, solved),
+                ("multiple_choice", "retained", multiple_choice, {**chosen, **solved}),
                 ("completion", "retained", completion, completed), ("lm_eval", "retained", lm_eval, harness),
             )
             for source in sources or []
@@ -180,7 +189,7 @@ def evaluate(
 
 # Options that have another name than those of a task in a file, or that are of one of the kinds that read it.
 _KINDS = {
-    **dict.fromkeys(("prompt_field", "response_field", "template"), ("qa",)),
+    **dict.fromkeys(("prompt_field", "response_field", "choices_field", "template"), ("qa",)),
     **dict.fromkeys(("completion_prompt_field", "completion_response_field"), ("completion",)),
 }
 _NAMES = {"shots": "shots_source"}

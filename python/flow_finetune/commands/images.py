@@ -75,7 +75,9 @@ def is_given(context: typer.Context, name: str) -> bool:
 def _reading(context: typer.Context) -> dict[str, str]:
     """How images are read: what all three commands take alike."""
     choose("--bad-images", context.params["bad_images"], ("stop", "skip"))
-    return {name: context.params[name] for name in ("image_field", "label_field", "bad_images")}
+    # The option's default is that of texts.
+    split = context.params["split"] if is_given(context, "split") else None
+    return {"split": split, **{n: context.params[n] for n in ("image_field", "label_field", "bad_images", "subset")}}
 
 
 def _run_config(context: typer.Context):
@@ -83,12 +85,10 @@ def _run_config(context: typer.Context):
     from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig
 
     given = context.params
-    shared = {name: given[name] for name in ("subset", "id_field", "size", "limit")}
-    # The option's default is that of texts.
-    split = given["split"] if is_given(context, "split") else None
+    shared = {name: given[name] for name in ("id_field", "size", "limit")}
     return ImageRunConfig(
         ImageModelConfig(given["model"], given["revision"], given["precision"], given["device"]),
-        ImageDataConfig(given["data"], split, **_reading(context), **shared),
+        ImageDataConfig(given["data"], **_reading(context), **shared),
     )
 
 

@@ -36,13 +36,25 @@ Data = Annotated[
         rich_help_panel=DATA_PANEL,
     ),
 ]
-Split = Annotated[str, typer.Option(help="Split of a hub data set.", rich_help_panel=DATA_PANEL)]
+Split = Annotated[
+    str,
+    typer.Option(
+        help="Split of a hub data set, or rows of it or of a file, as in 'train[:700]'.", rich_help_panel=DATA_PANEL
+    ),
+]
 Subset = Annotated[
     str | None,
     typer.Option(help="Of a hub data set that has several, as main of openai/gsm8k.", rich_help_panel=DATA_PANEL),
 ]
 PromptField = Annotated[str, typer.Option(help="Field that holds the prompt.", rich_help_panel=DATA_PANEL)]
 ResponseField = Annotated[str, typer.Option(help="Field that holds the response.", rich_help_panel=DATA_PANEL)]
+ChoicesField = Annotated[
+    str | None,
+    typer.Option(
+        help="Field that holds a list of texts, where the response field holds the index of the response in it.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
 IdField = Annotated[
     str | None, typer.Option(help="Field with unique ids; row numbers otherwise.", rich_help_panel=DATA_PANEL)
 ]

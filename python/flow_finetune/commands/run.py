@@ -22,6 +22,9 @@ def run(
     data: Annotated[str | None, typer.Option("--data", "-d", help="Training data.")] = None,
     prompt_field: Annotated[str | None, typer.Option(help="Field that holds the prompt.")] = None,
     response_field: Annotated[str | None, typer.Option(help="Field that holds the response.")] = None,
+    choices_field: Annotated[
+        str | None, typer.Option(help="Field of the texts, where the response field holds an index.")
+    ] = None,
     method: Annotated[list[str] | None, typer.Option(help="As in train --method; may be given again.")] = None,
     perplexity: Annotated[list[Path] | None, typer.Option(help="Text file, retained.")] = None,
     qa: Annotated[list[Path] | None, typer.Option(help="Question/answer file, the target.")] = None,
@@ -57,7 +60,7 @@ def run(
         mapping = {} if config is None else read_yaml(config)
         if task is not None:
             mapping["task"] = task
-        fields = {"prompt_field": prompt_field, "response_field": response_field}
+        fields = {"prompt_field": prompt_field, "response_field": response_field, "choices_field": choices_field}
         for name, value in (
             ("model.source", model), ("data.source", data), ("train.learning_rate", learning_rate),
             ("train.epochs", epochs), ("train.seed", seed), *((f"data.{k}", v) for k, v in fields.items()),

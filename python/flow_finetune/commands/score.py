@@ -20,6 +20,7 @@ from flow_finetune.commands.messages import messages
 from flow_finetune.commands.options import (
     Backend,
     BatchTokens,
+    ChoicesField,
     Data,
     Device,
     Dtype,
@@ -49,6 +50,7 @@ def score(
     output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write; a directory of --task image.")],
     prompt_field: PromptField = "prompt",
     response_field: ResponseField = "response",
+    choices_field: ChoicesField = None,
     id_field: IdField = None,
     template: Template = "alpaca",
     max_length: MaxLength = 1024,
@@ -88,7 +90,7 @@ def score(
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
         data_config = DataConfig(
-            data, split, prompt_field, response_field, id_field, template, max_length, limit, subset
+            data, split, prompt_field, response_field, id_field, template, max_length, limit, subset, choices_field
         )
         lm, tokenizer = models.load_model(model_config)
         samples = data_module.load_samples(data_config, tokenizer)

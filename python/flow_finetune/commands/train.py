@@ -27,6 +27,7 @@ from flow_finetune.commands.options import (
     AverageShare,
     Backend,
     BatchSize,
+    ChoicesField,
     ClipHigh,
     ClipLow,
     Data,
@@ -128,6 +129,7 @@ def train(
     ] = 0.0,
     prompt_field: PromptField = "prompt",
     response_field: ResponseField = "response",
+    choices_field: ChoicesField = None,
     id_field: IdField = None,
     template: Template = "alpaca",
     max_length: MaxLength = 1024,
@@ -185,7 +187,7 @@ def train(
 
         model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
         data_config = DataConfig(
-            data, split, prompt_field, response_field, id_field, template, max_length, limit, subset
+            data, split, prompt_field, response_field, id_field, template, max_length, limit, subset, choices_field
         )
         config = TrainConfig(
             epochs, batch_size, micro_batch_tokens, learning_rate, warmup, weight_decay, max_grad_norm, seed,
