@@ -230,7 +230,7 @@ def test_rows_of_a_file_are_chosen_as_of_a_split(tmp_path):
         assert list(read_rows(path, split)["number"]) == list(wanted)
     assert list(read_rows(path, "train[2:]", limit=2)["number"]) == [2, 3]
     for split, match in (
-        ("train[8:]", "is empty"), ("train[3", "could not be read"), ("test[:3]", "split 'test.*' is of a hub data set"),
+        ("train[8:]", "corresponds to no data"), ("train[3", "could not be read"), ("test[:3]", "split 'test.*' is of a hub data set"),
         ("train[:2]+test", "is of a hub data set"), ("training", "is of a hub data set"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=match):
