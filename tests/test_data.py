@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,8 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from evaluation_cases import write_rows
 from flow_finetune.config import DataConfig
-from flow_finetune.data import ALPACA_TEMPLATE, collate, load_samples, read_rows, starts_with_bos, token_batches
+from flow_finetune.data import (
+    ALPACA_TEMPLATE,
+    collate,
+    end_of_response,
+    load_samples,
+    read_rows,
+    starts_with_bos,
+    token_batches,
+)
 from flow_finetune.errors import InputError
+from flow_finetune.generate import _stop_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -72,6 +82,37 @@ def test_chat_template_is_the_tokenizers_own(tokenizer, tmp_path):
     ids = samples.samples[0].input_ids
     assert tokenizer.decode(ids[: samples.samples[0].start]) == "<s>[user] one ->"
     assert list(ids).count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("turns", "end"),
+    [
+        ("<turn>{{ m.role }}\n{{ m.content | trim }}<end>\n", "<end>"),  # as Gemma's, whose EOS is another token
+        ("<turn>{{ m.role }}\n{{ m.content }}<end>\n</s>", "<end>"),  # as Phi-3's
+        ("[{{ m.role }}] {{ m.content }}</s>", "</s>"),
+        ("[{{ m.role }}] {{ m.content }}\n", "</s>"),  # nothing ends a turn
+        ("{% if m.role != 'user' %}{{ raise_exception('prompts only') }}{% endif %}{{ m.content }}", "</s>"),
+    ],
+)
+def test_a_response_ends_as_the_chat_template_ends_a_turn(tokenizer, tmp_path, turns, end):
+    """Up to its end a sample is what the template makes of the whole conversation."""
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "one", "answer": "two"}])
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
+    opening = turns.partition("{{ m.content")[0].replace("{{ m.role }}", "assistant") if "raise" not in turns else ""
+    other.chat_template = (
+        f"<s>{{% for m in messages %}}{turns}{{% endfor %}}{{% if add_generation_prompt %}}{opening}{{% endif %}}"
+    )
+    (sample,) = load_samples(_config(path, template="chat"), other).samples
+    assert sample.input_ids[-1] == other.convert_tokens_to_ids(end)
+    if "raise" not in turns:
+        messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+        whole = other.apply_chat_template(messages, tokenize=False)
+        through = whole.index("two") + len("two") + (len(end) if end in whole else 0)
+        assert other.decode(sample.input_ids) == whole[:through] + ("" if end in whole else end)
+    plain = load_samples(_config(path, template="{prompt}"), other).samples[0]
+    assert plain.input_ids[-1] == other.eos_token_id
+    assert end_of_response("chat", other) in _stop_ids(SimpleNamespace(model=None), other)
 
 
 def test_samples_without_targets_are_dropped_and_cut_ones_counted(tokenizer, tmp_path):

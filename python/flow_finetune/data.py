@@ -1,7 +1,7 @@
 """From a data set to tokenised samples, and from samples to batches.
 
-A sample is a prompt, wrapped in a template, and a response that ends in the end-of-sequence token. Only the response's
-tokens are targets.
+A sample is a prompt, wrapped in a template, and a response that ends in the end-of-sequence token, or in what ends a
+turn of the tokenizer's chat template. Only the response's tokens are targets.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from torch import Tensor
@@ -202,7 +203,25 @@ def template_text(template: str) -> str:
 def template_fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint of how a sample's text is laid out and cut."""
     text = str(tokenizer.chat_template) if config.template == "chat" else template_text(config.template)
-    return fingerprint([text.encode(), str(config.max_length).encode()])
+    parts = [text.encode(), str(config.max_length).encode()]
+    end = end_of_response(config.template, tokenizer)
+    return fingerprint(parts if end == tokenizer.eos_token_id else [*parts, str(end).encode()])
+
+
+def end_of_response(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a response ends in: EOS, or the one that ends a turn of a chat template (Gemma's <end_of_turn>)."""
+    if template != "chat" or tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    content = "response"
+    turns = [{"role": "user", "content": "prompt"}, {"role": "assistant", "content": content}]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    except jinja2.TemplateError:  # one that takes no answers
+        return tokenizer.eos_token_id
+    _, found, after = rendered.rpartition(content)
+    ids = tokenizer(after, add_special_tokens=False).input_ids if found else []
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((id for id in ids if id in special), tokenizer.eos_token_id)
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -237,6 +256,7 @@ def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Samp
     responses = responses_of(rows, config.source, config)
     ids = _sample_ids(rows, config)
     samples, dropped, num_truncated = [], [], 0
+    end = end_of_response(config.template, tokenizer)
     rendered = render_prompts(prompts, config.template, tokenizer)
     for first in range(0, len(ids), _TOKENIZE_AT_ONCE):
         part = slice(first, first + _TOKENIZE_AT_ONCE)
@@ -246,7 +266,7 @@ def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Samp
             prompt_ids = [without_appended_eos(ids, tokenizer) for ids in prompt_ids]
         response_ids = tokenizer(responses[part], add_special_tokens=False).input_ids
         for index, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True), start=first):
-            sample = _sample(ids[index], prompt, response, prompts[index], responses[index], config, tokenizer)
+            sample = _sample(ids[index], prompt, [*response, end], prompts[index], responses[index], config.max_length)
             num_truncated += sample.truncated
             if sample.num_targets <= 0 or not responses[index].strip():
                 dropped.append(sample.id)
@@ -264,10 +284,10 @@ def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Samp
     return SampleSet(samples, len(ids), dropped, num_truncated, fingerprints)
 
 
-def _sample(id, prompt_ids, response_ids, prompt, response, config, tokenizer) -> Sample:
-    ids = [*prompt_ids, *response_ids, tokenizer.eos_token_id]
-    truncated = len(ids) > config.max_length
-    ids = ids[: config.max_length]
+def _sample(id, prompt_ids, response_ids, prompt, response, max_length) -> Sample:
+    ids = [*prompt_ids, *response_ids]
+    truncated = len(ids) > max_length
+    ids = ids[:max_length]
     # Nothing predicts the first token of a sequence, so a sample without prompt and BOS starts at its second.
     start = min(max(len(prompt_ids), 1), len(ids))
     return Sample(id, np.asarray(ids, dtype=np.int32), start, prompt, response, truncated)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flow_finetune.context import Contexts, continues_contexts, pad
-from flow_finetune.data import token_batches
+from flow_finetune.data import end_of_response, token_batches
 from flow_finetune.errors import InputError
 from flow_finetune.models import CausalLM, autocast
 from flow_finetune.progress import Tracker, track
@@ -51,10 +51,10 @@ def generate_texts(
 
 
 def _stop_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's EOS, and whatever else the model's own settings end a text with."""
+    """The tokenizer's EOS, what ends a turn of its chat template, and whatever else the model's settings end a text with."""
     configured = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
     others = configured if isinstance(configured, list) else [configured]
-    return {tokenizer.eos_token_id, *(i for i in others if i is not None)}
+    return {tokenizer.eos_token_id, end_of_response("chat", tokenizer), *(i for i in others if i is not None)}
 
 
 @torch.no_grad()
