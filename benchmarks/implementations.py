@@ -110,8 +110,17 @@ def trl_chunked(input, linear_weight, target, sample_weight, softcap, reduction,
     return (losses if sample_weight is None else sample_weight[kept] * losses).sum() / kept.numel()
 
 
+def _require(package: str) -> None:
+    for name in (package, "triton"):
+        if importlib.util.find_spec(name) is None:
+            raise NotImplementedError(
+                f"no module {name}; pip install triton; pip install --no-deps {_PACKAGES[package]}"
+            )
+
+
 def cut_cross_entropy(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
     """The package's one CPU path: torch.compile of the eager expression, with shapes left dynamic."""
+    _require("cut_cross_entropy")
     from cut_cross_entropy import linear_cross_entropy
 
     losses = linear_cross_entropy(input, linear_weight, target, softcap=softcap, reduction="none", impl="torch_compile")
@@ -120,6 +129,7 @@ def cut_cross_entropy(input, linear_weight, target, sample_weight, softcap, redu
 
 def liger(input, linear_weight, target, sample_weight, softcap, reduction, chunk_rows):
     """Liger's fused linear cross-entropy; Triton kernels only, so on a CPU it ends with Triton's error."""
+    _require("liger_kernel")
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(softcap=softcap, reduction=reduction)
@@ -131,6 +141,8 @@ def matmul(input, linear_weight, target, sample_weight, softcap, reduction, chun
     return torch.mm(input, linear_weight.T)
 
 
+# Without their own requirements, which would replace torch.
+_PACKAGES = {"cut_cross_entropy": "cut-cross-entropy", "liger_kernel": "liger-kernel"}
 FLOW, REFERENCE, EAGER, FLOOR = "flow cpu", "flow reference", "eager, fp32 logits", "torch.mm"
 DEFAULT_CHUNKS = "F.linear_cross_entropy, default chunks"
 IMPLEMENTATIONS = {
@@ -150,10 +162,6 @@ IMPLEMENTATIONS = {
     "Liger": liger,
     FLOOR: matmul,
 }
-# Both import triton and come with `pip install --no-deps cut-cross-entropy liger-kernel`.
-for _name, _package in (("cut-cross-entropy, torch_compile", "cut_cross_entropy"), ("Liger", "liger_kernel")):
-    if not (importlib.util.find_spec(_package) and importlib.util.find_spec("triton")):
-        del IMPLEMENTATIONS[_name]
 # Without a GPU the Triton kernels run in their interpreter, which can be asked for errors but not for times.
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     sys.path.append(str(Path(__file__).parent.parent))

@@ -122,15 +122,23 @@ def test_a_name_that_stands_for_something_else_is_refused(name, options, match):
     check_methods((dataclasses.replace(method, name="mine"),))
 
 
+def test_an_average_has_no_trainings_name():
+    average = MethodConfig("flow", of="standard", wise_ft=0.5)
+    with pytest.raises(InputError, match=r"method flow: it is an average \(WiSE-FT of standard\).* standard\+wise-ft"):
+        check_methods((named_method("standard"), average))
+    check_methods((named_method("standard"), dataclasses.replace(average, name="standard+wise-ft")))
+
+
 def test_amounts_and_normalisation_go_with_any_name():
     for name, options in (("easiest", {"keep_easiest": 0.1}), ("flow+sfa", {"average_every": 1.0}),
-                          ("flow", {"normalize": "simplex", "quantile": 0.1})):  # fmt: skip
+                          ("flow+l2", {"normalize": "mean", "quantile": 0.1})):  # fmt: skip
         check_methods((dataclasses.replace(named_method(name), **options),))
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"normalize": "simplex"}, "normalize must be one of none, mean, got 'simplex'"),
         ({"train": "lora", "penalty": "l2"}, "LoRA freezes the weights that l2 would hold; use train: all"),
         ({"train": "lora", "average_every": 0.5}, "LoRA freezes the weights that SFA would average"),
         ({"online": True, "weights": "none"}, "online weights need weights: sequence"),
@@ -292,6 +300,7 @@ CONTINUED = {
     "head": {"train": "head"},
     "online": {"online": True},
     "online lora": {"online": True, "train": "lora", "lora_rank": 4},
+    "online, sfa": {"online": True, "average_every": 0.3},
 }
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from flow_finetune.adapters import prepare_parameters
 from flow_finetune.config import MethodConfig, ModelConfig, TrainConfig
 from flow_finetune.methods import make_weights
-from flow_finetune.models import load_model
+from flow_finetune.models import CausalLM, load_model
 from flow_finetune.online import FrozenModel, OnlineWeights
 from flow_finetune.train import micro_batches, step_plan
 from processes import run_python
@@ -76,6 +76,19 @@ def test_a_rounded_copy_rounds_the_weights_and_not_where_the_tokens_stand(tmp_pa
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert frozen.head.weight is frozen.model.get_input_embeddings().weight
     assert frozen.head.weight is not lm.head.weight
+
+
+def test_a_rounded_copy_leaves_the_trained_models_frozen_parts_alone():
+    """A vision part is frozen in both and held once."""
+    lm = CausalLM(tiny_model.with_vision(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                         num_attention_heads=4, num_key_value_heads=2, vocab_size=64))  # fmt: skip
+    prepare_parameters(lm, MethodConfig(online=True))
+    shared = {id(p) for p in lm.parameters() if not p.requires_grad}
+    before = {name: parameter.clone() for name, parameter in lm.named_parameters()}
+    frozen = FrozenModel(lm, None, "bfloat16", "full")._lm
+    assert all(torch.equal(before[n], p) and p.dtype == torch.float32 for n, p in lm.named_parameters())
+    assert {p.dtype for p in frozen.parameters() if id(p) not in shared} == {torch.bfloat16}
+    assert shared < {id(p) for p in frozen.parameters()}
 
 
 def test_only_what_is_trained_is_kept_twice(setup):

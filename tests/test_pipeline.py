@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny_model
 import torch
 import yaml
 from flow_finetune import pipeline as pipeline_module
@@ -16,6 +17,7 @@ from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
 from flow_finetune.pipeline import run
 from flow_finetune.results import find_pretrained, load_runs
+from flow_finetune.scores import read_metadata
 from processes import run_python
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -94,6 +96,25 @@ def test_rows_stand_in_any_order_and_online_weights_take_the_scores_temperature(
     }
     assert tau["online"] == pytest.approx(tau["flow"], rel=1e-12)
     assert (tmp_path / "out/averaged/model.safetensors").is_file()
+
+
+def test_online_weights_take_the_scores_temperature_also_alone(mapping, tmp_path):
+    mapping["methods"] = [{"name": "flow-online", "online": True}]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    summary = json.loads((tmp_path / "out/flow-online/train/summary.json").read_text())
+    assert summary["temperature"] == read_metadata(tmp_path / "out/scores.parquet")["temperature"]
+
+
+def test_an_average_with_a_head_of_its_own_is_refused_before_anything_is_trained(mapping, tmp_path):
+    mapping["model"]["source"] = str(tiny_model.build(tmp_path / "tied", bos=True, tied=True))
+    mapping["methods"] = [
+        {"name": "linear-probe", "weights": "none", "train": "head"}, {"name": "half", "of": "linear-probe", "wise_ft": 0.5},
+    ]  # fmt: skip
+    with pytest.raises(
+        InputError, match="method half: the head of this model is its embeddings' matrix, and linear-probe"
+    ):
+        run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    assert not (tmp_path / "out/linear-probe").exists()
 
 
 def test_the_average_of_a_directory_that_names_its_tensors_otherwise(mapping, tmp_path):

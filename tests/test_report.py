@@ -47,7 +47,8 @@ def make_run(directory, seed, shifts, weights=None, fingerprint="f", skip=(), **
     write_evaluation(directory, found, fingerprint=fingerprint, fingerprints={"model": "m", "tokenizer": "t"})
     if weights is not None:
         (directory / "train").mkdir()
-        summary = {"method": {"name": directory.name, "weights": weights, **options}, "train": {}, "num_steps": 48,
+        summary = {"method": {"name": directory.name, "weights": weights, **options}, "train": {"learning_rate": 1e-5},
+                   "num_steps": 48,
                    "num_samples": 256, "temperature": 1.5, "mean_weight": 0.3721, "effective_sample_size": 228.4,
                    "seconds": 1234.5, "tokens_per_second": 500.0, "final_loss": 0.8, "model": "the/base"}  # fmt: skip
         (directory / "train" / "summary.json").write_text(json.dumps(summary))
@@ -64,7 +65,7 @@ def runs(tmp_path_factory):
     items = {
         "untrained": make_run(root / "untrained", 1, {"target": 0.8, "retained": 0.0}),
         "plain": make_run(root / "plain", 2, {"target": 0.0, "retained": 0.3}, "none"),
-        "flow": make_run(root / "flow", 3, {"target": 0.05, "retained": 0.1}, "sequence"),
+        "flow": make_run(root / "flow", 3, {"target": 0.05, "retained": 0.1}, "sequence", learning_rate=2e-5),
     }
     return [root / name for name in items], items
 
@@ -125,6 +126,8 @@ def test_results_table(page, runs):
     assert results["flow"]["seconds"] == "1,234"
     assert results["flow"]["mean(w)"] == "0.372"
     assert results["flow"]["effective sample size"] == "228"
+    # A method's own rate goes before that of all.
+    assert [results[n]["learning rate"] for n in ("untrained", "plain", "flow")] == ["-", "1e-05", "2e-05"]
 
 
 def test_paired_differences(page, runs):

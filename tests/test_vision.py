@@ -267,6 +267,17 @@ def test_one_cell_alone_starts_again_where_it_was_killed_and_ends_the_same(image
     assert not torch.equal(image_run.load(tmp_path / "seed/model").head.weight, same["head.weight"])
 
 
+def test_a_step_of_one_image_says_what_batch_norm_needs(image_run):
+    classifier = image_run.load(image_run.probed)
+    classifier.train()
+    one = classifier.inputs(image_run.images.pixels[:1], image_run.size)
+    with torch.no_grad():
+        small = torch.nn.functional.interpolate(one, 1)
+    assert classifier.batch_norms()
+    with pytest.raises(InputError, match=r"a step of one image: Expected more than 1 value.* batch_norm: eval"):
+        stages._forward(classifier, small)
+
+
 def test_l2_pulls_towards_stage_0_and_eval_mode_keeps_statistics(image_run, tmp_path):
     method = MethodConfig(name="l2", weights="none", penalty="l2", penalty_strength=1e6, penalty_copy="float32")
     config = dataclasses.replace(image_run.config.train, batch_norm="eval")

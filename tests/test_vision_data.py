@@ -1,6 +1,7 @@
 """Labelled images: folders, Parquet and the hub agree, bytes are decoded once, and what is no image is counted."""
 
 import io
+import struct
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ from flow_finetune.errors import InputError
 from flow_finetune.vision import data as data_module
 from flow_finetune.vision.config import ImageDataConfig
 from flow_finetune.vision.data import align_labels, load_images
-from PIL import Image
+from PIL import Image, ImageOps
 
 NAMES = ("ant", "bee", "cat")
 
@@ -227,6 +228,35 @@ def test_pixels_without_a_known_range_do_not_decode(tmp_path, mode):
     path = tiny_images.write_parquet(tmp_path / "a.parquet", [buffer.getvalue()] * 2, [0, 1])
     with pytest.raises(InputError, match="2 of 2 images do not decode"):
         load_images(ImageDataConfig(str(path)), 16)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_as_pillow_turns_them(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = _encoded(pixels, exif=exif, quality=95)
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", [content] * 2, [0, 1])
+    found = load_images(ImageDataConfig(str(path)), 32).pixels[0]
+    assert np.array_equal(found, np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")))
+
+
+def test_a_damaged_exif_block_does_not_spoil_an_image(tmp_path):
+    """What is wrong with it is another entry than the orientation; Pillow's own turning raises as it writes it back."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    front = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01"
+    turned = b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    blocks = [front + b"J\0\x02\0\0\0\x06\0\0\0&" + turned + b"\x80\0\0\0maker\0",
+              front + b"\x1f\0\x02\0\0\0\x06\0\0\0&" + turned + b"\0\0\0\0\xaaaker\0"]  # fmt: skip
+    encoded = [_encoded(pixels, exif=block, quality=95) for block in blocks]
+    for content in encoded:
+        with pytest.raises((struct.error, TypeError)):
+            ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", encoded, [0, 1])
+    found = load_images(ImageDataConfig(str(path)), 32)
+    assert found.num_bad == 0
+    plain = np.asarray(Image.open(io.BytesIO(encoded[0])))
+    assert np.array_equal(found.pixels, np.stack([np.rot90(plain, -1)] * 2))
 
 
 def test_images_are_turned_upright(tmp_path):

@@ -136,7 +136,9 @@ def test_damaged_files_wrong_shares_and_directories_in_use_are_named(tmp_path):
     cut = shutil.copytree(p, tmp_path / "cut")
     content = (p / "model.safetensors").read_bytes()
     for damaged, match in ((content[:-8], "is cut off"), (b"garbage", "not a safetensors file"),
-                           (content[:8] + b"?" + content[9:], "not a safetensors file")):  # fmt: skip
+                           (content[:8] + b"?" + content[9:], "not a safetensors file"),
+                           *((len(h).to_bytes(8, "little") + h, "not a safetensors file")
+                             for h in (b"[1]", b'{"a": {}}', b'{"a": {"data_offsets": [0]}}', b'{"a": 3}'))):  # fmt: skip
         (cut / "model.safetensors").write_bytes(damaged)
         with pytest.raises(InputError, match=match):
             read_headers(cut)
@@ -144,6 +146,32 @@ def test_damaged_files_wrong_shares_and_directories_in_use_are_named(tmp_path):
     (tmp_path / "used/thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="used by something else"):
         wise_ft(p, f, 0.5, tmp_path / "used")
+
+
+def test_only_what_transformers_loads_is_averaged(tmp_path):
+    """Downloads may hold the weights a second time under other names."""
+    p, f = write(tmp_path / "p", tensors(0)), write(tmp_path / "f", tensors(1))
+    expected = load_file(wise_ft(p, f, 0.5, tmp_path / "plain") / "model.safetensors")
+    save_file({"layers.0.w": torch.ones(2)}, p / "consolidated.safetensors")
+    assert read_headers(p).keys() == tensors(0).keys()
+    found = load_file(wise_ft(p, f, 0.5, tmp_path / "single") / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    # The same model in two files.
+    (p / "model.safetensors").unlink()
+    names = sorted(tensors(0))
+    parts = {f"model-{i}.safetensors": {n: tensors(0)[n] for n in names[i::2]} for i in range(2)}
+    for name, part in parts.items():
+        save_file(part, p / name)
+    index = {"weight_map": {tensor: name for name, part in parts.items() for tensor in part}}
+    (p / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = load_file(wise_ft(p, f, 0.5, tmp_path / "sharded") / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    (p / "model-1.safetensors").unlink()
+    with pytest.raises(InputError, match=r"p lacks model-1.safetensors, which model.safetensors.index.json names"):
+        read_headers(p)
+    (p / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(InputError, match=r"index.json does not say which files hold the weights"):
+        read_headers(p)
 
 
 def test_an_average_that_is_there_is_kept_and_another_is_refused(tmp_path, capsys):

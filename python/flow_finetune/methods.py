@@ -15,7 +15,7 @@ from flow_finetune.scores import Scores
 
 _CHOICES = {
     "weights": ("none", "sequence", "token"), "direction": ("easy", "hard"), "train": ("all", "head", "lora"),
-    "normalize": ("none", "mean", "simplex"),
+    "normalize": ("none", "mean"),
     "penalty": ("none", "l2", "l1"), "penalty_copy": ("bfloat16", "float32", "disk"),
     "online_copy": ("same", "bfloat16"),
 }  # fmt: skip
@@ -58,6 +58,11 @@ def check_name(method: MethodConfig) -> None:
     options = named_options(method.name)
     if options is None:
         return
+    if method.of is not None:
+        raise InputError(
+            f"method {method.name}: it is an average (WiSE-FT of {method.of}), where the name stands for a training; give it "
+            f"one of its own, such as {method.of}+wise-ft"
+        )
     named = MethodConfig(method.name, **options)
     for key in ("weights", "direction", "online", "train", "penalty", "keep_easiest", "average_every", "normalize"):
         found, wanted = getattr(method, key), getattr(named, key)

@@ -42,6 +42,8 @@ class FrozenModel:
         if online_copy == "bfloat16":
             # Parameters only: rounded rotary frequencies would be another model at a distance.
             for parameter in self._lm.parameters():
+                if id(parameter) in shared:
+                    continue
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ from flow_finetune.errors import InputError
 from flow_finetune.evaluate import evaluate
 from flow_finetune.evaluation_files import EVALUATION_FILE
 from flow_finetune.methods import needs_scores
-from flow_finetune.models import load_model, resolve_device, save_model
+from flow_finetune.models import CausalLM, load_model, resolve_device, save_model
 from flow_finetune.plots import require_matplotlib
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
@@ -72,7 +72,7 @@ def run(config: RunConfig, output: Path) -> Path:
         if method.of is not None:
             average_into(directory, output / method.of, base, pretrained, method)
         else:
-            # Online weights take their temperature from the scores, where another method has made them.
+            # Online weights take their temperature from the scores, whatever other rows there are.
             used = scores if needs_scores(method) or method.online else None
             train_into(directory, base, samples, method, config.train, scores=used)
         evaluate_saved(directory, base, config.tasks, batch_tokens=config.batch_tokens)
@@ -157,8 +157,20 @@ def evaluate_saved(
     evaluate(lm, tokenizer, tasks, directory, batch_tokens=batch_tokens, precision=base.precision, source=model.source)
 
 
+def _check_average(method: MethodConfig, methods: Sequence[MethodConfig], lm: CausalLM) -> None:
+    """Raise `InputError` for an average with a model that gets a matrix which the pre-trained one does not have."""
+    of = next(m for m in methods if m.name == method.of)
+    if of.train == "head" and lm.head.weight is lm.model.get_input_embeddings().weight:
+        raise InputError(
+            f"method {method.name}: the head of this model is its embeddings' matrix, and {of.name} gives it one of its own, "
+            "for which there is none to average with; average another row"
+        )
+
+
 def _scores_path(config: RunConfig, output: Path) -> Path | None:
-    return output / "scores.parquet" if any(needs_scores(m) for m in config.methods) else None
+    """The score file, where a method takes its weights or the temperature of online ones from it."""
+    used = [needs_scores(m) or (m.online and m.temperature is None) for m in config.methods]
+    return output / "scores.parquet" if any(used) else None
 
 
 def _saved_model(config: ModelConfig, pretrained: Path) -> ModelConfig:
@@ -187,6 +199,8 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
     for method in config.methods:
         if method.of is None:
             check_gradient_checkpointing(config.train, method, lm)
+        else:
+            _check_average(method, config.methods, lm)
     samples = load_samples(config.data, tokenizer)
     # Before anything is trained: an evaluation file that cannot be used is found now.
     prepared = prepare(config.tasks, tokenizer)

@@ -121,8 +121,8 @@ def _results(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         row = [run.name, *(value_text(cell(run, m, runs), m) for m in shown)]
         row += [_summary(run, "mean_weight", ".3f"), _summary(run, "effective_sample_size", ",.0f")]
-        rows.append([*row, _summary(run, "num_steps", ","), _summary(run, "seconds", ",.0f")])
-    head = ["run", *(m.label for m in shown), "mean(w)", "effective sample size", "steps", "seconds"]
+        rows.append([*row, _rate(run), _summary(run, "num_steps", ","), _summary(run, "seconds", ",.0f")])
+    head = ["run", *(m.label for m in shown), "mean(w)", "effective sample size", "learning rate", "steps", "seconds"]
     lines += table_lines(head, rows)
     lines += _explanations(shown, runs)
     for name, words in (("accuracy_bytes", "byte-normalised"), ("accuracy", "highest log-likelihood")):
@@ -231,6 +231,13 @@ def _picture(title: str, file: str, caption: str) -> list[str]:
 def _summary(run: Run, key: str, spec: str) -> str:
     value = run.summary.get(key) if run.summary else None
     return NONE if value is None else format(value, spec)
+
+
+def _rate(run: Run) -> str:
+    """The learning rate that a run was trained at: its method's own, where it has one."""
+    groups = [(run.summary or {}).get(group, {}) for group in ("method", "train")]
+    rate = next((group["learning_rate"] for group in groups if group.get("learning_rate")), None)
+    return NONE if rate is None else f"{rate:g}"
 
 
 _TRADEOFF_CAPTION = (

@@ -100,7 +100,7 @@ def wise_ft(pretrained: Path, finetuned: Path, alpha: float, output: Path, *, na
 
 def read_headers(directory: Path) -> dict[str, Stored]:
     """Where each tensor of a model directory's safetensors files is, by name."""
-    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    files = _weight_files(directory)
     if not files:
         raise InputError(
             f"{directory} has no safetensors weights; give a model directory (train writes one, of images in "
@@ -114,16 +114,42 @@ def read_headers(directory: Path) -> dict[str, Stored]:
             if not 2 <= length <= size - 8:
                 raise InputError(f"{path} is not a safetensors file")
             try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
-                raise InputError(f"{path} is not a safetensors file: {error}") from error
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = (8 + length + offset for offset in entry["data_offsets"])
-                if end > size:
-                    raise InputError(f"{path} is cut off: {name} ends at byte {end} of {size}; copy it again")
-                found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), begin, end)
+                stored = _stored(json.loads(file.read(length)), path, 8 + length)
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is not a safetensors file: {type(error).__name__}: {error}") from error
+        for name, tensor in stored.items():
+            if tensor.end > size:
+                raise InputError(f"{path} is cut off: {name} ends at byte {tensor.end} of {size}; copy it again")
+        found |= stored
     return found
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that transformers would load: others beside them may hold the weights again under other names."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{index} does not say which files hold the weights: {type(error).__name__}: {error}"
+        ) from error
+    for name in names:
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} lacks {name}, which {index.name} names; copy it again")
+    return [directory / name for name in names]
+
+
+def _stored(header: dict, path: Path, start: int) -> dict[str, Stored]:
+    stored = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            stored[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), begin, end)
+    return stored
 
 
 def _require_same(ours: dict, theirs: dict, pretrained: Path, finetuned: Path) -> None:
@@ -132,7 +158,8 @@ def _require_same(ours: dict, theirs: dict, pretrained: Path, finetuned: Path) -
             if name not in holder:
                 raise InputError(
                     f"{directory} lacks the tensor {name}, so the two models cannot be averaged; give two states of the "
-                    "same model (a linear probe of tied embeddings has a head of its own)"
+                    "same model (a linear probe of tied embeddings has a head of its own), with the same names: a "
+                    "download can be loaded and saved again with save_pretrained"
                 )
         a, b = ours[name], theirs[name]
         if a.shape != b.shape:

@@ -96,7 +96,7 @@ Temperature = Annotated[float | None, _method("In nats; the quantile of the loss
 Quantile = Annotated[float | None, _method("Of the losses; 0.5, the median, otherwise.", min=0, max=1)]
 ClipLow = Annotated[float | None, _method("Lowest weight.")]
 ClipHigh = Annotated[float | None, _method("Highest weight.")]
-Normalize = Annotated[str | None, _method("none, mean (weights average 1) or simplex.")]
+Normalize = Annotated[str | None, _method("none, or mean (weights average 1).")]
 KeepEasiest = Annotated[float | None, _method("Share of the samples that is kept; the others get weight 0.")]
 OnlineCopy = Annotated[str | None, _method("flow-online's frozen copy: same (dtype as the model) or bfloat16.")]
 LoraRank = Annotated[int | None, _method("64 when not given.")]

@@ -14,13 +14,16 @@ import flow_kernels
 from flow_finetune.errors import InputError
 from flow_finetune.integrations.trainer import COLUMN
 from flow_finetune.models import causal_lm_of, evaluating
-from flow_finetune.progress import track
+from flow_finetune.progress import say, track
 
 
 def add_sample_weights(
     dataset, model: PreTrainedModel, data_collator: Callable, *, batch_size: int = 8, backend: str = "auto", **options
 ):
     """The `datasets.Dataset` with a column `sample_weight`: FLOW's weight of every sample, `exp(-loss / median loss)`.
+
+    Their mean, near 0.37, is printed: the loss becomes smaller by it, which AdamW ignores, and SGD and the clipping of
+    gradients do not; `normalize="mean"` makes it 1.
 
     Args:
         dataset: tokenised, with `labels` or a collator that makes them.
@@ -44,6 +47,8 @@ def add_sample_weights(
         weights = flow_kernels.flow_weights(losses, **options)
     except ValueError as error:
         raise InputError(str(error)) from error
+    size = float(flow_kernels.effective_sample_size(weights))
+    say(f"{COLUMN}: mean weight {float(weights.mean()):.3f}, effective sample size {size:,.1f} of {len(weights):,}")
     return dataset.add_column(COLUMN, weights.numpy())
 
 

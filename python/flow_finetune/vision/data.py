@@ -317,11 +317,22 @@ def _decode_into(pixels: np.ndarray, encoded: Encoded, crop: float) -> list[int]
     return bad
 
 
+_ORIENTATION = 0x0112
+
+
 def _to_rgb(image):
     """Upright (EXIF), 8 bits a channel."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    image = ImageOps.exif_transpose(image)
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # whatever a damaged block makes Pillow raise: the pixels are as they are stored
+        orientation = None
+    # In the order of EXIF's numbers; 1 is upright.
+    turns = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+                            "ROTATE_90"), start=2))  # fmt: skip
+    if orientation in turns:
+        image = image.transpose(Image.Transpose[turns[orientation]])
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image, np.uint16) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):

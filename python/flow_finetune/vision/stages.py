@@ -184,7 +184,7 @@ def fine_tune(
         for step, indices in enumerate(steps, start=1):
             inputs = augment(classifier.inputs(pixels[indices], size), config.augment, generator)
             weight = weights_of(inputs, indices)
-            interval.add(classifier(inputs), labels[indices], weight)
+            interval.add(_forward(classifier, inputs), labels[indices], weight)
             if method.penalty != "none":
                 copy.add_penalty(method.penalty, method.penalty_strength)
             grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
@@ -207,6 +207,17 @@ def fine_tune(
             tracker.advance(note=f"loss {line.get('loss', math.nan):.3f}")
     classifier.eval()
     return line
+
+
+def _forward(classifier: ImageClassifier, inputs: Tensor) -> Tensor:
+    try:
+        return classifier(inputs)
+    except ValueError as error:
+        if len(inputs) > 1:
+            raise
+        raise InputError(
+            f"a step of one image: {error}; use a batch_size of at least 2, or batch_norm: eval"
+        ) from error
 
 
 class _Interval:
