@@ -1,6 +1,7 @@
 """lm-evaluation-harness tasks from local YAML files: values of our model class against the harness's own HFLM, offline."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from evaluation_cases import MC, QA, TEXT, metrics_of, run, write_rows
 from flow_finetune.config import TaskConfig
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
-from flow_finetune.harness import task_manager
+from flow_finetune.harness import load_harness, task_manager
 from flow_finetune.results import load_runs, shown_metrics
 
 evaluator = pytest.importorskip("lm_eval.evaluator", reason="needs lm-evaluation-harness, the eval extra")
@@ -183,6 +184,26 @@ def test_text(tiny, tasks, tmp_path):
     assert set(metrics) == {"nats_per_word", "nats_per_byte"}
     assert np.exp(metrics["nats_per_byte"]["value"]) == pytest.approx(expected["byte_perplexity,none"], rel=1e-4)
     assert np.log(expected["word_perplexity,none"]) == pytest.approx(metrics["nats_per_word"]["value"], rel=1e-4)
+
+
+def test_a_task_that_runs_the_models_code_is_run_where_that_is_allowed(tiny, tasks, tmp_path, monkeypatch):
+    """Its answers and their judgement are those of the same task without the mark."""
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    allowed = run(tiny, [harness("unsafe", tasks, run_model_code=True)], tmp_path / "out")
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+    plain = run(tiny, [harness("flow_sums", tasks)], tmp_path / "plain")
+    assert metrics_of(allowed, "unsafe") == metrics_of(plain, "flow_sums")
+
+
+def test_a_metric_that_asks_for_permission_as_it_is_read_is_understood(tasks, monkeypatch):
+    """MBPP's and HumanEval's, which are loaded from a hub that is out of reach here."""
+
+    def refuse(self, names):
+        raise ValueError("The code_eval metric runs untrusted code. Set the variable HF_ALLOW_CODE_EVAL")
+
+    monkeypatch.setattr(type(task_manager(tasks)), "load", refuse)
+    with pytest.raises(InputError, match=r"'flow_sums' runs code that the model writes.*--run-model-code"):
+        load_harness(harness("flow_sums", tasks))
 
 
 def test_a_group_is_one_task(tiny, tasks, tmp_path):

@@ -179,6 +179,7 @@ class TaskConfig:
     num_shots: int | None = None  # qa, multiple_choice: solved items in front of each; lm_eval: the task's own number
     shots_source: str | None = None  # qa, multiple_choice: the file that they are read from, its first ones
     include_path: str | None = None  # lm_eval: a directory with YAML tasks of your own
+    run_model_code: bool = False  # lm_eval: tasks that run what the model writes (MBPP, HumanEval), outside any sandbox
 
 
 @dataclass(frozen=True)

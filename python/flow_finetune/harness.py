@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import numbers
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,17 @@ def load_harness(config: TaskConfig) -> HarnessTasks:
         close = difflib.get_close_matches(wanted, manager.all_tasks, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "give include_path for YAML tasks of your own"
         raise InputError(f"lm-evaluation-harness has no task {wanted!r}; {hint}")
+    if config.run_model_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric that runs it asks for
     try:
         loaded = manager.load([wanted])
         _build(loaded, config)
     except InputError:
         raise
     except Exception as error:  # whatever a task's own code or the hub raises
+        # The metric asks for permission as soon as its task is read.
+        if "HF_ALLOW_CODE_EVAL" in str(error):
+            raise _runs_code(wanted) from error
         detail = str(error).strip().splitlines()
         raise InputError(
             f"lm_eval task {wanted!r} could not be made ready: {detail[0] if detail else type(error).__name__} (its data "
@@ -88,8 +94,8 @@ def task_manager(include_path: str | None):
 
 def _build(loaded: dict, config: TaskConfig) -> None:
     for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise InputError(f"lm_eval task {name!r} runs code that the model writes; this is not done here")
+        if getattr(task, "UNSAFE_CODE", False) and not config.run_model_code:
+            raise _runs_code(name)
         if config.num_shots is not None:
             task.set_config(key="num_fewshot", value=config.num_shots)
         elif task.get_config("num_fewshot") is None:
@@ -97,6 +103,13 @@ def _build(loaded: dict, config: TaskConfig) -> None:
         # Also when requests are made again: its generator goes on from call to call.
         task.set_fewshot_seed(seed=_SHOTS_SEED)
         task.build_all_requests(limit=config.limit, rank=0, world_size=1)
+
+
+def _runs_code(name: str) -> InputError:
+    return InputError(
+        f"lm_eval task {name!r} runs code that the model writes, with all rights of this process; allow it with "
+        "run_model_code: true (--run-model-code), best in a container"
+    )
 
 
 def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> dict[str, Items]:
@@ -108,7 +121,10 @@ def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> di
     model = HarnessModel(lm, tokenizer, task.name, task.config.max_length, batch_tokens, precision)
     for part in task.harness.loaded["tasks"].values():
         part.set_fewshot_seed(seed=_SHOTS_SEED)
-    results = evaluate(model, task.harness.loaded, limit=task.config.limit, bootstrap_iters=0, log_samples=True)
+    results = evaluate(
+        model, task.harness.loaded, limit=task.config.limit, bootstrap_iters=0, log_samples=True,
+        confirm_run_unsafe_code=task.config.run_model_code,
+    )  # fmt: skip
     task.harness.num_truncated = model.num_truncated
     if model.num_truncated:
         say(

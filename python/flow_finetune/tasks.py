@@ -35,7 +35,7 @@ OPTIONS = {
     "qa": {*_TEXTS, *_SHOTS, "max_new_tokens", "num_generate", "answer_pattern"},
     "multiple_choice": {*_ROWS, *_SHOTS},
     "completion": _TEXTS,
-    "lm_eval": {"num_shots", "max_length", "include_path"},
+    "lm_eval": {"num_shots", "max_length", "include_path", "run_model_code"},
 }
 KINDS = tuple(OPTIONS)
 _OF_ALL = {"kind", "source", "name", "role", "limit"}

@@ -60,6 +60,12 @@ def evaluate(
         list[str] | None, typer.Option("--lm-eval", help="Task of lm-evaluation-harness, by name; may be given again.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Directory with lm-eval YAML tasks of your own.")] = None,
+    run_model_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-model-code", help="Allow lm-eval tasks that run what the model writes (MBPP); use a container."
+        ),
+    ] = False,
     num_shots: Annotated[
         int | None,
         typer.Option(min=0, help="Solved items before each of --qa, --multiple-choice (see --shots) and --lm-eval."),
@@ -159,6 +165,7 @@ def evaluate(
         harness = {
             "num_shots": num_shots,
             "include_path": None if include_path is None else str(include_path),
+            "run_model_code": run_model_code,
             **longest,
         }
         tasks = [
