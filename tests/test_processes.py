@@ -12,10 +12,11 @@ import tiny_model
 import torch
 from accelerate.utils import DistributedType
 from flow_finetune import models
-from flow_finetune import train as train_module
+from flow_finetune import processes as processes_module
 from flow_finetune.commands.processes import require_one_process
 from flow_finetune.errors import InputError
 from flow_finetune.models import resolve_device
+from flow_finetune.processes import make_accelerator
 from run_files import assert_same_files
 from safetensors.torch import load_file
 from train_in_two_processes import fine_tune
@@ -80,14 +81,14 @@ def test_settings_of_accelerate_change_nothing(root, monkeypatch):
     fine_tune(root, "gemma3", "with settings")
     assert_same_files(root / "plain", root / "with settings")
     module = torch.nn.Linear(1, 1)
-    assert type(train_module.make_accelerator(torch.device("cpu")).prepare(module)) is torch.nn.Linear
+    assert type(make_accelerator(torch.device("cpu")).prepare(module)) is torch.nn.Linear
 
 
 def test_other_ways_of_accelerate_are_refused(monkeypatch):
     kind = DistributedType.DEEPSPEED
-    monkeypatch.setattr(train_module, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind))
+    monkeypatch.setattr(processes_module, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind))
     with pytest.raises(InputError, match="accelerate is set to DEEPSPEED"):
-        train_module.make_accelerator(torch.device("cpu"))
+        make_accelerator(torch.device("cpu"))
 
 
 def test_each_process_has_its_own_gpu_and_one_process_the_one_named(monkeypatch):
@@ -96,12 +97,12 @@ def test_each_process_has_its_own_gpu_and_one_process_the_one_named(monkeypatch)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(
-        train_module, "Accelerator", lambda **options: SimpleNamespace(distributed_type=DistributedType.NO)
+        processes_module, "Accelerator", lambda **options: SimpleNamespace(distributed_type=DistributedType.NO)
     )
-    train_module.make_accelerator(torch.device("cuda:1"))
+    make_accelerator(torch.device("cuda:1"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    train_module.make_accelerator(torch.device("cuda:0"))
+    make_accelerator(torch.device("cuda:0"))
     assert current == [torch.device("cuda:1")]
     assert resolve_device("cuda") == torch.device("cuda:1")
     with pytest.raises(InputError, match="device 'cuda:1' is one GPU, and every process has its own"):

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,17 @@ from flow_finetune import scores as scores_module
 from flow_finetune.config import DataConfig, MethodConfig, ModelConfig
 from flow_finetune.data import load_samples
 from flow_finetune.errors import InputError
+from flow_finetune.journal import Journal
 from flow_finetune.methods import make_weights
 from flow_finetune.models import load_model
 from flow_finetune.scores import read_metadata, read_scores, score, scoring_fingerprints
-from processes import kill_when, run_python
+from processes import kill_when, run_python, spawn_two
 
 import flow_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 GSM8K = Path(__file__).parents[1] / "examples/data/gsm8k_train.jsonl.gz"
 
 
@@ -198,11 +202,55 @@ def test_killed_scoring_continues_to_the_same_bytes(tiny_model_dir, tmp_path):
     journal = tmp_path / "b.parquet.journal"
     kill_when(lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 20, *command(killed))
     assert not killed.exists()
-    num_done = journal.read_bytes().count(b"\n") - 1
+    header, *lines = journal.read_bytes().splitlines(keepends=True)
+    num_done = sum(line.endswith(b"\n") for line in lines)
+    # The same as two processes would have left it, one of them in the middle of a line.
+    shared = tmp_path / "c.parquet"
+    whole = [line for line in lines if line.endswith(b"\n")]
+    (tmp_path / "c.parquet.journal").write_bytes(b"".join([header, *whole[::2]]))
+    (tmp_path / "c.parquet.journal-1").write_bytes(b"".join([header, *whole[1::2]]) + b'{"samples": [1')
     result = run_python(*command(killed))
     assert f"continuing after {num_done} of" in result.stderr.replace("\n", " ")
     assert killed.read_bytes() == undisturbed.read_bytes()
     assert not journal.exists()
+    # Two processes go on with it, and two from the beginning; another number may.
+    result = run_python(*LAUNCHER, *command(shared))
+    assert f"continuing after {num_done} of" in result.stderr.replace("\n", " ")
+    run_python(*LAUNCHER, *command(tmp_path / "d.parquet"))
+    assert shared.read_bytes() == (tmp_path / "d.parquet").read_bytes() == undisturbed.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.parquet" for name in "abcd"]
+
+
+def _score_in_two_processes(rank, port, model, data, output):
+    """Scores `data`, then again with a model that has no finite loss; leaves how much each process did."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    config = ModelConfig(model, precision="full", device="cpu")
+    lm, tokenizer = load_model(config)
+    samples = load_samples(data_config(data), tokenizer)
+    options = {"model_config": config, "batch_tokens": 1}
+    append, done = Journal.append, []
+    Journal.append = lambda self, record: [done.append(record), append(self, record)]
+    score(lm, tokenizer, samples, output / "s.parquet", **options)
+    (output / f"{rank}.json").write_text(json.dumps([record["samples"] for record in done]))
+    with torch.no_grad():
+        lm.head.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="the loss of 24 samples is NaN or infinite"):
+        score(lm, tokenizer, samples, output / "bad.parquet", **options)
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def test_two_processes_share_the_batches_and_refuse_what_is_not_finite_together(tiny_model_dir, qa_file, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn_two(_score_in_two_processes, (port, str(tiny_model_dir), qa_file, tmp_path))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert len(first) == len(second) == 12
+    assert sorted(i for samples in first + second for i in samples) == list(range(24))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json", "s.parquet"]
 
 
 def test_a_single_sample_has_no_median(scored):

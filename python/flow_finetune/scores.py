@@ -2,7 +2,8 @@
 
 A score file holds one row per sample, keyed by sample id, and in its metadata the fingerprints of the model,
 tokenizer, template and data it was made from. While it is being made, every finished batch is a line of a journal
-beside it; a killed run loses the batch in flight, and its continuation ends with the same bytes as an undisturbed run.
+beside it; a killed run loses the batch in flight, and its continuation ends with the same bytes as an undisturbed run,
+as do several processes that share the batches.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,9 @@ import flow_kernels
 from flow_finetune.config import ModelConfig
 from flow_finetune.data import Batch, SampleSet, collate, token_batches
 from flow_finetune.errors import InputError
+from flow_finetune.journal import Journal, header_differences
 from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenizer_fingerprint
+from flow_finetune.processes import Processes
 from flow_finetune.progress import say, track
 from flow_finetune.storage import atomic_path, disk_space_errors
 
@@ -80,6 +82,8 @@ def score(
 ) -> float:
     """Score every sample in eval mode without gradients and write `path`; returns tokens per second (0 if complete).
 
+    The processes of a launch share the batches; they must see one file system.
+
     Raises:
         InputError: `path` or its journal belongs to other scores, a loss is NaN or infinite (ids listed), or the disk
             is full.
@@ -89,31 +93,47 @@ def score(
     lm.check_length(max(len(s.input_ids) for s in samples.samples), "a sample")
     header = score_header(lm, tokenizer, samples, model_config, batch_tokens, tokens)
     if path.exists() and not overwrite:
-        differences = _differences(read_metadata(path), header)
+        differences = header_differences(read_metadata(path), header)
         if not differences:
             return 0.0
         raise InputError(f"{path} holds other scores ({differences}); choose another file or pass --overwrite")
+    processes = Processes(lm.head.weight.device)
+    journal = Journal(path, header, overwrite, processes)
     batches = token_batches([len(s.input_ids) for s in samples.samples], batch_tokens)
-    journal = _Journal(path, header, overwrite)
-    if journal.num_done:
-        say(f"continuing after {journal.num_done} of {len(batches)} batches of {journal.path}")
-    records = journal.read()
-    bad = _non_finite(records, samples)
-    with track("scoring", len(batches)) as tracker, disk_space_errors(journal.path):
-        tracker.advance(journal.num_done)
-        for indices in batches[journal.num_done :]:
+    # Of the main process, before any goes on: all must share out the same batches.
+    found = processes.agree(journal.read() if processes.is_main else [])
+    done = {record["samples"][0] for record in found}
+    if done:
+        say(f"continuing after {len(done)} of {len(batches)} batches of {journal.path}")
+    bad = _non_finite(found, samples)
+    # Batches next to each other are of like length, so that every process has as much to do.
+    own = [indices for indices in batches if indices[0] not in done][processes.index :: processes.number]
+    with track("scoring", len(done) + len(own), visible=processes.is_main) as tracker, disk_space_errors(journal.path):
+        tracker.advance(len(done))
+        for indices in own:
             batch = collate([samples.samples[i] for i in indices], tokenizer.pad_token_id)
-            records.append(_score_batch(lm, batch, indices, model_config.precision, tokens))
-            bad += _non_finite(records[-1:], samples)
-            _stop_if_not_finite(bad, journal, at_most=_MAX_NON_FINITE)
-            journal.append(records[-1])
+            record = _score_batch(lm, batch, indices, model_config.precision, tokens)
+            journal.append(record)
             tracker.advance(1, tokens=int(batch.attention_mask.sum()))
+            bad += _non_finite([record], samples)
+            if len(bad) > _MAX_NON_FINITE:
+                break
         rate = tracker.tokens_per_second
-    _stop_if_not_finite(bad, journal, at_most=0)
-    with atomic_path(path) as temporary:
-        pq.write_table(_table(records, samples, header, tokens), temporary, compression="zstd")
-    journal.remove()
-    return rate
+    processes.agree(None)  # all have written what they have done
+    records = journal.read() if processes.is_main else []
+    bad = processes.agree(_non_finite(records, samples))
+    if processes.is_main:
+        if not bad:
+            with atomic_path(path) as temporary:
+                pq.write_table(_table(records, samples, header, tokens), temporary, compression="zstd")
+        journal.remove()
+    processes.agree(None)
+    if bad:
+        raise InputError(
+            f"the loss of {len(bad)} samples is NaN or infinite, with ids {', '.join(bad[:_MAX_NON_FINITE])}; remove "
+            "them, or score in higher precision (--precision full, --dtype float32)"
+        )
+    return rate * processes.number
 
 
 @torch.no_grad()
@@ -141,16 +161,6 @@ def _non_finite(records: list[dict], samples: SampleSet) -> list[str]:
         for i, loss in zip(record["samples"], record["loss_sum"], strict=True)
         if not math.isfinite(loss)
     ]
-
-
-def _stop_if_not_finite(bad: list[str], journal: _Journal, *, at_most: int) -> None:
-    """Raise if the losses of more than `at_most` samples are bad; nothing is left behind for a weighting."""
-    if len(bad) > at_most:
-        journal.remove()
-        raise InputError(
-            f"the loss of {len(bad)} samples is NaN or infinite, with ids {', '.join(bad[:_MAX_NON_FINITE])}; remove "
-            "them, or score in higher precision (--precision full, --dtype float32)"
-        )
 
 
 def _table(records: list[dict], samples: SampleSet, header: dict, tokens: bool) -> pa.Table:
@@ -228,7 +238,7 @@ def read_scores(path: Path, samples: SampleSet, fingerprints: dict[str, str], *,
     repeated = [value for value, count in Counter(ids).items() if count > 1]
     if repeated:
         raise InputError(f"{path} has {len(repeated)} repeated ids, the first is {repeated[0]!r}; score again")
-    differences = _differences({"fingerprints": metadata["fingerprints"]}, {"fingerprints": fingerprints})
+    differences = header_differences({"fingerprints": metadata["fingerprints"]}, {"fingerprints": fingerprints})
     if differences:
         raise InputError(
             f"{path} does not belong to this training: {differences}; score again with this model (its dtype counts: "
@@ -261,64 +271,3 @@ def describe_weights(path: Path) -> str:
         return str(error)
     size = float(flow_kernels.effective_sample_size(weights))
     return f"exp(-loss / median): mean weight {float(weights.mean()):.3f}, effective sample size {size:,.1f} of {len(loss):,}"
-
-
-def _differences(found: dict, wanted: dict) -> str:
-    """In words, which entries of two headers differ; empty where none does."""
-    differences = []
-    for group, entries in wanted.items():
-        for name, value in entries.items():
-            other = found.get(group, {}).get(name)
-            if other != value:
-                kind = f"{name} fingerprint" if group == "fingerprints" else name
-                differences.append(f"its {kind} is {other}, this one's {value}")
-    return "; ".join(differences)
-
-
-class _Journal:
-    """Finished batches, one JSON line each after a header line; a torn last line is dropped."""
-
-    def __init__(self, path: Path, header: dict, overwrite: bool) -> None:
-        self.path = path.with_name(path.name + ".journal")
-        self.header = header
-        self.num_done = 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and overwrite:
-            self.path.unlink()
-        if self.path.exists():
-            self._recover()
-        if not self.path.exists():
-            with disk_space_errors(self.path):
-                self._write(json.dumps(header, sort_keys=True) + "\n")
-
-    def _recover(self) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.splitlines()
-        if not lines:
-            self.path.unlink()
-            return
-        differences = _differences(json.loads(lines[0]), self.header)
-        if differences:
-            raise InputError(
-                f"{self.path} holds an unfinished scoring of something else ({differences}); finish that, choose "
-                "another file or pass --overwrite"
-            )
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
-        self.num_done = len(lines) - 1
-
-    def read(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_bytes().splitlines()[1:]]
-
-    def append(self, record: dict) -> None:
-        self._write(json.dumps(record) + "\n")
-
-    def _write(self, line: str) -> None:
-        with open(self.path, "a") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        self.path.unlink()

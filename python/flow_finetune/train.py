@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
@@ -25,11 +22,12 @@ from flow_finetune.adapters import prepare_parameters
 from flow_finetune.checkpoint import TrainDirectory
 from flow_finetune.config import MethodConfig, ModelConfig, TrainConfig
 from flow_finetune.data import PAD_ID, Sample, SampleSet, collate, token_batches
-from flow_finetune.errors import DivergedError, InputError
+from flow_finetune.errors import DivergedError
 from flow_finetune.methods import Weights, make_weights, needs_scores, temperature_of
 from flow_finetune.models import CausalLM, autocast, save_model
 from flow_finetune.online import FrozenModel, OnlineWeights
 from flow_finetune.pretrained import averaging_steps, make_copy
+from flow_finetune.processes import make_accelerator
 from flow_finetune.progress import say, track
 from flow_finetune.scores import read_scores, scoring_fingerprints
 from flow_finetune.train_checks import (
@@ -194,25 +192,6 @@ def train(
         directory.finish(summary)
     accelerator.wait_for_everyone()
     return directory.read_summary()
-
-
-def make_accelerator(device: torch.device) -> Accelerator:
-    """Processes, and nothing else of what accelerate can do, whatever the user's own settings of it ask for.
-
-    Raises:
-        InputError: those settings ask for a way of training that is not done here.
-    """
-    if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        torch.cuda.set_device(device)  # accelerate takes the current one
-    # Given here, because its environment would otherwise divide the loss, scale it, or change the precision, in silence.
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )  # fmt: skip
-    kind = accelerator.distributed_type
-    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
-        raise InputError(f"accelerate is set to {kind.value}; several processes train with plain data parallelism here")
-    return accelerator
 
 
 def _optimise(lm, samples, weights, directory, accelerator, method, config, model_config, temperature):

@@ -11,5 +11,5 @@ def require_one_process(command: str) -> None:
     if number > 1:
         raise InputError(
             f"{command} was started as {number} processes, which would write the same files; start it once, without "
-            "torchrun or accelerate launch (they go in front of train, for language models)"
+            "torchrun or accelerate launch (they go in front of score and train, for language models)"
         )

@@ -74,15 +74,16 @@ def score(
 ) -> None:
     """Losses of the pre-trained model on every sample of a data set.
 
-    A killed call continues when it is made again, and ends with the same file.
+    A killed call continues when it is made again, and ends with the same file. Several processes, which share a file
+    system: put `torchrun --nproc-per-node N --no-python` or `accelerate launch --no_python` in front.
 
     **Example**
 
         flow-finetune score -m ./gemma -d train.jsonl --prompt-field question --response-field answer -o scores.parquet
     """
     with messages():
-        require_one_process("score")
         if is_image(task, context):
+            require_one_process("score --task image")
             score_images(context, output, overwrite)
             return
         from flow_finetune import data as data_module

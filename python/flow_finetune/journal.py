@@ -1,0 +1,90 @@
+"""What a scoring has done so far, kept so that a killed one goes on; several processes write one file each."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from flow_finetune.errors import InputError
+from flow_finetune.processes import Processes
+from flow_finetune.storage import disk_space_errors
+
+
+class Journal:
+    """Finished batches, one JSON line each after a header line; a torn last line is dropped.
+
+    The main process writes `PATH.journal`, the others `PATH.journal-1` and so on. Whoever continues reads them all, so
+    it may do so with another number of processes.
+
+    Args:
+        path: the file that is being made.
+        header: what it is made from; a journal with another header is another's.
+        overwrite: begin again.
+        processes: those that share the work. The main one puts the files in order before any of them writes.
+    """
+
+    def __init__(self, path: Path, header: dict, overwrite: bool, processes: Processes) -> None:
+        self.path = path.with_name(path.name + ".journal")
+        self._own = self.path if processes.is_main else self.path.with_name(f"{self.path.name}-{processes.index}")
+        refused = self._prepare(header, overwrite) if processes.is_main else None
+        if refused := processes.agree(refused):
+            raise InputError(refused)
+        if not self._own.exists():
+            with disk_space_errors(self._own):
+                self._write(json.dumps(header, sort_keys=True) + "\n")
+
+    def _prepare(self, header: dict, overwrite: bool) -> str | None:
+        """Mend what a kill has left, or say why it cannot be continued."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for path in self._all():
+            if overwrite:
+                path.unlink()
+                continue
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if not whole:
+                path.unlink()
+                continue
+            if differences := header_differences(json.loads(whole.splitlines()[0]), header):
+                return (
+                    f"{path} holds an unfinished scoring of something else ({differences}); finish that, choose another "
+                    "file or pass --overwrite"
+                )
+            if len(whole) < len(content):
+                os.truncate(path, len(whole))
+        return None
+
+    def _all(self) -> list[Path]:
+        return [p for p in [self.path, *sorted(self.path.parent.glob(f"{self.path.name}-*"))] if p.is_file()]
+
+    def read(self) -> list[dict]:
+        """The records of all processes."""
+        return [json.loads(line) for path in self._all() for line in path.read_bytes().splitlines()[1:]]
+
+    def append(self, record: dict) -> None:
+        """Keep a record of this process."""
+        self._write(json.dumps(record) + "\n")
+
+    def _write(self, line: str) -> None:
+        with open(self._own, "a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Forget everything, of all processes."""
+        for path in self._all():
+            path.unlink(missing_ok=True)
+
+
+def header_differences(found: dict, wanted: dict) -> str:
+    """In words, which entries of two headers differ; empty where none does."""
+    differences = []
+    for group, entries in wanted.items():
+        for name, value in entries.items():
+            other = found.get(group, {}).get(name)
+            if other != value:
+                kind = f"{name} fingerprint" if group == "fingerprints" else name
+                differences.append(f"its {kind} is {other}, this one's {value}")
+    return "; ".join(differences)
