@@ -63,6 +63,8 @@ def sample_losses(
 ) -> Tensor:
     """Mean loss of every sample over its target tokens, in eval mode, without making logits.
 
+    Under a launcher every process scores all samples: it waits for no other, wherever the call stands.
+
     Args:
         dataset: a `datasets.Dataset`, of which only the columns that the model takes are read, or a sequence of rows.
         model: a causal language model, or peft's wrapper of one, which is scored without its adapters; put the call
@@ -81,7 +83,10 @@ def sample_losses(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if not hasattr(dataset, "__len__"):
-        raise InputError(f"a {type(dataset).__name__} has no length; weights need the losses of all samples first")
+        raise InputError(
+            f"a {type(dataset).__name__} has no length, and weights need the losses of all samples first; weigh "
+            "each batch of a stream in a training step of your own, with flow_kernels.weigh_samples"
+        )
     lm = causal_lm_of(model)
     names = inspect.signature(lm.model.forward).parameters
     taken = [name for name in getattr(dataset, "column_names", None) or () if name in names and name != COLUMN]
