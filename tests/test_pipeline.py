@@ -85,6 +85,31 @@ def test_a_run_makes_everything_and_a_second_call_makes_nothing_again(mapping, t
         run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
 
 
+def test_methods_may_be_added_to_a_run_and_taken_away(mapping, tmp_path, monkeypatch):
+    mapping["methods"] = [{"name": "standard", "weights": "none"}]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    weights = (tmp_path / "out/standard/model.safetensors").read_bytes()
+    mapping["methods"] = [{"name": "standard", "weights": "none"}, {"name": "flow"}]
+    page = run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    assert "| flow |" in page.read_text()
+    assert (tmp_path / "out/standard/model.safetensors").read_bytes() == weights
+    # What was taken away does not come back as something else.
+    mapping["methods"] = [{"name": "flow"}]
+    page = run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    assert "| standard |" not in page.read_text()
+    mapping["methods"] = [{"name": "standard", "weights": "none", "learning_rate": 1e-2}, {"name": "flow"}]
+    with pytest.raises(InputError, match="has the method standard already, with other options"):
+        run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    # One that needs the losses of tokens.
+    mapping["methods"] = [{"name": "flow"}, {"name": "flow-token", "weights": "token"}]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    assert (tmp_path / "out/flow-token/model.safetensors").is_file()
+    for name in ("train", "score", "evaluate"):
+        monkeypatch.setattr(pipeline_module, name, _only_reuse(name, getattr(pipeline_module, name)))
+    mapping["methods"] = [{"name": "flow"}, {"name": "standard", "weights": "none"}]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+
+
 def test_rows_stand_in_any_order_and_online_weights_take_the_scores_temperature(mapping, tmp_path):
     mapping["methods"] = [
         {"name": "averaged", "of": "flow", "wise_ft": 0.5}, {"name": "online", "online": True}, {"name": "flow"},

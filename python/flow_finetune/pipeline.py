@@ -36,7 +36,7 @@ from flow_finetune.plots import require_matplotlib
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
-from flow_finetune.scores import score, score_header
+from flow_finetune.scores import read_metadata, score, score_header
 from flow_finetune.storage import write_json
 from flow_finetune.tasks import check_task, prepare
 from flow_finetune.train import train
@@ -206,8 +206,13 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
     prepared = prepare(config.tasks, tokenizer)
     say(f"{config.data.source}: {samples.describe()}")
     if scores is not None:
-        tokens = any(method.weights == "token" for method in config.methods)
-        score(lm, tokenizer, samples, scores, model_config=base, batch_tokens=config.batch_tokens, tokens=tokens)
+        has_tokens = scores.is_file() and read_metadata(scores)["settings"]["tokens"]
+        needs_tokens = any(method.weights == "token" for method in config.methods)
+        # A method with token weights may have been added to a run since, or taken away; nothing else changes the losses.
+        score(
+            lm, tokenizer, samples, scores, model_config=base, batch_tokens=config.batch_tokens,
+            tokens=has_tokens or needs_tokens, overwrite=scores.is_file() and needs_tokens and not has_tokens,
+        )  # fmt: skip
     if not (pretrained / EVALUATION_FILE).is_file():
         evaluate(
             lm, tokenizer, config.tasks, pretrained, batch_tokens=config.batch_tokens,

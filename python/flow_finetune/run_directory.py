@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from flow_finetune.config import non_defaults, without_defaults
+from flow_finetune.config import MethodConfig, non_defaults, without_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.methods import check_methods
 from flow_finetune.storage import is_used, require_same_run, used_error, write_json
@@ -40,18 +41,33 @@ def claim(config, output: Path) -> None:
     """Make `output` the directory of a run of `config`, or find that it is.
 
     A run that made nothing, because its model or its data could not be read, does not hold the directory against the
-    corrected call.
+    corrected call. Methods may be added and taken away: what is made of each stays.
 
     Raises:
-        InputError: it holds another run, or something else.
+        InputError: it holds another run, the same name for another method, or something else.
     """
     identity = non_defaults(config)
     path = output / RUN_FILE
     if path.is_file() and any(entry != path for entry in output.iterdir()):
         # Without defaults on both sides: an option that came later, left at its default, does not disown a run.
         found = without_defaults(type(config), json.loads(path.read_text()))
-        require_same_run(output, found, identity)
+        before, now = _methods(config, found), _methods(config, identity)
+        for name in sorted(before.keys() & now.keys()):
+            if before[name] != now[name]:
+                raise InputError(
+                    f"{output} has the method {name} already, with other options ({before[name]}); give this one another "
+                    "name, or choose another directory"
+                )
+        require_same_run(output, {**found, "methods": None}, {**identity, "methods": None})
+        write_json(path, {**identity, "methods": [*{**before, **now}.values()]})
     elif is_used(output) and not path.is_file():
         raise used_error(output)
     else:
         write_json(path, identity)
+
+
+def _methods(config, identity: dict) -> dict[str, dict]:
+    """The methods of a stored identity by name, each without its defaults."""
+    defaults = next(field.default for field in dataclasses.fields(config) if field.name == "methods")
+    stored = identity.get("methods", [non_defaults(method) for method in defaults])
+    return {method.get("name", MethodConfig.name): method for method in stored}
