@@ -90,6 +90,9 @@ def test_chat_template_is_the_tokenizers_own(tokenizer, tmp_path):
         ("<turn>{{ m.role }}\n{{ m.content | trim }}<end>\n", "<end>"),  # as Gemma's, whose EOS is another token
         ("<turn>{{ m.role }}\n{{ m.content }}<end>\n</s>", "<end>"),  # as Phi-3's
         ("[{{ m.role }}] {{ m.content }}</s>", "</s>"),
+        # What closes a part of an answer, as Command R's, is no end.
+        ("<turn>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' %}<part>{% endif %}<end>", "<end>"),
+        ("<{{ m.role }}>{{ m.content }}", "</s>"),  # the next turn's opening is none either
         ("[{{ m.role }}] {{ m.content }}\n", "</s>"),  # nothing ends a turn
         ("{% if m.role != 'user' %}{{ raise_exception('prompts only') }}{% endif %}{{ m.content }}", "</s>"),
     ],
@@ -98,7 +101,7 @@ def test_a_response_ends_as_the_chat_template_ends_a_turn(tokenizer, tmp_path, t
     """Up to its end a sample is what the template makes of the whole conversation."""
     path = write_rows(tmp_path / "a.jsonl", [{"question": "one", "answer": "two"}])
     other = copy.deepcopy(tokenizer)
-    other.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
+    other.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>", "<part>", "<user>", "<assistant>"]})
     opening = turns.partition("{{ m.content")[0].replace("{{ m.role }}", "assistant") if "raise" not in turns else ""
     other.chat_template = (
         f"<s>{{% for m in messages %}}{turns}{{% endfor %}}{{% if add_generation_prompt %}}{opening}{{% endif %}}"
@@ -108,8 +111,8 @@ def test_a_response_ends_as_the_chat_template_ends_a_turn(tokenizer, tmp_path, t
     if "raise" not in turns:
         messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
         whole = other.apply_chat_template(messages, tokenize=False)
-        through = whole.index("two") + len("two") + (len(end) if end in whole else 0)
-        assert other.decode(sample.input_ids) == whole[:through] + ("" if end in whole else end)
+        through = whole.index("two") + len("two")
+        assert other.decode(sample.input_ids) == whole[:through] + end
     plain = load_samples(_config(path, template="{prompt}"), other).samples[0]
     assert plain.input_ids[-1] == other.eos_token_id
     assert end_of_response("chat", other) in _stop_ids(SimpleNamespace(model=None), other)

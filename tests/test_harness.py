@@ -189,8 +189,13 @@ def test_text(tiny, tasks, tmp_path):
 def test_a_task_that_runs_the_models_code_is_run_where_that_is_allowed(tiny, tasks, tmp_path, monkeypatch):
     """Its answers and their judgement are those of the same task without the mark."""
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    seen, evaluate = [], evaluator.evaluate
+    monkeypatch.setattr(
+        evaluator, "evaluate", lambda *a, **k: [seen.append(os.environ["HF_ALLOW_CODE_EVAL"]), evaluate(*a, **k)][1]
+    )
     allowed = run(tiny, [harness("unsafe", tasks, run_model_code=True)], tmp_path / "out")
-    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+    # For this task, and no longer.
+    assert (seen, os.environ["HF_ALLOW_CODE_EVAL"]) == (["1"], "0")
     plain = run(tiny, [harness("flow_sums", tasks)], tmp_path / "plain")
     assert metrics_of(allowed, "unsafe") == metrics_of(plain, "flow_sums")
 

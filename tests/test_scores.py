@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,8 +233,14 @@ def _score_in_two_processes(rank, port, model, data, output):
     options = {"model_config": config, "batch_tokens": 1}
     append, done = Journal.append, []
     Journal.append = lambda self, record: [done.append(record), append(self, record)]
-    score(lm, tokenizer, samples, output / "s.parquet", **options)
+    score(lm, tokenizer, samples, output / "s[1].parquet", **options)
     (output / f"{rank}.json").write_text(json.dumps([record["samples"] for record in done]))
+    # As where each process has a file system of its own.
+    read = Journal.read
+    Journal.read = lambda self: [json.loads(line) for line in self._own.read_text().splitlines()[1:]]
+    with pytest.raises(InputError, match=r"12 of 24 batches are not in .* must see one file system"):
+        score(lm, tokenizer, samples, output / "apart.parquet", **options)
+    Journal.read = read
     with torch.no_grad():
         lm.head.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="the loss of 24 samples is NaN or infinite"):
@@ -250,7 +257,31 @@ def test_two_processes_share_the_batches_and_refuse_what_is_not_finite_together(
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert len(first) == len(second) == 12
     assert sorted(i for samples in first + second for i in samples) == list(range(24))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json", "s.parquet"]
+    names = ["0.json", "1.json", "apart.parquet.journal", "apart.parquet.journal-1", "s[1].parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_journal_is_what_its_name_says(scored, tmp_path):
+    """A user's own file beside it stays; one of the same scoring without the losses of tokens is begun again."""
+    config, lm, tokenizer, samples, path = scored
+    other = tmp_path / "other.parquet"
+    backup = tmp_path / "other.parquet.journal-backup"
+    backup.write_text("mine")
+    header = read_metadata(path)
+    for tokens, match in ((False, None), (True, "precision is full, this one's bf16")):
+        wanted = {"fingerprints": header["fingerprints"], "settings": {**header["settings"], "tokens": tokens}}
+        if match:
+            wanted["settings"]["precision"] = "full"
+        journal = tmp_path / "other.parquet.journal"
+        journal.write_text(json.dumps(wanted, sort_keys=True) + "\n" + '{"samples": [999], "loss_sum": [1.0]}\n')
+        if match:
+            with pytest.raises(InputError, match=match):
+                score(lm, tokenizer, samples, other, model_config=replace(config, precision="bf16"), overwrite=False)
+        else:
+            score(lm, tokenizer, samples, other, model_config=config, tokens=True)
+            assert other.read_bytes() == path.read_bytes()
+            other.unlink()
+    assert backup.read_text() == "mine"
 
 
 def test_a_single_sample_has_no_median(scored):

@@ -259,6 +259,17 @@ def test_a_damaged_exif_block_does_not_spoil_an_image(tmp_path):
     assert np.array_equal(found.pixels, np.stack([np.rot90(plain, -1)] * 2))
 
 
+def test_pixels_that_are_damaged_do_not_decode(tmp_path):
+    """Of a PNG they are read for its EXIF block."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    good = _encoded(pixels)
+    bad = bytearray(good)
+    bad[good.index(b"IDAT") + 60] ^= 0xFF
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", [good, bytes(bad)], [0, 1])
+    with pytest.raises(InputError, match="1 of 2 images do not decode, the first: 1"):
+        load_images(ImageDataConfig(str(path)), 16)
+
+
 def test_images_are_turned_upright(tmp_path):
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[:, :12] = 255  # seen with orientation 6, which turns clockwise, the left is at the top

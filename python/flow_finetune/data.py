@@ -6,6 +6,7 @@ turn of the tokenizer's chat template. Only the response's tokens are targets.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -13,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
     import datasets
 
     path = Path(source).expanduser()
+    split = "+".join(part.strip() for part in split.split("+"))
     suffixes = [s for s in path.suffixes if s != ".gz"]
     datasets.disable_progress_bars()
     try:
@@ -108,8 +109,13 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
     except Exception as error:  # the library raises a different class for every way in which a file can be wrong
         raise InputError(f"{source} could not be read: {_detail(error)}") from error
     if len(rows) == 0:
-        raise InputError(f"{source} is empty")
+        raise InputError(f"{source} is empty" if split == DataConfig.split else f"{source} has no rows in {split}")
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def describe_rows(config: DataConfig | TaskConfig) -> str:
+    """What messages call the rows of `config`, whose numbers are counted in its split."""
+    return config.source if config.split == DataConfig.split else f"{config.source} ({config.split})"
 
 
 def _of_a_file(split: str) -> bool:
@@ -212,16 +218,20 @@ def end_of_response(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that a response ends in: EOS, or the one that ends a turn of a chat template (Gemma's <end_of_turn>)."""
     if template != "chat" or tokenizer.chat_template is None:
         return tokenizer.eos_token_id
-    content = "response"
-    turns = [{"role": "user", "content": "prompt"}, {"role": "assistant", "content": content}]
+    contents = ("qzx prompt qzx", "qzx response qzx", "qzx another qzx")
+    turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant", "user"), contents, strict=True)]
     try:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    except jinja2.TemplateError:  # one that takes no answers
+    except Exception:  # one that takes no answers; one that takes no prompts either is met where they are rendered
         return tokenizer.eos_token_id
-    _, found, after = rendered.rpartition(content)
-    ids = tokenizer(after, add_special_tokens=False).input_ids if found else []
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((id for id in ids if id in special), tokenizer.eos_token_id)
+    after_prompt, after_response = (
+        tokenizer(rendered.partition(first)[2].partition(second)[0], add_special_tokens=False).input_ids
+        for first, second in itertools.pairwise(contents)
+    )
+    # What ends both turns, and not what opens the next, or closes a part of an answer (Command R's <|END_RESPONSE|>).
+    ends = special.intersection(after_prompt)
+    return next((id for id in after_response if id in ends), tokenizer.eos_token_id)
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -252,8 +262,8 @@ def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Samp
     """
     check_data(config)
     rows = read_rows(config.source, config.split, config.limit, config.subset)
-    prompts = text_column(rows, config.prompt_field, config.source)
-    responses = responses_of(rows, config.source, config)
+    prompts = text_column(rows, config.prompt_field, describe_rows(config))
+    responses = responses_of(rows, describe_rows(config), config)
     ids = _sample_ids(rows, config)
     samples, dropped, num_truncated = [], [], 0
     end = end_of_response(config.template, tokenizer)

@@ -30,8 +30,16 @@ _ACCURACY = {
     "multiple_choice": ("accuracy_bytes",),
     "classification": ("accuracy",),
     "qa": ("exact_match",),
-    # The last two are MBPP's and HumanEval's.
-    "lm_eval": ("acc_norm", "acc", "exact_match", "exact_match,strict-match", "pass_at_1", "pass@1,create_test"),
+    # The last three are of MBPP, its form for chats, and HumanEval.
+    "lm_eval": (
+        "acc_norm",
+        "acc",
+        "exact_match",
+        "exact_match,strict-match",
+        "pass_at_1",
+        "pass_at_1,extract_code",
+        "pass@1,create_test",
+    ),
 }
 # What says how hard an item is.
 _LOSS = {"qa": "nats_per_token", "completion": "nats_per_token", "classification": "nats"}

@@ -6,6 +6,7 @@ per-item values become items here, so that two models are compared on them in pa
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -13,6 +14,7 @@ import logging
 import numbers
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from flow_finetune.statistics import Items
 
 # The harness's own, so that its randomly drawn shots are the same here (its --seed).
 _SHOTS_SEED = 1234
+_ALLOW_CODE = "HF_ALLOW_CODE_EVAL"
 # Metrics whose per-item values are log-likelihoods, alone or with a count, and what `Σ -value / Σ count` is called here.
 _LIKELIHOODS = {"perplexity": "nats", "word_perplexity": "nats_per_word", "byte_perplexity": "nats_per_byte"}
 
@@ -55,16 +58,15 @@ def load_harness(config: TaskConfig) -> HarnessTasks:
         close = difflib.get_close_matches(wanted, manager.all_tasks, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "give include_path for YAML tasks of your own"
         raise InputError(f"lm-evaluation-harness has no task {wanted!r}; {hint}")
-    if config.run_model_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric that runs it asks for
     try:
-        loaded = manager.load([wanted])
-        _build(loaded, config)
+        with _code_allowed(config):
+            loaded = manager.load([wanted])
+            _build(loaded, config)
     except InputError:
         raise
     except Exception as error:  # whatever a task's own code or the hub raises
         # The metric asks for permission as soon as its task is read.
-        if "HF_ALLOW_CODE_EVAL" in str(error):
+        if _ALLOW_CODE in str(error):
             raise _runs_code(wanted) from error
         detail = str(error).strip().splitlines()
         raise InputError(
@@ -105,6 +107,21 @@ def _build(loaded: dict, config: TaskConfig) -> None:
         task.build_all_requests(limit=config.limit, rank=0, world_size=1)
 
 
+@contextlib.contextmanager
+def _code_allowed(config: TaskConfig) -> Iterator[None]:
+    """What the metrics that run code ask for, set for this task alone."""
+    before = os.environ.get(_ALLOW_CODE)
+    if config.run_model_code:
+        os.environ[_ALLOW_CODE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_ALLOW_CODE, None)
+        else:
+            os.environ[_ALLOW_CODE] = before
+
+
 def _runs_code(name: str) -> InputError:
     return InputError(
         f"lm_eval task {name!r} runs code that the model writes, with all rights of this process; allow it with "
@@ -121,10 +138,11 @@ def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> di
     model = HarnessModel(lm, tokenizer, task.name, task.config.max_length, batch_tokens, precision)
     for part in task.harness.loaded["tasks"].values():
         part.set_fewshot_seed(seed=_SHOTS_SEED)
-    results = evaluate(
-        model, task.harness.loaded, limit=task.config.limit, bootstrap_iters=0, log_samples=True,
-        confirm_run_unsafe_code=task.config.run_model_code,
-    )  # fmt: skip
+    with _code_allowed(task.config):
+        results = evaluate(
+            model, task.harness.loaded, limit=task.config.limit, bootstrap_iters=0, log_samples=True,
+            confirm_run_unsafe_code=task.config.run_model_code,
+        )  # fmt: skip
     task.harness.num_truncated = model.num_truncated
     if model.num_truncated:
         say(

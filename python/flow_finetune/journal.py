@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from flow_finetune.errors import InputError
@@ -46,7 +47,11 @@ class Journal:
             if not whole:
                 path.unlink()
                 continue
-            if differences := header_differences(json.loads(whole.splitlines()[0]), header):
+            found = json.loads(whole.splitlines()[0])
+            if found != header and _but_tokens(found) == _but_tokens(header):
+                path.unlink()  # the same scoring, with or without the losses of tokens, begins again
+                continue
+            if differences := header_differences(found, header):
                 return (
                     f"{path} holds an unfinished scoring of something else ({differences}); finish that, choose another "
                     "file or pass --overwrite"
@@ -56,7 +61,8 @@ class Journal:
         return None
 
     def _all(self) -> list[Path]:
-        return [p for p in [self.path, *sorted(self.path.parent.glob(f"{self.path.name}-*"))] if p.is_file()]
+        others = re.compile(re.escape(self.path.name) + r"-\d+")
+        return [p for p in sorted(self.path.parent.iterdir()) if p == self.path or others.fullmatch(p.name)]
 
     def read(self) -> list[dict]:
         """The records of all processes."""
@@ -76,6 +82,10 @@ class Journal:
         """Forget everything, of all processes."""
         for path in self._all():
             path.unlink(missing_ok=True)
+
+
+def _but_tokens(header: dict) -> dict:
+    return {**header, "settings": {k: v for k, v in header["settings"].items() if k != "tokens"}}
 
 
 def header_differences(found: dict, wanted: dict) -> str:

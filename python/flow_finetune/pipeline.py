@@ -208,11 +208,12 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
     if scores is not None:
         has_tokens = scores.is_file() and read_metadata(scores)["settings"]["tokens"]
         needs_tokens = any(method.weights == "token" for method in config.methods)
-        # A method with token weights may have been added to a run since, or taken away; nothing else changes the losses.
-        score(
-            lm, tokenizer, samples, scores, model_config=base, batch_tokens=config.batch_tokens,
-            tokens=has_tokens or needs_tokens, overwrite=scores.is_file() and needs_tokens and not has_tokens,
-        )  # fmt: skip
+        options = {"model_config": base, "batch_tokens": config.batch_tokens}
+        # A method with token weights may have been added to a run since, or taken away.
+        if scores.is_file() and needs_tokens and not has_tokens:
+            score(lm, tokenizer, samples, scores, tokens=False, **options)  # raises if they are others
+            scores.unlink()
+        score(lm, tokenizer, samples, scores, tokens=has_tokens or needs_tokens, **options)
     if not (pretrained / EVALUATION_FILE).is_file():
         evaluate(
             lm, tokenizer, config.tasks, pretrained, batch_tokens=config.batch_tokens,

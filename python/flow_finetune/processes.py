@@ -29,7 +29,7 @@ def make_accelerator(device: torch.device) -> Accelerator:
     )  # fmt: skip
     kind = accelerator.distributed_type
     if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
-        raise InputError(f"accelerate is set to {kind.value}; several processes train with plain data parallelism here")
+        raise InputError(f"accelerate is set to {kind.value}; several processes work with plain data parallelism here")
     return accelerator
 
 
@@ -48,6 +48,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process writes what is made together."""
         return self.index == 0
 
     def agree(self, value: T) -> T:

@@ -16,6 +16,7 @@ from flow_finetune.config import TaskConfig
 from flow_finetune.data import (
     Sample,
     choice_columns,
+    describe_rows,
     read_rows,
     render_prompts,
     responses_of,
@@ -73,7 +74,7 @@ def choice_samples(
 
 def completions(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """The response of each row as the continuation of its prompt, without an end-of-sequence token."""
-    prompts, responses = read_pairs(task_rows(config), config.source, config)
+    prompts, responses = read_pairs(task_rows(config), describe_rows(config), config)
     texts = render_prompts(prompts, config.template or "{prompt}", tokenizer)
     for index, response in enumerate(responses):
         if not response:

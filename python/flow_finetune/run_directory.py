@@ -53,7 +53,7 @@ def claim(config, output: Path) -> None:
         found = without_defaults(type(config), json.loads(path.read_text()))
         before, now = _methods(config, found), _methods(config, identity)
         for name in sorted(before.keys() & now.keys()):
-            if before[name] != now[name]:
+            if before[name] != now[name] and is_used(output / name):
                 raise InputError(
                     f"{output} has the method {name} already, with other options ({before[name]}); give this one another "
                     "name, or choose another directory"

@@ -116,12 +116,19 @@ def score(
             journal.append(record)
             tracker.advance(1, tokens=int(batch.attention_mask.sum()))
             bad += _non_finite([record], samples)
-            if len(bad) > _MAX_NON_FINITE:
+            # Others would wait for a process that is done early, and time out.
+            if len(bad) > _MAX_NON_FINITE and processes.number == 1:
                 break
         rate = tracker.tokens_per_second
     processes.agree(None)  # all have written what they have done
     records = journal.read() if processes.is_main else []
-    bad = processes.agree(_non_finite(records, samples))
+    missing = {indices[0] for indices in batches} - {record["samples"][0] for record in records}
+    bad, num_missing = processes.agree((_non_finite(records, samples), len(missing)))
+    if num_missing and not bad:
+        raise InputError(
+            f"{num_missing} of {len(batches)} batches are not in {journal.path} and those beside it: the processes of a "
+            "launch must see one file system; make the call again, on one machine or with a directory that all share"
+        )
     if processes.is_main:
         if not bad:
             with atomic_path(path) as temporary:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from flow_finetune.config import TaskConfig
-from flow_finetune.data import Sample, is_local, read_rows, render_prompts, template_text
+from flow_finetune.data import Sample, describe_rows, is_local, read_rows, render_prompts, template_text
 from flow_finetune.errors import InputError
 from flow_finetune.questions import Row, continuations, read_pairs, read_questions, task_rows
 
@@ -67,7 +67,7 @@ def answers_after_shots(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
     Also returns how many rows were left out because their response is empty.
     """
     template = _template(config)
-    prompts, responses = read_pairs(task_rows(config), config.source, config)
+    prompts, responses = read_pairs(task_rows(config), describe_rows(config), config)
     solved, answers = read_pairs(_shot_rows(config, config.num_shots), config.shots_source, config)
     _check_number(len(solved), config)
     _check_leaks(solved, prompts, config)

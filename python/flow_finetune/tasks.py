@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from flow_finetune.config import DataConfig, TaskConfig, choose, non_defaults
-from flow_finetune.data import Sample, load_samples, starts_with_bos
+from flow_finetune.data import Sample, describe_rows, load_samples, starts_with_bos
 from flow_finetune.errors import InputError
 from flow_finetune.generate import compile_answer_pattern, extract_answer
 from flow_finetune.harness import HarnessTasks, load_harness
@@ -132,7 +132,7 @@ def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
     if config.kind == "completion":
         return Task(name, config, completions(config, tokenizer))
     if config.kind == "multiple_choice":
-        rows = read_questions(task_rows(config), config.source)
+        rows = read_questions(task_rows(config), describe_rows(config))
         rows = questions_after_shots(rows, config) if config.num_shots else rows
         return Task(name, config, *choice_samples(rows, config, tokenizer))
     pattern = compile_answer_pattern(config.answer_pattern, name)

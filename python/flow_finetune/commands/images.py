@@ -140,12 +140,17 @@ def evaluate_images(
 ) -> None:  # fmt: skip
     """`evaluate --task image`: accuracy and loss, of the pre-trained classes with their own head put back."""
     from flow_finetune.vision.config import ImageModelConfig, ImageTaskConfig
+    from flow_finetune.vision.data import is_here
     from flow_finetune.vision.evaluate import evaluate_saved
 
     if source_images and not pretrained:
         raise InputError("--source-images needs --pretrained, the model whose head is put back")
+    reading = _reading(context)
+    # One --split is for the hub's of the sources, where another is a folder here; a folder alone refuses it.
+    both = [str(path) for path in (*(images or ()), *(source_images or ()))]
+    of_the_hub = {"split": None, "subset": None} if len({is_here(path) for path in both}) > 1 else {}
     tasks = [
-        ImageTaskConfig(str(path), role=role, **_reading(context), limit=limit)
+        ImageTaskConfig(str(path), role=role, **{**reading, **(of_the_hub if is_here(str(path)) else {})}, limit=limit)
         for role, paths in (("target", images), ("retained", source_images))
         for path in paths or []
     ]

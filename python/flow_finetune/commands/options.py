@@ -39,7 +39,8 @@ Data = Annotated[
 Split = Annotated[
     str,
     typer.Option(
-        help="Split of a hub data set, or rows of it or of a file, as in 'train[:700]'.", rich_help_panel=DATA_PANEL
+        help="Split of a hub data set, or rows of it, as in 'train[:700]'; of texts also rows of a file.",
+        rich_help_panel=DATA_PANEL,
     ),
 ]
 Subset = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -100,6 +101,8 @@ def score(
             lm, tokenizer, samples, output,
             model_config=model_config, batch_tokens=batch_tokens, tokens=tokens, overwrite=overwrite,
         )  # fmt: skip
+        if os.environ.get("RANK", "0") != "0":
+            return  # only the main process has written the file
         tau = scores.read_metadata(output)["temperature"]
         speed = f"{rate:,.0f} tokens/s" if rate else "complete already"
         say(f"{output}: median loss {tau:.4f} nats/token, {speed}")

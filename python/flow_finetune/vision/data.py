@@ -28,7 +28,7 @@ from flow_finetune.vision.config import ImageDataConfig, ImageTaskConfig
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 _NUM_NAMED = 5
 # Part of a cache's key: 2 since images are turned upright and 16 bits are reduced to 8.
-_DECODING = 2
+_DECODING = 3
 
 
 @dataclass(frozen=True)
@@ -324,6 +324,7 @@ def _to_rgb(image):
     """Upright (EXIF), 8 bits a channel."""
     from PIL import Image
 
+    image.load()  # what is wrong with the pixels is not to be taken for a damaged block
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # whatever a damaged block makes Pillow raise: the pixels are as they are stored
