@@ -21,6 +21,14 @@ def features(data, count, keys=("input_ids", "attention_mask", "labels", "sample
     return [{key: data[i][key] for key in keys} for i in range(count)]
 
 
+def test_weights_of_tokens_need_tokens():
+    def tokenising(rows):
+        return {"labels": torch.zeros(1, 4, dtype=torch.int64)}
+
+    with pytest.raises(InputError, match="row 0 has no input_ids; tokenise rows"):
+        KeepWeights(tokenising)([{"text": "a b", "sample_weight": 1.0}] * 2)
+
+
 def test_packed_rows_take_the_steps_of_padded_ones(tiny_model_dir, weighted, tmp_path):
     expected, model = (new_model(tiny_model_dir) for _ in range(2))
     padded = trained(LogitsTrainer, expected, weighted, padding(tiny_model_dir), tmp_path / "a")

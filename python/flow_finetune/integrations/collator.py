@@ -49,6 +49,9 @@ class KeepWeights:
         if rows_stay and all(isinstance(w, Real) or (isinstance(w, Tensor) and not w.dim()) for w in weights):
             batch[COLUMN] = torch.tensor([float(w) for w in weights])
             return batch
+        untokenised = next((i for i, row in enumerate(features) if "input_ids" not in row), None)
+        if untokenised is not None:
+            raise InputError(f"row {untokenised} has no input_ids; tokenise rows before weights are carried to tokens")
         lengths = [len(row["input_ids"]) for row in features]
         per_label = [_per_label(w, length, row) for row, (w, length) in enumerate(zip(weights, lengths, strict=True))]
         if rows_stay:
