@@ -93,6 +93,10 @@ def test_chat_template_is_the_tokenizers_own(tokenizer, tmp_path):
         # What closes a part of an answer, as Command R's, is no end.
         ("<turn>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' %}<part>{% endif %}<end>", "<end>"),
         ("<{{ m.role }}>{{ m.content }}", "</s>"),  # the next turn's opening is none either
+        ("<turn>{{ m.role }}\n{{ m.content }}\n", "</s>"),
+        ("<turn>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}\n", "</s>"),
+        # As gpt-oss, whose last answer ends in EOS and earlier ones in what ends a prompt.
+        ("<turn>{{ m.role }}{{ m.content }}{{ '</s>' if loop.last and m.role == 'assistant' else '<end>' }}", "</s>"),
         ("[{{ m.role }}] {{ m.content }}\n", "</s>"),  # nothing ends a turn
         ("{% if m.role != 'user' %}{{ raise_exception('prompts only') }}{% endif %}{{ m.content }}", "</s>"),
     ],

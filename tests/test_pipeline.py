@@ -100,8 +100,16 @@ def test_methods_may_be_added_to_a_run_and_taken_away(mapping, tmp_path, monkeyp
     mapping["methods"] = [{"name": "standard", "weights": "none", "learning_rate": 1e-2}, {"name": "flow"}]
     with pytest.raises(InputError, match="has the method standard already, with other options"):
         run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
-    # One that needs the losses of tokens.
+    # One that needs the losses of tokens, which were not kept: not in a file, and not in what a kill left of one.
     mapping["methods"] = [{"name": "flow"}, {"name": "flow-token", "weights": "token"}]
+    scores = tmp_path / "out/scores.parquet"
+    header = {key: read_metadata(scores)[key] for key in ("fingerprints", "settings")}
+    assert not header["settings"]["tokens"]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    assert read_metadata(scores)["settings"]["tokens"]
+    shutil.rmtree(tmp_path / "out/flow-token")
+    scores.unlink()
+    scores.with_name("scores.parquet.journal").write_text(json.dumps(header) + "\n")
     run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
     assert (tmp_path / "out/flow-token/model.safetensors").is_file()
     for name in ("train", "score", "evaluate"):

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -262,25 +261,24 @@ def test_two_processes_share_the_batches_and_refuse_what_is_not_finite_together(
 
 
 def test_a_journal_is_what_its_name_says(scored, tmp_path):
-    """A user's own file beside it stays; one of the same scoring without the losses of tokens is begun again."""
+    """A user's own file beside it stays, and so does a journal of another scoring, or what is none."""
     config, lm, tokenizer, samples, path = scored
-    other = tmp_path / "other.parquet"
+    other, journal = tmp_path / "other.parquet", tmp_path / "other.parquet.journal"
     backup = tmp_path / "other.parquet.journal-backup"
     backup.write_text("mine")
-    header = read_metadata(path)
-    for tokens, match in ((False, None), (True, "precision is full, this one's bf16")):
-        wanted = {"fingerprints": header["fingerprints"], "settings": {**header["settings"], "tokens": tokens}}
-        if match:
-            wanted["settings"]["precision"] = "full"
-        journal = tmp_path / "other.parquet.journal"
-        journal.write_text(json.dumps(wanted, sort_keys=True) + "\n" + '{"samples": [999], "loss_sum": [1.0]}\n')
-        if match:
-            with pytest.raises(InputError, match=match):
-                score(lm, tokenizer, samples, other, model_config=replace(config, precision="bf16"), overwrite=False)
-        else:
+    found = read_metadata(path)
+    header = {"fingerprints": found["fingerprints"], "settings": {**found["settings"], "tokens": False}}
+    for text, match in (
+        (json.dumps(header), "something else .its tokens is False, this one's True"),
+        ('{"a": 1}', "is no journal of a scoring"),
+        ("notes", "is no journal of a scoring"),
+    ):
+        journal.write_text(text + "\n")
+        with pytest.raises(InputError, match=match):
             score(lm, tokenizer, samples, other, model_config=config, tokens=True)
-            assert other.read_bytes() == path.read_bytes()
-            other.unlink()
+        assert journal.read_text() == text + "\n"
+    score(lm, tokenizer, samples, other, model_config=config, tokens=True, overwrite=True)
+    assert other.read_bytes() == path.read_bytes()
     assert backup.read_text() == "mine"
 
 

@@ -6,7 +6,6 @@ turn of the tokenizer's chat template. Only the response's tokens are targets.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections import Counter
@@ -218,20 +217,18 @@ def end_of_response(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that a response ends in: EOS, or the one that ends a turn of a chat template (Gemma's <end_of_turn>)."""
     if template != "chat" or tokenizer.chat_template is None:
         return tokenizer.eos_token_id
-    contents = ("qzx prompt qzx", "qzx response qzx", "qzx another qzx")
-    turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant", "user"), contents, strict=True)]
+    prompt, response = "qzx prompt qzx", "qzx response qzx"
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     try:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # one that takes no answers; one that takes no prompts either is met where they are rendered
         return tokenizer.eos_token_id
+    between, after = rendered.partition(prompt)[2].partition(response)[::2]
+    between_ids, after_ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (between, after))
+    # What ends prompts too, and not what closes a part of an answer (Command R's <|END_RESPONSE|>); or EOS.
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    after_prompt, after_response = (
-        tokenizer(rendered.partition(first)[2].partition(second)[0], add_special_tokens=False).input_ids
-        for first, second in itertools.pairwise(contents)
-    )
-    # What ends both turns, and not what opens the next, or closes a part of an answer (Command R's <|END_RESPONSE|>).
-    ends = special.intersection(after_prompt)
-    return next((id for id in after_response if id in ends), tokenizer.eos_token_id)
+    ends = special.intersection(between_ids) | {tokenizer.eos_token_id}
+    return next((id for id in after_ids if id in ends), tokenizer.eos_token_id)
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

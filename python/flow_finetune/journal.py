@@ -47,10 +47,9 @@ class Journal:
             if not whole:
                 path.unlink()
                 continue
-            found = json.loads(whole.splitlines()[0])
-            if found != header and _but_tokens(found) == _but_tokens(header):
-                path.unlink()  # the same scoring, with or without the losses of tokens, begins again
-                continue
+            found = _header_in(whole)
+            if found is None:
+                return f"{path} is no journal of a scoring; choose another file or pass --overwrite"
             if differences := header_differences(found, header):
                 return (
                     f"{path} holds an unfinished scoring of something else ({differences}); finish that, choose another "
@@ -84,8 +83,20 @@ class Journal:
             path.unlink(missing_ok=True)
 
 
-def _but_tokens(header: dict) -> dict:
-    return {**header, "settings": {k: v for k, v in header["settings"].items() if k != "tokens"}}
+def unfinished_header(path: Path) -> dict | None:
+    """The header of the scoring of `path` that was begun in one process and not finished; None where there is none."""
+    journal = path.with_name(path.name + ".journal")
+    return _header_in(journal.read_bytes()) if journal.is_file() else None
+
+
+def _header_in(content: bytes) -> dict | None:
+    """The first line of a journal, if it is whole and one."""
+    line, end, _ = content.partition(b"\n")
+    try:
+        header = json.loads(line) if end else None
+    except ValueError:
+        return None
+    return header if isinstance(header, dict) and "settings" in header else None
 
 
 def header_differences(found: dict, wanted: dict) -> str:

@@ -30,6 +30,7 @@ from flow_finetune.data import SampleSet, check_data, load_samples
 from flow_finetune.errors import InputError
 from flow_finetune.evaluate import evaluate
 from flow_finetune.evaluation_files import EVALUATION_FILE
+from flow_finetune.journal import unfinished_header
 from flow_finetune.methods import needs_scores
 from flow_finetune.models import CausalLM, load_model, resolve_device, save_model
 from flow_finetune.plots import require_matplotlib
@@ -206,12 +207,15 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
     prepared = prepare(config.tasks, tokenizer)
     say(f"{config.data.source}: {samples.describe()}")
     if scores is not None:
-        has_tokens = scores.is_file() and read_metadata(scores)["settings"]["tokens"]
+        found = read_metadata(scores) if scores.is_file() else unfinished_header(scores)
+        has_tokens = found is not None and found["settings"]["tokens"]
         needs_tokens = any(method.weights == "token" for method in config.methods)
         options = {"model_config": base, "batch_tokens": config.batch_tokens}
         # A method with token weights may have been added to a run since, or taken away.
-        if scores.is_file() and needs_tokens and not has_tokens:
-            score(lm, tokenizer, samples, scores, tokens=False, **options)  # raises if they are others
+        if found is not None and needs_tokens and not has_tokens:
+            say(f"{scores} has no losses of tokens; scoring again")
+            # What was begun is finished: a file of other losses is refused, and nothing that is not of this run is removed.
+            score(lm, tokenizer, samples, scores, tokens=False, **options)
             scores.unlink()
         score(lm, tokenizer, samples, scores, tokens=has_tokens or needs_tokens, **options)
     if not (pretrained / EVALUATION_FILE).is_file():

@@ -48,7 +48,7 @@ def claim(config, output: Path) -> None:
     """
     identity = non_defaults(config)
     path = output / RUN_FILE
-    if path.is_file() and any(entry != path for entry in output.iterdir()):
+    if path.is_file() and any(is_used(e) for e in output.iterdir() if e != path and e.suffix != ".partial"):
         # Without defaults on both sides: an option that came later, left at its default, does not disown a run.
         found = without_defaults(type(config), json.loads(path.read_text()))
         before, now = _methods(config, found), _methods(config, identity)
