@@ -101,11 +101,10 @@ def score(
     journal = Journal(path, header, overwrite, processes)
     batches = token_batches([len(s.input_ids) for s in samples.samples], batch_tokens)
     # Of the main process, before any goes on: all must share out the same batches.
-    found = processes.agree(journal.read() if processes.is_main else [])
-    done = {record["samples"][0] for record in found}
+    found = journal.read() if processes.is_main else []
+    done, bad = processes.agree(({record["samples"][0] for record in found}, _non_finite(found, samples)))
     if done:
         say(f"continuing after {len(done)} of {len(batches)} batches of {journal.path}")
-    bad = _non_finite(found, samples)
     # Batches next to each other are of like length, so that every process has as much to do.
     own = [indices for indices in batches if indices[0] not in done][processes.index :: processes.number]
     with track("scoring", len(done) + len(own), visible=processes.is_main) as tracker, disk_space_errors(journal.path):
