@@ -63,7 +63,7 @@ test-asan: setup
 # One interpreted test is one thread of Python: two processes share the files, each of them about half of the time.
 TRITON_HALVES := "tests/test_losses.py" \
     "tests/test_properties.py tests/test_scoring.py tests/test_ops.py tests/test_bad_input.py tests/test_planted_mistakes.py \
-     tests/test_weigh_samples.py \
+     tests/test_weigh_samples.py tests/test_entropy.py \
      tests/test_triton_kernels.py tests/test_triton_lines.py tests/test_triton_launchers.py"
 test-triton: setup
 	printf '%s\n' $(TRITON_HALVES) | \

@@ -51,7 +51,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import machine_code
 from machine_code import Binary, is_exponential, read_amd, read_cuda, trip_length
 
-from flow_kernels.kernels import configs, softmax_row
+from flow_kernels.kernels import configs, score, softmax_row
 from flow_kernels.kernels import cross_entropy as kernels
 from flow_kernels.kernels.flow_weights import BLOCK_SAMPLES, BLOCK_TOKENS, NUM_WARPS, flow_weights_kernel
 
@@ -117,11 +117,13 @@ class Case:
         return ASTSource(self.kernel, signature, constants, attributes)
 
     def _type(self, argument: str):
-        strides = ("i32",) if self.kernel is kernels.cross_entropy_fwd_kernel else ("i32", "i32")
+        is_forward = self.kernel in (kernels.cross_entropy_fwd_kernel, score.cross_entropy_score_kernel)
+        strides = ("i32",) if is_forward else ("i32", "i32")
+        row_options = ("i32", "fp32") if self.kernel is score.cross_entropy_score_kernel else ("i32", *["fp32"] * 3)
         types = {
             "target_ptr": "*i64", "Y_ptr": "*i64", "cu_seqlens_ptr": "*i64", "correct_ptr": "*u8",
             "sizes": ("i32", "i32" if self.rows == "padded" else "constexpr", *strides),
-            "row_options": ("i32", "fp32", "fp32", "fp32"), "sum_non_ignore_weight": "fp32", "weight_sum": "fp32",
+            "row_options": row_options, "sum_non_ignore_weight": "fp32", "weight_sum": "fp32",
             "softcap": "fp32",
         }  # fmt: skip
         if argument in ("logits_ptr", "dlogits_ptr", "bias_ptr", "X_ptr"):
@@ -183,6 +185,7 @@ def our_cases(target_name: str) -> list[Case]:
     cases = []
     tables = (
         (kernels.cross_entropy_fwd_kernel, configs.WALK),
+        (score.cross_entropy_score_kernel, configs.WALK),
         (kernels.cross_entropy_fwd_bwd_kernel, configs.ONE_PASS),
         (kernels.cross_entropy_walk_kernel, configs.WALK),
         (kernels.cross_entropy_bwd_kernel, configs.ELEMENTWISE),
@@ -200,11 +203,13 @@ def our_cases(target_name: str) -> list[Case]:
             # Short rows never get here: they fit in registers.
             if kernel is kernels.cross_entropy_walk_kernel and largest != configs.MAX_CLASSES:
                 continue
-            constants = {"HAS_SMOOTHING": options == "all", "HAS_SOFTCAP": options == "all"}
+            constants = {"HAS_SOFTCAP": options == "all"}
+            if "HAS_SMOOTHING" in kernel.arg_names:
+                constants["HAS_SMOOTHING"] = options == "all"
             constants["ALIGNED"] = rows != "unaligned"
             if options == "plain" or rows == "unaligned":
                 constants["bias_ptr"] = None
-            if options == "plain":
+            if options == "plain" and "class_weight_ptr" in kernel.arg_names:
                 constants["class_weight_ptr"] = None
             num_classes = min(largest, LONG_ROW)
             # One program of the backward kernel works on one block of a row.

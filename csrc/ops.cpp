@@ -19,9 +19,13 @@ std::vector<std::string> kernel_names(at::ScalarType dtype) {
 TORCH_LIBRARY(flow_kernels_cpu, m) {
   m.def("kernel_names(ScalarType dtype) -> str[]", kernel_names);
   m.def("cross_entropy_fwd(Tensor logits, Tensor target, " OPTIONS ", str kernels) -> (Tensor, Tensor, Tensor)");
+  m.def("cross_entropy_score(Tensor logits, Tensor target, int ignore_index, float softcap, str kernels)"
+        " -> (Tensor, Tensor, Tensor)");
   m.def("cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, " OPTIONS ", str kernels) -> Tensor");
   m.def("cross_entropy_fwd_bwd(Tensor logits, Tensor target, Tensor row_weight, " OPTIONS ", str kernels) -> (Tensor, Tensor)");
   m.def("linear_cross_entropy_fwd(" HEAD ", Tensor? linear_bias, " OPTIONS ", str kernels)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("linear_cross_entropy_score(" HEAD ", Tensor? linear_bias, int ignore_index, float softcap, str kernels)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("linear_cross_entropy_bwd(Tensor dloss, " HEAD ", Tensor lse, Tensor? linear_bias, " OPTIONS
         ", float grad_filter_eps, " NEEDS ", str kernels) -> (Tensor, Tensor, Tensor)");
@@ -31,9 +35,11 @@ TORCH_LIBRARY(flow_kernels_cpu, m) {
 
 TORCH_LIBRARY_IMPL(flow_kernels_cpu, CPU, m) {
   m.impl("cross_entropy_fwd", flow_kernels::cross_entropy_fwd_cpu);
+  m.impl("cross_entropy_score", flow_kernels::cross_entropy_score_cpu);
   m.impl("cross_entropy_bwd", flow_kernels::cross_entropy_bwd_cpu);
   m.impl("cross_entropy_fwd_bwd", flow_kernels::cross_entropy_fwd_bwd_cpu);
   m.impl("linear_cross_entropy_fwd", flow_kernels::linear_cross_entropy_fwd_cpu);
+  m.impl("linear_cross_entropy_score", flow_kernels::linear_cross_entropy_score_cpu);
   m.impl("linear_cross_entropy_bwd", flow_kernels::linear_cross_entropy_bwd_cpu);
   m.impl("linear_cross_entropy_fwd_bwd", flow_kernels::linear_cross_entropy_fwd_bwd_cpu);
 }

@@ -102,6 +102,12 @@ def cross_entropy_fwd_bwd(
     return (row_weight * loss).sum(), loss, dlogits
 
 
+def cross_entropy_score(logits, target, ignore_index, softcap, kernels=""):
+    if logits.dtype == torch.float64:
+        return reference.cross_entropy_score(logits, target, ignore_index, softcap)
+    return torch.ops.flow_kernels_cpu.cross_entropy_score(logits, target, ignore_index, softcap, kernels)
+
+
 def linear_cross_entropy_fwd(
     input, linear_weight, target, linear_bias, class_weight, ignore_index, label_smoothing, softcap, z_loss, chunk_size,
     grad_filter_eps=0.0, kernels="",
@@ -138,6 +144,15 @@ def linear_cross_entropy_fwd_bwd(
         *head, *options, chunk_size, grad_filter_eps, *needs, kernels
     )
     return (row_weight * loss).sum(), loss, *grads
+
+
+def linear_cross_entropy_score(
+    input, linear_weight, target, linear_bias, ignore_index, softcap, chunk_size, kernels=""
+):  # fmt: skip
+    head = (input, linear_weight, target, linear_bias)
+    if input.dtype == torch.float64:
+        return reference.linear_cross_entropy_score(*head, ignore_index, softcap, chunk_size)
+    return torch.ops.flow_kernels_cpu.linear_cross_entropy_score(*head, ignore_index, softcap, kernels)
 
 
 # A few thousand numbers a step: nothing to gain.

@@ -115,4 +115,5 @@ def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index
 
 cross_entropy_bwd = _absent("backward pass from a saved lse")
 linear_cross_entropy_fwd = linear_cross_entropy_bwd = linear_cross_entropy_fwd_bwd = _absent("linear head")
+cross_entropy_score = linear_cross_entropy_score = _absent("entropy")
 flow_weights = _absent("sample weights")

@@ -1,11 +1,12 @@
 """The operators as PyTorch sees them: schema, fake kernel, autograd. The only file that knows torch.library.
 
-Three operators for given logits, three for a linear head, each over N flat rows, and one from rows to samples:
+Four operators for given logits, four for a linear head, each over N flat rows, and one from rows to samples:
 
     *_fwd       per-row loss, lse and correctness; differentiable in the loss with any per-row upstream gradient
     *_bwd       its backward pass, from the saved lse
     *_fwd_bwd   for row weights known before the forward pass (mean, sum, FLOW): the weighted total and its gradients
                 in one pass; differentiable with a scalar upstream gradient, which only scales what is already there
+    *_score     per-row loss, correctness and entropy of the prediction; not differentiable
     flow_weights    per-sample mean losses and FLOW weights of row losses; not differentiable
 
 `backend` is a resolved name of `flow_kernels.backends`. Gradients of the input, the head and the bias are made only
@@ -33,6 +34,9 @@ SCHEMAS = {
     "cross_entropy_fwd_bwd": (
         f"(Tensor logits, Tensor target, Tensor row_weight, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)"
     ),
+    "cross_entropy_score": (
+        "(Tensor logits, Tensor target, int ignore_index, float softcap, str backend) -> (Tensor, Tensor, Tensor)"
+    ),
     "linear_cross_entropy_fwd": (
         f"({_HEAD}, Tensor? linear_bias, {_OPTIONS}, int chunk_size, float grad_filter_eps, str backend)"
         " -> (Tensor, Tensor, Tensor)"
@@ -46,6 +50,10 @@ SCHEMAS = {
         f"({_HEAD}, Tensor row_weight, Tensor? linear_bias, {_OPTIONS}, int chunk_size, {_NEEDS},"
         " float grad_filter_eps, str backend)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "linear_cross_entropy_score": (
+        f"({_HEAD}, Tensor? linear_bias, int ignore_index, float softcap, int chunk_size, str backend)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
     "flow_weights": (
         "(Tensor loss, Tensor target, Tensor temperature, Tensor? cu_seqlens, int ignore_index, str normalize,"
@@ -70,9 +78,11 @@ def _define(name: str):
 cross_entropy_fwd = _define("cross_entropy_fwd")
 cross_entropy_bwd = _define("cross_entropy_bwd")
 cross_entropy_fwd_bwd = _define("cross_entropy_fwd_bwd")
+cross_entropy_score = _define("cross_entropy_score")
 linear_cross_entropy_fwd = _define("linear_cross_entropy_fwd")
 linear_cross_entropy_bwd = _define("linear_cross_entropy_bwd")
 linear_cross_entropy_fwd_bwd = _define("linear_cross_entropy_fwd_bwd")
+linear_cross_entropy_score = _define("linear_cross_entropy_score")
 flow_weights = _define("flow_weights")
 
 
@@ -83,6 +93,12 @@ def _rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 @cross_entropy_fwd.register_fake
 def _(logits, target, *options):
     return _rows(logits), _rows(logits), _rows(logits, torch.bool)
+
+
+@cross_entropy_score.register_fake
+@linear_cross_entropy_score.register_fake
+def _(input, *rest):
+    return _rows(input), _rows(input, torch.bool), _rows(input)
 
 
 @flow_weights.register_fake

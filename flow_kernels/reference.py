@@ -8,6 +8,7 @@ N rows, V vocabulary entries, D hidden. For one row with logits z and target y, 
     loss  = (1 - e) b (lse - z_y) + (e / V) sum_j weight_j (lse - z_j) + l lse^2
     dz_j  = ((1 - e) b + (e / V) sum_k weight_k + 2 l lse) p_j - (1 - e) b [j = y] - (e / V) weight_j
     dz_j *= 1 - (z_j / c)^2                                         if c > 0
+    entropy = lse - sum_j p_j z_j
 
 The first two terms of `loss` are those of `torch.nn.functional.cross_entropy`. Arithmetic is fp32 (fp64 for fp64
 input); a matrix product runs in the dtype of its inputs, so bf16 logits are rounded once before they are widened,
@@ -99,6 +100,17 @@ def row_losses(
     return loss, lse, z.argmax(-1) == target
 
 
+def row_entropies(logits: Tensor, softcap: float) -> Tensor:
+    """`- sum_j p_j log p_j` of every row, nats; `logits` already in the accumulation dtype."""
+    z = _cap(logits, softcap)
+    z = z - z.amax(-1, keepdim=True)
+    e = z.exp()
+    total = e.sum(-1)
+    # 0 times -inf would be NaN, where p log p goes to 0: the clamp is below the logarithm of the smallest number.
+    # Rounding must not make it negative.
+    return (total.log() - (e * z.clamp(min=-1e4)).sum(-1) / total).clamp(min=0)
+
+
 def row_gradients(
     logits: Tensor,
     target: Tensor,
@@ -150,6 +162,22 @@ def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothin
             logits[rows].to(dtype), target[rows], class_weight, label_smoothing, softcap, z_loss
         )
     return loss, lse, correct
+
+
+def cross_entropy_score(logits, target, ignore_index, softcap):
+    """Per-row `(loss [N], correct [N] bool, entropy [N])` of `logits [N, V]`, forward only; 0 for ignored rows."""
+    check_target(target, logits.shape[1], ignore_index)
+    return _scores(target, ignore_index, softcap, logits.shape[1], 0, lambda rows: logits[rows], logits)
+
+
+def _scores(target, ignore_index, softcap, num_classes, chunk_size, logits_of, like):
+    loss = like.new_zeros(len(target), dtype=accumulation_dtype(like.dtype))
+    entropy, correct = torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.bool)
+    for rows in _row_chunks(target != ignore_index, num_classes, chunk_size):
+        logits = logits_of(rows).to(loss.dtype)
+        loss[rows], _, correct[rows] = row_losses(logits, target[rows], None, 0.0, softcap, 0.0)
+        entropy[rows] = row_entropies(logits, softcap)
+    return loss, correct, entropy
 
 
 def cross_entropy_bwd(dloss, logits, target, lse, class_weight, ignore_index, label_smoothing, softcap, z_loss):
@@ -233,6 +261,16 @@ def linear_cross_entropy_fwd(
             class_weight, label_smoothing, softcap, z_loss,
         )  # fmt: skip
     return loss, lse, correct
+
+
+def linear_cross_entropy_score(input, linear_weight, target, linear_bias, ignore_index, softcap, chunk_size):
+    """`cross_entropy_score` of `input [N, D] @ linear_weight [V, D].T + linear_bias [V]`, a chunk at a time."""
+    num_classes = linear_weight.shape[0]
+    check_target(target, num_classes, ignore_index)
+    return _scores(
+        target, ignore_index, softcap, num_classes, chunk_size,
+        lambda rows: _logits(input[rows], linear_weight, linear_bias), input,
+    )  # fmt: skip
 
 
 class _HeadGradients:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flow_kernels import backends, ops
 from flow_kernels.losses import cast_for_autocast, check_chunk_size, check_head, check_options
 from flow_kernels.reference import accumulation_dtype, sum_rows
-from flow_kernels.rows import check_floating, flatten, scalar
+from flow_kernels.rows import Rows, check_floating, flatten, scalar
 from flow_kernels.weighting import NORMALIZATIONS
 
 
@@ -30,10 +30,11 @@ class SampleWeights(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Per-row losses and correctness in the shape of the target; 0 and False where it is ignored."""
+    """Per-row scores in the shape of the target; 0 and False where it is ignored."""
 
-    loss: Tensor  # fp32, nats
-    correct: Tensor  # bool
+    loss: Tensor  # fp32, nats: minus the log-probability of the target
+    correct: Tensor  # bool: the target has the highest logit
+    entropy: Tensor | None = None  # fp32, nats, of the predicted distribution; where `return_entropy` asks for it
 
 
 @torch.no_grad()
@@ -45,16 +46,31 @@ def score_tokens(
     ignore_index: int = -100,
     softcap: float | None = None,
     shift: bool = False,
+    return_entropy: bool = False,
     backend: str = "auto",
 ) -> TokenScores:
-    """Loss and correctness of every row of `input [..., V]`; the arguments are those of `cross_entropy`."""
+    """Loss and correctness of every row of `input [..., V]`, and with `return_entropy` the entropy of what it predicts.
+
+        log_p = F.log_softmax(input.float(), -1)
+        loss = F.nll_loss(log_p, target, reduction="none")
+        entropy = -(log_p.exp() * log_p).sum(-1)
+
+    The other arguments are those of `cross_entropy`. The entropy is made in the same pass over the logits, which it
+    makes a little longer; it is after the soft-cap, as the loss is.
+    """
     rows = flatten(input, target, cu_seqlens, ignore_index, shift)
     check_options(rows, input.shape[-1], None, 0.0, softcap, 0.0)
-    loss, _, correct = ops.cross_entropy_fwd(
-        rows.input, rows.target, None, ignore_index, 0.0, float(softcap or 0.0), 0.0,
-        backends.resolve(backend, input.device.type, input.dtype, "cross_entropy_fwd"),
-    )  # fmt: skip
-    return TokenScores(loss.reshape(rows.shape), correct.reshape(rows.shape))
+    head, cap = (rows.input, rows.target), float(softcap or 0.0)
+    operator = "cross_entropy_score" if return_entropy else "cross_entropy_fwd"
+    backend = backends.resolve(backend, input.device.type, input.dtype, operator)
+    if return_entropy:
+        return _in_shape(rows, *ops.cross_entropy_score(*head, ignore_index, cap, backend))
+    loss, _, correct = ops.cross_entropy_fwd(*head, None, ignore_index, 0.0, cap, 0.0, backend)
+    return _in_shape(rows, loss, correct)
+
+
+def _in_shape(rows: Rows, *scores: Tensor) -> TokenScores:
+    return TokenScores(*(values.reshape(rows.shape) for values in scores))
 
 
 @torch.no_grad()
@@ -69,19 +85,24 @@ def linear_score_tokens(
     softcap: float | None = None,
     shift: bool = False,
     chunk_size: int | None = None,
+    return_entropy: bool = False,
     backend: str = "auto",
 ) -> TokenScores:
-    """`score_tokens` of a linear head; the arguments are those of `linear_cross_entropy`."""
+    """`score_tokens` of a linear head, without ever holding the logits; the arguments are those of `linear_cross_entropy`."""
     input, linear_weight, linear_bias = cast_for_autocast(input, linear_weight, linear_bias)
     rows = flatten(input, target, cu_seqlens, ignore_index, shift)
     check_head(input, linear_weight, linear_bias)
     check_options(rows, linear_weight.shape[0], None, 0.0, softcap, 0.0)
+    head, cap = (rows.input, linear_weight, rows.target, linear_bias), float(softcap or 0.0)
+    chunk_size = check_chunk_size(chunk_size)
+    operator = "linear_cross_entropy_score" if return_entropy else "linear_cross_entropy_fwd"
+    backend = backends.resolve(backend, input.device.type, input.dtype, operator)
+    if return_entropy:
+        return _in_shape(rows, *ops.linear_cross_entropy_score(*head, ignore_index, cap, chunk_size, backend))
     loss, _, correct = ops.linear_cross_entropy_fwd(
-        rows.input, linear_weight, rows.target, linear_bias, None, ignore_index, 0.0, float(softcap or 0.0), 0.0,
-        check_chunk_size(chunk_size), 0.0,
-        backends.resolve(backend, input.device.type, input.dtype, "linear_cross_entropy_fwd"),
+        *head, None, ignore_index, 0.0, cap, 0.0, chunk_size, 0.0, backend
     )  # fmt: skip
-    return TokenScores(loss.reshape(rows.shape), correct.reshape(rows.shape))
+    return _in_shape(rows, loss, correct)
 
 
 def score_samples(input: Tensor, target: Tensor, *, cu_seqlens: Tensor | None = None, **options) -> SampleScores:
@@ -103,6 +124,7 @@ def score_samples(input: Tensor, target: Tensor, *, cu_seqlens: Tensor | None = 
     Raises:
         As `cross_entropy`.
     """
+    _no_entropy(options)
     scores = score_tokens(input, target, cu_seqlens=cu_seqlens, **options)
     return sum_samples(scores, target, cu_seqlens, options.get("ignore_index", -100), options.get("shift", False))
 
@@ -111,8 +133,14 @@ def linear_score_samples(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, cu_seqlens: Tensor | None = None, **options
 ) -> SampleScores:
     """`score_samples` of a linear head, `linear_bias` and `chunk_size` among the options; the logits are never held."""
+    _no_entropy(options)
     scores = linear_score_tokens(input, linear_weight, target, cu_seqlens=cu_seqlens, **options)
     return sum_samples(scores, target, cu_seqlens, options.get("ignore_index", -100), options.get("shift", False))
+
+
+def _no_entropy(options: dict) -> None:
+    if options.get("return_entropy"):
+        raise TypeError("return_entropy is an option of score_tokens and linear_score_tokens; sum its entropy by sample")
 
 
 def _by_sample(flat: Tensor, target: Tensor, cu_seqlens: Tensor | None) -> Tensor:

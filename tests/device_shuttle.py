@@ -29,7 +29,7 @@ def shuttled(function, device: str):
 
 # Where the forward operators have their ignore_index.
 _IGNORE_INDEX = {"cross_entropy_fwd": 3, "cross_entropy_fwd_bwd": 4, "linear_cross_entropy_fwd": 5,
-                 "linear_cross_entropy_fwd_bwd": 6}  # fmt: skip
+                 "linear_cross_entropy_fwd_bwd": 6, "cross_entropy_score": 2, "linear_cross_entropy_score": 4}  # fmt: skip
 
 
 def checked(name: str, function):

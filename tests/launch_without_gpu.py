@@ -53,6 +53,7 @@ def main(backend: str) -> None:
         logits, lse = torch.randn(2, num_classes).bfloat16(), torch.zeros(2)
         class_weight = torch.rand(num_classes) if numbers is options else None
         kernels.cross_entropy_fwd(logits, target, class_weight, *numbers)
+        kernels.cross_entropy_score(logits, target, numbers[0], numbers[2])
         kernels.cross_entropy_bwd(weights, logits, target, lse, class_weight, *numbers)
         kernels.cross_entropy_fwd_bwd(logits, target, weights, class_weight, *numbers)
     kernels.cross_entropy_fwd_bwd(torch.randn(2, 65552), target, weights, None, -100, 0.0, 0.0, 0.0)
@@ -60,6 +61,7 @@ def main(backend: str) -> None:
     for num_classes in (48, 33):
         hidden, head, bias = torch.randn(2, 16), torch.randn(num_classes, 16), torch.randn(num_classes)
         kernels.linear_cross_entropy_fwd(hidden, head, target, bias, None, *numbers)
+        kernels.linear_cross_entropy_score(hidden, head, target, bias, -100, 0.0, 2)
         kernels.linear_cross_entropy_bwd(weights, hidden, head, target, weights, bias, None, *numbers, *needs)
         kernels.linear_cross_entropy_fwd_bwd(hidden, head, target, weights, bias, None, *numbers, *needs)
     kernels.flow_weights(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.int64), torch.tensor(0.7), None, -100, "mean")

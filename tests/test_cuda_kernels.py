@@ -298,6 +298,7 @@ def test_what_the_backend_lacks_is_named():
         (lambda z, y, b: flow_kernels.cross_entropy(z.half(), y, backend=b), "cross_entropy_bwd"),
         (lambda z, y, b: flow_kernels.linear_cross_entropy(z, z, y, backend=b), "linear_cross_entropy_fwd_bwd"),
         (lambda z, y, b: flow_kernels.linear_score_tokens(z, z, y, backend=b), "linear_cross_entropy_fwd"),
+        (lambda z, y, b: flow_kernels.score_tokens(z, y, return_entropy=True, backend=b), "cross_entropy_score"),
         (lambda z, y, b: flow_kernels.weigh_samples(z[:, 0], y, 1.0, backend=b), "flow_weights"),
     ],
 )

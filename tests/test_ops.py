@@ -44,9 +44,9 @@ def rows(dtype=torch.float32, requires_grad=True, transposed=False, num_rows=6):
 
 
 def arguments(name, options, backend, needs=(True, True, True), **kwargs):
-    """The arguments of operator `name`; the `_bwd` operators have no gradient of their own."""
+    """The arguments of operator `name`; the `_bwd` and `_score` operators have no gradient."""
     logits, input, linear_weight, linear_bias, target, row_weight = rows(
-        **{"requires_grad": not name.endswith("_entropy_bwd"), **kwargs}
+        **{"requires_grad": not name.endswith(("_entropy_bwd", "_score")), **kwargs}
     )
     class_weight, *numbers = options
     options = (None if class_weight is None else class_weight.to(row_weight.dtype), *numbers)
@@ -65,6 +65,8 @@ def arguments(name, options, backend, needs=(True, True, True), **kwargs):
         "linear_cross_entropy_fwd_bwd": (
             input, linear_weight, target, row_weight, linear_bias, *options, *flags, backend,
         ),
+        "cross_entropy_score": (logits, target, oracle.IGNORE, options[3], backend),
+        "linear_cross_entropy_score": (input, linear_weight, target, linear_bias, oracle.IGNORE, options[3], 2, backend),
         "flow_weights": (
             dloss.abs().view(-1, 2), target.view(-1, 2), torch.tensor(0.7), None, oracle.IGNORE, "mean", backend,
         ),
@@ -150,6 +152,8 @@ CALLS = {
     "score_samples": (score_samples, {"softcap": 5.0}),
     "score packed": (score_samples, {"cu_seqlens": CU_SEQLENS, "shift": True}),
     "linear_score_tokens": (linear_score_tokens, {"softcap": 5.0}),
+    "entropy": (score_tokens, {"return_entropy": True, "shift": True}),
+    "linear entropy": (linear_score_tokens, {"return_entropy": True, "cu_seqlens": CU_SEQLENS}),
     "linear_score_samples": (linear_score_samples, {"shift": True, "linear_bias": rand(11)}),
     "linear score packed": (linear_score_samples, {"cu_seqlens": CU_SEQLENS}),
     "weigh_samples": (weigh_samples, {"temperature": torch.tensor(0.7), "normalize": "mean"}),

@@ -176,7 +176,7 @@ def test_no_gradient_is_recorded(scorers):
     tokens, samples, _ = scorers
     logits, target = padded_batch([4, 6])
     logits.requires_grad_()
-    for scores in (tokens(logits, target), samples(logits, target)):
+    for scores in (tokens(logits, target, return_entropy=True), samples(logits, target)):
         assert not any(s.requires_grad for s in scores)
 
 

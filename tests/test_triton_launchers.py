@@ -38,6 +38,8 @@ def every_launcher():
         lambda: kernels.linear_cross_entropy_fwd_bwd(
             input, linear_weight, head_target, head_row_weight, *common, *needs
         ),
+        lambda: kernels.cross_entropy_score(logits, target, PLAIN[0], 5.0),
+        lambda: kernels.linear_cross_entropy_score(input, linear_weight, head_target, linear_bias, PLAIN[0], 0.0, 8),
         lambda: kernels.flow_weights(loss, sample_target, temperature, None, PLAIN[0], "simplex"),
     ]
 
@@ -109,6 +111,8 @@ def test_opcheck():
         (ops.cross_entropy_bwd, (row_weight, logits.detach(), target, lse, class_weight, *PLAIN)),
         (ops.cross_entropy_fwd_bwd, (logits, target, row_weight, class_weight, *PLAIN)),
         (ops.linear_cross_entropy_fwd, (input, linear_weight, head_target, *head_arguments, 0.0)),
+        (ops.cross_entropy_score, (logits, target, PLAIN[0], 5.0)),
+        (ops.linear_cross_entropy_score, (input, linear_weight, head_target, linear_bias, PLAIN[0], 0.0, 2)),
         (
             ops.linear_cross_entropy_fwd_bwd,
             (input, linear_weight, head_target, head_row_weight, *head_arguments, True, True, True, 0.0),

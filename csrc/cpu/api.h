@@ -6,6 +6,8 @@
 // This header and everything the kernels include is free of ATen and of standard templates: an inline function
 // compiled for AVX-512 here would otherwise be the one the linker keeps for every CPU.
 #pragma once
+#include <math.h>
+
 #include <cstdint>
 
 namespace flow_kernels {
@@ -20,14 +22,23 @@ struct LossOptions {
   float softcap;
   float z_loss;
   int64_t num_classes;
+  bool need_entropy;
 };
 
 // What a stretch of the vocabulary has added to one row: max and sum of exp(z - max) over the classes other than the
-// target, sum of class_weight * z over all.
+// target, sum of class_weight * z over all; for the entropy, sum of exp(z - max) (z - max) over the others.
 struct RowStats {
   float max;
   float sum;
   float smooth;
+  float product;
+};
+
+// The same of a whole row, and its target.
+struct RowTotals {
+  float max = -INFINITY;
+  double sum = 0, smooth = 0, product = 0;
+  float target_logit = 0, max_before = -INFINITY;
 };
 
 // The loss of the rows and what their gradients need, [N] each; log_p is null in a backward pass that only has
@@ -101,8 +112,7 @@ struct Kernels {
   void (*finish_dinput)(const float* dinput, int64_t parts, int64_t part_stride, int64_t dim, const int64_t* index,
                         int64_t first, int64_t last, DType, void* out, int64_t out_stride);
   // Given logits of one row [V]: its statistics, and its gradient in dtype.
-  void (*row_stats)(const void* logits, DType, int64_t target, const LossOptions&, float* max, double* sum,
-                    double* smooth, float* target_logit, float* max_before);
+  RowTotals (*row_totals)(const void* logits, DType, int64_t target, const LossOptions&);
   void (*row_gradient)(const void* logits, DType, int64_t target, const LossOptions&, float lse, const float* log_p,
                        float row_scale, void* out);
 };

@@ -39,10 +39,21 @@ void check_rows(const at::Tensor& logits, const at::Tensor& rows, const char* na
 
 RowLoss loss_of_row(const Kernels& kernels, const Logits& logits, int64_t row, int64_t target,
                     const LossOptions& options) {
-  double sum, smooth;
-  float max, target_logit, max_before;
-  kernels.row_stats(logits.row(row), logits.dtype, target, options, &max, &sum, &smooth, &target_logit, &max_before);
-  return finish_row(options, max, sum, smooth, target_logit, max_before, target);
+  return finish_row(options, kernels.row_totals(logits.row(row), logits.dtype, target, options), target);
+}
+
+// Calls write(i, loss) for every kept row i of `rows`.
+template <class Write>
+void score_rows(const Logits& logits, const KeptRows& rows, const LossOptions& options, const std::string& kernels_name,
+                const Write& write) {
+  const Kernels& kernels = row_kernels(kernels_name);
+  const int64_t* index = rows.index.const_data_ptr<int64_t>();
+  const int64_t* targets = rows.target.const_data_ptr<int64_t>();
+  at::parallel_for(0, rows.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      write(index[i], loss_of_row(kernels, logits, index[i], targets[i], options));
+    }
+  });
 }
 
 // dlogits [N, V]: zero where a row is left out, not yet written where one is kept. Forward and gradient of 512 bf16 rows
@@ -73,20 +84,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat), lse = at::zeros_like(loss);
   at::Tensor correct = at::zeros({logits_.size(0)}, at::kBool);
-  const Kernels& kernels = row_kernels(kernels_name);
-  const int64_t* index = rows.index.const_data_ptr<int64_t>();
-  const int64_t* targets = rows.target.const_data_ptr<int64_t>();
   float *loss_ptr = loss.mutable_data_ptr<float>(), *lse_ptr = lse.mutable_data_ptr<float>();
   bool* correct_ptr = correct.mutable_data_ptr<bool>();
-  at::parallel_for(0, rows.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const RowLoss row = loss_of_row(kernels, logits, index[i], targets[i], options);
-      loss_ptr[index[i]] = row.loss;
-      lse_ptr[index[i]] = row.lse;
-      correct_ptr[index[i]] = row.correct;
-    }
+  score_rows(logits, rows, options, kernels_name, [&](int64_t i, const RowLoss& row) {
+    loss_ptr[i] = row.loss;
+    lse_ptr[i] = row.lse;
+    correct_ptr[i] = row.correct;
   });
   return {loss, lse, correct};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_score_cpu(
+    const at::Tensor& logits_, const at::Tensor& target, int64_t ignore_index, double softcap,
+    const std::string& kernels_name) {
+  const Logits logits(logits_);
+  check_rows(logits_, target, "target");
+  const KeptRows rows = keep_rows(target, std::nullopt, logits_.size(1), ignore_index);
+  LossOptions options = loss_options(std::nullopt, logits_.size(1), 0.0, softcap, 0.0);
+  options.need_entropy = true;
+  at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat), entropy = at::zeros_like(loss);
+  at::Tensor correct = at::zeros({logits_.size(0)}, at::kBool);
+  float *loss_ptr = loss.mutable_data_ptr<float>(), *entropy_ptr = entropy.mutable_data_ptr<float>();
+  bool* correct_ptr = correct.mutable_data_ptr<bool>();
+  score_rows(logits, rows, options, kernels_name, [&](int64_t i, const RowLoss& row) {
+    loss_ptr[i] = row.loss;
+    entropy_ptr[i] = row.entropy;
+    correct_ptr[i] = row.correct;
+  });
+  return {loss, correct, entropy};
 }
 
 at::Tensor cross_entropy_bwd_cpu(const at::Tensor& dloss, const at::Tensor& logits_, const at::Tensor& target,

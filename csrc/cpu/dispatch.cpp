@@ -65,6 +65,22 @@ std::vector<const Kernels*> candidates(DType dtype) {
   return present;
 }
 
+// log_sum - (sum of e (z - m)) / (sum of e) with e = exp(z - m) and m the largest of all logits, the target's included.
+float entropy_of(const RowTotals& row, double margin, double log_sum) {
+  double sum = row.sum, product = row.product;
+  if (margin >= 0) {  // the target is m: its own e is 1, its z - m is 0
+    const double factor = std::exp(-margin);
+    if (sum != 0) product = (product - sum * margin) * factor;  // sum is 0 where m - max is infinite
+    sum = sum * factor + 1;
+  } else {
+    const double e = std::exp(margin);
+    if (e > 0) product += e * margin;
+    sum += e;
+  }
+  const double entropy = log_sum - product / sum;
+  return static_cast<float>(entropy < 0 ? 0 : entropy);  // by rounding only; NaN stays
+}
+
 }  // namespace
 
 DType dtype_of(at::ScalarType dtype, const char* name) {
@@ -136,7 +152,7 @@ at::Tensor with_huge_pages(at::Tensor tensor) {
 LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t num_classes, double label_smoothing,
                          double softcap, double z_loss) {
   LossOptions options{nullptr, 1.0f, static_cast<float>(label_smoothing), static_cast<float>(softcap),
-                      static_cast<float>(z_loss), num_classes};
+                      static_cast<float>(z_loss), num_classes, false};
   if (class_weight.has_value()) {
     TORCH_CHECK_VALUE(class_weight->scalar_type() == at::kFloat && class_weight->is_contiguous() &&
                       class_weight->numel() == num_classes, "class_weight must be contiguous fp32 of shape [V]");
@@ -146,22 +162,22 @@ LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t 
   return options;
 }
 
-RowLoss finish_row(const LossOptions& options, float max, double sum, double smooth, float target_logit,
-                   float max_before, int64_t target) {
-  const double margin = static_cast<double>(target_logit) - max;
-  const bool is_largest = target_logit >= max;
-  const double log_sum = is_largest ? std::log1p(sum * std::exp(-margin)) : std::log(sum + std::exp(margin));
-  const double lse = (is_largest ? target_logit : max) + log_sum;
+RowLoss finish_row(const LossOptions& options, const RowTotals& row, int64_t target) {
+  const double margin = static_cast<double>(row.target_logit) - row.max;
+  const bool is_largest = row.target_logit >= row.max;
+  const double log_sum = is_largest ? std::log1p(row.sum * std::exp(-margin)) : std::log(row.sum + std::exp(margin));
+  const double lse = (is_largest ? row.target_logit : row.max) + log_sum;
   // An infinite target_logit is NaN here as it is in the reference, not a loss of 0.
-  const double nll = is_largest ? log_sum + (target_logit - target_logit) : log_sum - margin;
+  const double nll = is_largest ? log_sum + (row.target_logit - row.target_logit) : log_sum - margin;
   const double weight = options.class_weight == nullptr ? 1.0 : options.class_weight[target];
   double loss = (1.0 - options.label_smoothing) * weight * nll;
   if (options.label_smoothing > 0) {
-    loss += options.label_smoothing * (lse * options.mean_class_weight - smooth / options.num_classes);
+    loss += options.label_smoothing * (lse * options.mean_class_weight - row.smooth / options.num_classes);
   }
   if (options.z_loss > 0) loss += options.z_loss * lse * lse;
   return {static_cast<float>(loss), static_cast<float>(lse), static_cast<float>(-nll),
-          is_largest && !(max_before >= target_logit)};
+          options.need_entropy ? entropy_of(row, margin, log_sum) : 0.0f,
+          is_largest && !(row.max_before >= row.target_logit)};
 }
 
 }  // namespace flow_kernels

@@ -39,10 +39,9 @@ LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t 
 // Row results from complete statistics of the classes other than the target. log_p is that of the target, exact to
 // fp32's relative precision also near 0.
 struct RowLoss {
-  float loss, lse, log_p;
+  float loss, lse, log_p, entropy;  // the entropy with need_entropy only
   bool correct;
 };
-RowLoss finish_row(const LossOptions& options, float max, double sum, double smooth, float target_logit,
-                   float max_before, int64_t target);
+RowLoss finish_row(const LossOptions& options, const RowTotals& row, int64_t target);
 
 }  // namespace flow_kernels

@@ -18,7 +18,7 @@ namespace flow_kernels {
 
 namespace {
 
-// Stretches of the vocabulary that the forward pass hands to threads; also 12 bytes of statistics a row each.
+// Stretches of the vocabulary that the forward pass hands to threads; also 16 bytes of statistics a row each.
 constexpr int64_t max_stretches = 64;
 
 // Bytes of exponentials (or logits) a training pass keeps beside those in dweight's own memory: a tile that fits saves one
@@ -111,7 +111,7 @@ struct Head {
   }
 
   // Losses, lse and correctness into the rows' places; leaves target_logit, lse and log_p of the kept rows.
-  void forward(at::Tensor& loss_out, at::Tensor* lse_out, at::Tensor* correct_out) {
+  void forward(at::Tensor& loss_out, at::Tensor* lse_out, at::Tensor* correct_out, at::Tensor* entropy_out = nullptr) {
     const int64_t n = problem.num_rows, stretches = std::min(max_stretches, problem.num_tiles);
     if (n == 0) return;
     at::Tensor stats_tensor = bytes(stretches * n * static_cast<int64_t>(sizeof(RowStats)));
@@ -133,26 +133,29 @@ struct Head {
     float *loss_ptr = loss_out.mutable_data_ptr<float>(), *lse_ptr = lse.mutable_data_ptr<float>();
     float* log_p_ptr = log_p.mutable_data_ptr<float>();
     for (int64_t i = 0; i < n; ++i) {
-      float max = -INFINITY, before = problem.rows.max_before[i];
-      double sum = 0, smooth = 0;
+      RowTotals total;
+      total.target_logit = problem.rows.target_logit[i];
+      total.max_before = problem.rows.max_before[i];
       for (int64_t s = 0; s < stretches; ++s) {
         const RowStats& part = stats[s * n + i];
         const int64_t next_class = (s + 1) * problem.num_tiles / stretches * problem.tile;
-        if (next_class <= problem.rows.target[i]) before = std::max(before, part.max);
-        max = std::max(max, part.max);
-        smooth += part.smooth;
+        if (next_class <= problem.rows.target[i]) total.max_before = std::max(total.max_before, part.max);
+        total.max = std::max(total.max, part.max);
+        total.smooth += part.smooth;
       }
       for (int64_t s = 0; s < stretches; ++s) {
         const RowStats& part = stats[s * n + i];
         // A stretch of -inf only has sum 0 (NaN if a NaN is in it) and takes part with factor 1, not exp(-inf + inf).
-        sum += part.sum * (part.max == -INFINITY ? 1.0 : std::exp(static_cast<double>(part.max) - max));
+        const double lower = part.max == -INFINITY ? 0.0 : static_cast<double>(part.max) - total.max;
+        total.sum += part.sum * std::exp(lower);
+        total.product += (part.product + part.sum * lower) * std::exp(lower);
       }
-      const RowLoss row =
-          finish_row(problem.loss, max, sum, smooth, problem.rows.target_logit[i], before, problem.rows.target[i]);
+      const RowLoss row = finish_row(problem.loss, total, problem.rows.target[i]);
       lse_ptr[i] = row.lse;
       log_p_ptr[i] = row.log_p;
       loss_ptr[index()[i]] = row.loss;
       if (lse_out != nullptr) lse_out->mutable_data_ptr<float>()[index()[i]] = row.lse;
+      if (entropy_out != nullptr) entropy_out->mutable_data_ptr<float>()[index()[i]] = row.entropy;
       if (correct_out != nullptr) correct_out->mutable_data_ptr<bool>()[index()[i]] = row.correct;
     }
     problem.rows.lse = lse_ptr;
@@ -247,6 +250,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_cpu(
   head.pack_a();
   head.forward(loss, &lse, &correct);
   return {loss, lse, correct};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_score_cpu(
+    const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+    const OptionalTensor& linear_bias, int64_t ignore_index, double softcap, const std::string& kernels) {
+  Head head(input, linear_weight, target, linear_bias, std::nullopt, std::nullopt, ignore_index, 0.0, softcap, 0.0,
+            kernels);
+  head.problem.loss.need_entropy = true;
+  at::Tensor loss = at::zeros({input.size(0)}, at::kFloat), entropy = at::zeros_like(loss);
+  at::Tensor correct = at::zeros({input.size(0)}, at::kBool);
+  head.pack_a();
+  head.forward(loss, nullptr, &correct, &entropy);
+  return {loss, correct, entropy};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd_cpu(

@@ -14,6 +14,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
     const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& class_weight, int64_t ignore_index,
     double label_smoothing, double softcap, double z_loss, const std::string& kernels);
 
+// (loss, correct, entropy), here and below.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_score_cpu(
+    const at::Tensor& logits, const at::Tensor& target, int64_t ignore_index, double softcap,
+    const std::string& kernels);
+
 at::Tensor cross_entropy_bwd_cpu(
     const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& target, const at::Tensor& lse,
     const OptionalTensor& class_weight, int64_t ignore_index, double label_smoothing, double softcap, double z_loss,
@@ -29,6 +34,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_cpu(
     const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
     const OptionalTensor& linear_bias, const OptionalTensor& class_weight, int64_t ignore_index,
     double label_smoothing, double softcap, double z_loss, const std::string& kernels);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_score_cpu(
+    const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+    const OptionalTensor& linear_bias, int64_t ignore_index, double softcap, const std::string& kernels);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd_cpu(
     const at::Tensor& dloss, const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,

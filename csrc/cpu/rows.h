@@ -122,6 +122,23 @@ static inline float sum_of_exponentials(const float* z, int64_t padded, float sh
   return Vec::hsum(Vec::add(sum0, sum1));
 }
 
+struct Sums {
+  float sum, product;
+};
+
+// sums of e = exp(z - shift) and of e (z - shift).
+static inline Sums sums_for_entropy(const float* z, int64_t padded, float shift) {
+  // Where e is 0 its product is to be 0 as well, and not 0 times -inf.
+  const F vshift = Vec::set1(shift), lowest = Vec::set1(Vec::exp_lowest);
+  F sum = Vec::zero(), product = Vec::zero();
+  for (int64_t j = 0; j < padded; j += W) {
+    const F difference = Vec::sub(Vec::load(z + j), vshift), e = exp_(difference);
+    sum = Vec::add(sum, e);
+    product = Vec::fma(e, Vec::max(difference, lowest), product);
+  }
+  return {Vec::hsum(sum), Vec::hsum(product)};
+}
+
 static inline float weighted_sum(const float* z, int64_t n, const float* class_weight) {
   F sum = Vec::zero();
   float tail = 0;
@@ -138,10 +155,10 @@ static inline float weighted_sum(const float* z, int64_t n, const float* class_w
 // what is left of a confident row, the sum of the others, is not the difference of two numbers near 1.
 // If `kept` is given, store exp(z - shift) there (bytes 1, 2 or 4) and return the shift: -inf where all there is so far is
 // -inf, since 0 times exp(shift - lse) is to be 0 however low the lse is.
-static inline float add_to_stats(float* z, int64_t n, int64_t t, const float* class_weight, bool smoothing,
+static inline float add_to_stats(float* z, int64_t n, int64_t t, const float* class_weight, const LossOptions& loss,
                                  RowStats& stats, void* kept, int kept_bytes) {
   const int64_t padded = round_up(n, W);
-  if (smoothing) stats.smooth += weighted_sum(z, n, class_weight);
+  if (loss.label_smoothing > 0) stats.smooth += weighted_sum(z, n, class_weight);
   if (t >= 0 && t < n) z[t] = -INFINITY;
   const float largest = max_of(z, padded);
   // Comparisons with NaN are false, so a NaN reaches the sum below and never the maximum.
@@ -149,8 +166,17 @@ static inline float add_to_stats(float* z, int64_t n, int64_t t, const float* cl
   const float base = new_max == -INFINITY ? 0.0f : new_max;
   // Bytes reach 2^-16 only, from the largest of the tile; the others are good for the whole row.
   const float shift = kept != nullptr && kept_bytes == 1 && largest != -INFINITY ? largest : base;
-  const float sum = sum_of_exponentials(z, padded, shift, kept, kept_bytes);
-  stats.sum = stats.sum * (stats.max == new_max ? 1.0f : expf(stats.max - base));
+  const float before = stats.max == new_max ? 1.0f : expf(stats.max - base);
+  float sum;
+  if (loss.need_entropy) {  // only where nothing is kept
+    const Sums sums = sums_for_entropy(z, padded, shift);
+    sum = sums.sum;
+    const float moved = stats.max == -INFINITY ? 0.0f : stats.sum * (stats.max - base);
+    stats.product = (stats.product + moved) * before + sums.product;
+  } else {
+    sum = sum_of_exponentials(z, padded, shift, kept, kept_bytes);
+  }
+  stats.sum = stats.sum * before;
   stats.sum += shift == base ? sum : sum * expf(shift - base);
   stats.max = new_max;
   return new_max == -INFINITY ? -INFINITY : shift;

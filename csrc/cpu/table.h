@@ -83,32 +83,31 @@ static inline void load_stretch(const void* logits, int64_t v0, int64_t n, float
 }
 
 template <class, DType T>
-static void stats_of_row(const void* logits, int64_t target, const LossOptions& loss, float* max, double* sum,
-                         double* smooth, float* target_logit, float* max_before) {
+static void totals_of_row(const void* logits, int64_t target, const LossOptions& loss, RowTotals* totals) {
   alignas(64) float z[max_stretch];
-  RowStats stats{-INFINITY, 0.0f, 0.0f};
   // fp32 sums over one stretch, fp64 over stretches: 262144 terms lose nothing.
-  double total = 0, smooth_total = 0;
   for (int64_t v0 = 0; v0 < loss.num_classes; v0 += max_stretch) {
     const int64_t rest = loss.num_classes - v0, n = rest < max_stretch ? rest : max_stretch;
     load_stretch<T>(logits, v0, n, loss.softcap, z);
     const int64_t t = target - v0;
     if (t >= 0 && t < n) {
-      *target_logit = z[t];
+      totals->target_logit = z[t];
       const float before = max_of(z, t);
-      *max_before = before > stats.max ? before : stats.max;
+      totals->max_before = before > totals->max ? before : totals->max;
     }
-    const float old_max = stats.max;
-    stats.sum = stats.smooth = 0.0f;
-    add_to_stats(z, n, t, loss.class_weight == nullptr ? nullptr : loss.class_weight + v0, loss.label_smoothing > 0,
-                 stats, nullptr, 0);
-    if (stats.max != old_max) total *= expf(old_max - stats.max);
-    total += stats.sum;
-    smooth_total += stats.smooth;
+    RowStats stats{totals->max, 0.0f, 0.0f, 0.0f};
+    add_to_stats(z, n, t, loss.class_weight == nullptr ? nullptr : loss.class_weight + v0, loss, stats, nullptr, 0);
+    if (stats.max != totals->max) {
+      const float difference = totals->max - stats.max, factor = expf(difference);
+      if (totals->max != -INFINITY) totals->product += totals->sum * difference;
+      totals->product *= factor;
+      totals->sum *= factor;
+      totals->max = stats.max;
+    }
+    totals->sum += stats.sum;
+    totals->smooth += stats.smooth;
+    totals->product += stats.product;
   }
-  *max = stats.max;
-  *sum = total;
-  *smooth = smooth_total;
 }
 
 template <class, DType T>
@@ -125,10 +124,11 @@ static void gradient_of_row(const void* logits, int64_t target, const LossOption
   }
 }
 
-static void row_stats(const void* logits, DType dtype, int64_t target, const LossOptions& loss, float* max,
-                      double* sum, double* smooth, float* target_logit, float* max_before) {
+static RowTotals row_totals(const void* logits, DType dtype, int64_t target, const LossOptions& loss) {
   using C = Singles;
-  FLOW_WITH_DTYPE(dtype, stats_of_row, logits, target, loss, max, sum, smooth, target_logit, max_before)
+  RowTotals totals;
+  FLOW_WITH_DTYPE(dtype, totals_of_row, logits, target, loss, &totals)
+  return totals;
 }
 
 static void given_row_gradient(const void* logits, DType dtype, int64_t target, const LossOptions& loss, float lse,
@@ -140,7 +140,7 @@ static void given_row_gradient(const void* logits, DType dtype, int64_t target, 
 template <class C>
 static constexpr Kernels table(const char* name) {
   return {name, C::group, W, Vec::MR, tile_width<C>, scratch_bytes<C>, pack_rows_a<C>, pack_rows_b<C>, forward<C>,
-          backward<C>, finish_dinput<C>, row_stats, given_row_gradient};
+          backward<C>, finish_dinput<C>, row_totals, given_row_gradient};
 }
 
 }  // namespace FLOW_ISA

@@ -137,8 +137,7 @@ static void tile_logits(const HeadProblem& problem, const Scratch<C>& s, int64_t
 template <class C, DType T>
 static void forward_tiles(const HeadProblem& problem, int64_t first, int64_t last, RowStats* stats, char* scratch) {
   const Scratch<C> s(problem, false, scratch);
-  const bool smoothing = problem.loss.label_smoothing > 0;
-  for (int64_t r = 0; r < problem.num_rows; ++r) stats[r] = {-INFINITY, 0.0f, 0.0f};
+  for (int64_t r = 0; r < problem.num_rows; ++r) stats[r] = {-INFINITY, 0.0f, 0.0f, 0.0f};
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t v0 = tile * problem.tile, n = tile_classes(problem, tile), padded = round_up(n, W);
     pack_transposed<C, T>(tile_of_weight(problem, v0), n, padded, problem.dim, s.weight_transposed);
@@ -157,10 +156,10 @@ static void forward_tiles(const HeadProblem& problem, int64_t first, int64_t las
         const KeptRow kept = kept_row(problem, tile, i);
         if (kept.values != nullptr && problem.kept.logits) {
           __builtin_memcpy(kept.values, z, padded * sizeof(float));
-          add_to_stats(z, n, t, weight, smoothing, stats[i], nullptr, 0);
+          add_to_stats(z, n, t, weight, problem.loss, stats[i], nullptr, 0);
           continue;
         }
-        const float shift = add_to_stats(z, n, t, weight, smoothing, stats[i], kept.values, problem.kept.bytes);
+        const float shift = add_to_stats(z, n, t, weight, problem.loss, stats[i], kept.values, problem.kept.bytes);
         if (kept.values != nullptr) *kept.shift = shift;
       }
     }

@@ -39,13 +39,16 @@ from flow_kernels.kernels.linear_cross_entropy import (
     linear_cross_entropy_fwd,
     linear_cross_entropy_fwd_bwd,
 )
+from flow_kernels.kernels.score import cross_entropy_score, linear_cross_entropy_score
 
 __all__ = [
     "cross_entropy_bwd",
     "cross_entropy_fwd",
     "cross_entropy_fwd_bwd",
+    "cross_entropy_score",
     "flow_weights",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
     "linear_cross_entropy_fwd_bwd",
+    "linear_cross_entropy_score",
 ]

@@ -80,9 +80,9 @@ def cross_entropy_fwd_kernel(
         y = target.to(tl.int32)
         row_ptr = logits_ptr + row * sizes[2]
         z_target = load_logits(row_ptr, bias_ptr, y, width, softcap, HAS_SOFTCAP)
-        z_max, others, weighted, max_before = walk_row(
+        z_max, others, weighted, max_before, _ = walk_row(
             row_ptr, y, z_target, bias_ptr, class_weight_ptr, width, softcap,
-            HAS_SMOOTHING, HAS_SOFTCAP, ALIGNED, BLOCK_V, DEPTH,
+            HAS_SMOOTHING, HAS_SOFTCAP, False, ALIGNED, BLOCK_V, DEPTH,
         )  # fmt: skip
         nll, lse, _, _ = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
@@ -179,9 +179,9 @@ def cross_entropy_walk_kernel(
     if is_kept & (target >= 0) & (target < V):
         y = target.to(tl.int32)
         z_target = load_logits(row_ptr, bias_ptr, y, width, softcap, HAS_SOFTCAP)
-        z_max, others, weighted, _ = walk_row(
+        z_max, others, weighted, _, _ = walk_row(
             row_ptr, y, z_target, bias_ptr, class_weight_ptr, width, softcap,
-            HAS_SMOOTHING, HAS_SOFTCAP, ALIGNED, BLOCK_V, DEPTH,
+            HAS_SMOOTHING, HAS_SOFTCAP, False, ALIGNED, BLOCK_V, DEPTH,
         )  # fmt: skip
         nll, lse, p_minus_1, softmax = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
@@ -271,23 +271,24 @@ def with_sum(class_weight: Tensor | None) -> Tensor | None:
     return with_padding(torch.cat([class_weight, class_weight.sum()[None]]))
 
 
-def _is_aligned(end: int, *rows: Tensor) -> bool:
+def is_aligned(end: int, *rows: Tensor) -> bool:
     """Whether rows can be accessed 16 bytes at a time, by the numbers from which Triton finds it out."""
     return end % ROW_ALIGNMENT == 0 and all(t.stride(0) % ROW_ALIGNMENT == 0 and t.data_ptr() % 16 == 0 for t in rows)
 
 
-def _launch(kernel, config, grid, tensors, sizes, options, is_aligned):
+def launch(kernel, config, grid, tensors, sizes, options, aligned, **flags):
     """Run `kernel` on the device of its first tensor.
 
     `sizes` is (V, end, row strides of the logits and of their gradient), `options` (ignore_index, label_smoothing, softcap,
-    z_loss).
+    z_loss), from which the flags follow unless they are given.
 
     No parameter of a kernel may be called `options`: Triton's launcher has one of that name.
     """
     device = tensors[0].device
+    flags = flags or {"HAS_SMOOTHING": options[1] > 0, "HAS_SOFTCAP": options[2] > 0}
     with torch.cuda.device_of(tensors[0]):
         kernel[grid](
-            *tensors, sizes, options, HAS_SMOOTHING=options[1] > 0, HAS_SOFTCAP=options[2] > 0, ALIGNED=is_aligned,
+            *tensors, sizes, options, **flags, ALIGNED=aligned,
             **config.constants, num_warps=config.num_warps(configs.warp_size(device)), enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -301,8 +302,8 @@ def launch_fwd(logits, target, bias, class_weight, loss, lse, correct, options, 
     if num_rows:
         config = configs.lookup(configs.WALK, logits.dtype, num_classes)
         tensors = (logits, target, bias, class_weight, loss, lse, correct.view(torch.uint8))
-        sizes, is_aligned = (num_classes, end, logits.stride(0)), _is_aligned(end or num_classes, logits)
-        _launch(cross_entropy_fwd_kernel, config, (num_rows,), tensors, sizes, options, is_aligned)
+        sizes, aligned = (num_classes, end, logits.stride(0)), is_aligned(end or num_classes, logits)
+        launch(cross_entropy_fwd_kernel, config, (num_rows,), tensors, sizes, options, aligned)
 
 
 def launch_fwd_bwd(logits, target, row_weight, bias, class_weight, loss, dlogits, options, end=None) -> None:
@@ -310,14 +311,14 @@ def launch_fwd_bwd(logits, target, row_weight, bias, class_weight, loss, dlogits
     num_rows, num_classes = logits.shape
     if num_rows:
         has_options = bias is not None or class_weight is not None or options[1] > 0 or options[2] > 0
-        is_aligned = _is_aligned(end or num_classes, logits, dlogits)
+        aligned = is_aligned(end or num_classes, logits, dlogits)
         kernel = cross_entropy_fwd_bwd_kernel
-        config = configs.one_pass(logits.dtype, num_classes, has_options, is_aligned)
+        config = configs.one_pass(logits.dtype, num_classes, has_options, aligned)
         if config is None:
             kernel, config = cross_entropy_walk_kernel, configs.lookup(configs.WALK, logits.dtype, num_classes)
         tensors = (logits, target, row_weight, bias, class_weight, loss, dlogits)
         sizes = (num_classes, end, logits.stride(0), dlogits.stride(0))
-        _launch(kernel, config, (num_rows,), tensors, sizes, options, is_aligned)
+        launch(kernel, config, (num_rows,), tensors, sizes, options, aligned)
 
 
 def launch_bwd(dloss, logits, target, lse, bias, class_weight, dlogits, options, end=None) -> None:
@@ -333,8 +334,8 @@ def launch_bwd(dloss, logits, target, lse, bias, class_weight, dlogits, options,
         tensors = (dloss, logits, target, lse, bias, class_weight, dlogits)
         sizes = (num_classes, end, logits.stride(0), dlogits.stride(0))
         grid = (num_rows, triton.cdiv(num_classes, config.block_v))
-        is_aligned = _is_aligned(end or num_classes, logits, dlogits)
-        _launch(cross_entropy_bwd_kernel, config, grid, tensors, sizes, options, is_aligned)
+        aligned = is_aligned(end or num_classes, logits, dlogits)
+        launch(cross_entropy_bwd_kernel, config, grid, tensors, sizes, options, aligned)
 
 
 def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):

@@ -48,7 +48,7 @@ def default_chunk_size(num_classes: int, itemsize: int) -> int:
     return max(MIN_CHUNK_ROWS, rows // MIN_CHUNK_ROWS * MIN_CHUNK_ROWS)
 
 
-class _Chunks:
+class Chunks:
     """One buffer of logits, filled chunk by chunk."""
 
     def __init__(self, input: Tensor, linear_weight: Tensor, chunk_size: int) -> None:
@@ -107,7 +107,7 @@ def linear_cross_entropy_fwd(
 ):  # fmt: skip
     """`reference.linear_cross_entropy_fwd`; holds one chunk of logits and stores none."""
     options = (ignore_index, label_smoothing, softcap, z_loss)
-    chunks = _Chunks(input, linear_weight, chunk_size)
+    chunks = Chunks(input, linear_weight, chunk_size)
     check_rows(chunks.buffer, target, ignore_index)
     target, linear_bias, class_weight = target.contiguous(), with_padding(linear_bias), with_sum(class_weight)
     loss = input.new_empty(input.shape[0], dtype=torch.float32)
@@ -131,7 +131,7 @@ def linear_cross_entropy_bwd(
     keep = (target != ignore_index) & (dloss != 0)
     grads = _HeadGradients(input, linear_weight, linear_bias, keep, needs)
     linear_bias, class_weight = with_padding(linear_bias), with_sum(class_weight)
-    chunks = _Chunks(input, linear_weight, chunk_size)
+    chunks = Chunks(input, linear_weight, chunk_size)
     for rows, logits in chunks:
         launch_bwd(dloss[rows], logits, target[rows], lse[rows], linear_bias, class_weight, logits, options, chunks.end)
         grads.add(rows, logits)
@@ -146,7 +146,7 @@ def linear_cross_entropy_fwd_bwd(
     """`reference.linear_cross_entropy_fwd_bwd`; each chunk's gradient is made in place on its logits."""
     options = (ignore_index, label_smoothing, softcap, z_loss)
     needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
-    chunks = _Chunks(input, linear_weight, chunk_size)
+    chunks = Chunks(input, linear_weight, chunk_size)
     check_rows(chunks.buffer, target, ignore_index)
     row_weight, target = row_weight.float().contiguous(), target.contiguous()
     keep = (target != ignore_index) & (row_weight != 0)

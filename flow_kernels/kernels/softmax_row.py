@@ -156,19 +156,65 @@ def merge_threads(running, z_target):
 
 
 @triton.jit
+def accumulate_products(z, running, products):
+    """`accumulate` with every thread's sum of e u, e = 2^u and u = z LOG2E + shift, beside its sum of e."""
+    new_max = tl.maximum(running[0], thread_max(z))
+    shift = tl.minimum(running[1], new_max * -LOG2E)
+    u = tl.fma(z, LOG2E, shift[None, :, None])
+    e = tl.exp2(u)
+    lowered = shift - running[1]
+    factor = tl.exp2(lowered)
+    products = (products + running[2] * lowered) * factor + thread_sum(times_exponent(e, u))
+    return (new_max, shift, running[2] * factor + thread_sum(e)), products
+
+
+@triton.jit
+def times_exponent(e, u):
+    """e u with e = 2^u, and 0 where u is -inf."""
+    return e * tl.maximum(u, -200.0)
+
+
+@triton.jit
+def merge_products(running, products, z_max):
+    """The threads' sums of e u as one of e = exp(z - z_max) and u = (z - z_max) LOG2E; `z_max` from `merge_threads`."""
+    shift = tl.min(running[1], 0)
+    lowered = shift - running[1]
+    total = tl.sum(running[2] * tl.exp2(lowered), 0)
+    product = tl.sum((products + running[2] * lowered) * tl.exp2(lowered), 0)
+    rest = tl.minimum(tl.maximum(tl.fma(z_max, -LOG2E, -shift), -1.0), 1.0)
+    return (product + total * rest) * tl.exp2(rest)
+
+
+@triton.jit
+def row_entropy(z_max, others, product, z_target):
+    """Entropy of the row in nats, from the sums over all columns but the target's, which joins them here."""
+    row_max = tl.maximum(z_max, z_target)
+    lowered = (z_max - row_max) * LOG2E
+    u = (z_target - row_max) * LOG2E
+    share = tl.exp2(u)
+    product = (product + others * lowered) * tl.exp2(lowered) + times_exponent(share, u)
+    others *= tl.exp2(lowered)
+    entropy = log_of_sum(others, share) - LN2 * product / (others + share)
+    # Rounding must not make it negative; NaN stays.
+    return tl.where(entropy < 0, 0.0, entropy)
+
+
+@triton.jit
 def walk_row(
     row_ptr, target, z_target, bias_ptr, class_weight_ptr, width, softcap, HAS_SMOOTHING: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One read of a row: `(z_max, others, weighted, max_before)`.
+    """One read of a row: `(z_max, others, weighted, max_before, product)`.
 
     `z_max` and `others` leave the target out, `weighted` is sum_j weight_j z_j (with HAS_SMOOTHING), `max_before` the
-    maximum of the columns before the target.
+    maximum of the columns before the target, `product` what `row_entropy` needs (with HAS_ENTROPY).
     """
     lanes = columns(row_ptr, ALIGNED, BLOCK_V, DEPTH)
     lowest = tl.full([lanes.shape[1]], LOWEST, tl.float32)
     running = (lowest, lowest * -LOG2E, tl.zeros_like(lowest))
     weighted = tl.zeros_like(lowest)
+    products = tl.zeros_like(lowest)
     max_before = tl.max(lowest, 0)
     for start in range(0, width[0], BLOCK_V):
         cols = start + lanes
@@ -180,9 +226,23 @@ def walk_row(
             before = thread_max(tl.where(cols < target, z, -float("inf")))
             max_before = tl.max(tl.maximum(running[0], before), 0)
             z = tl.where(cols == target, -float("inf"), z)
-        running = accumulate(z, running, None)
+        if HAS_ENTROPY:
+            running, products = accumulate_products(z, running, products)
+        else:
+            running = accumulate(z, running, None)
     z_max, others = merge_threads(running, z_target)
-    return z_max, others, tl.sum(weighted, 0), max_before
+    product = 0.0
+    if HAS_ENTROPY:
+        product = merge_products(running, products, z_max)
+    return z_max, others, tl.sum(weighted, 0), max_before, product
+
+
+@triton.jit
+def log_of_sum(others, share):
+    """log(others + share), where `share` is 1 if the target is the maximum."""
+    # log1p by its series where the target is the maximum and the rest is small; relative error below 2e-8.
+    series = others * (1.0 - others * (0.5 - others * (1.0 / 3.0 - others * 0.25)))
+    return tl.where((share == 1.0) & (others < 0.015625), series, tl.log2(others + share) * LN2)
 
 
 @triton.jit
@@ -195,9 +255,7 @@ def merge_target(z_max, others, z_target):
     row_max = tl.maximum(z_max, z_target)
     others *= tl.exp2((z_max - row_max) * LOG2E)
     share = tl.exp2((z_target - row_max) * LOG2E)
-    # log1p by its series where the target is the maximum and the rest is small; relative error below 2e-8.
-    series = others * (1.0 - others * (0.5 - others * (1.0 / 3.0 - others * 0.25)))
-    log_sum = tl.where((share == 1.0) & (others < 0.015625), series, tl.log2(others + share) * LN2)
+    log_sum = log_of_sum(others, share)
     total = others + share
     return (row_max - z_target) + log_sum, row_max + log_sum, -others / total, (row_max, 1.0 / total)
 
