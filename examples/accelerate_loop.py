@@ -5,12 +5,18 @@
 
 One optimiser step minimises `sum of weight * nll / target tokens of the whole step`, into however many equal parts it is divided: the
 normalizer is that count over all micro-batches and processes, and what is averaged afterwards, over micro-batches by
-accelerate's `backward` and over processes by DDP, is multiplied back.
+accelerate's `backward` and over processes by DDP, is multiplied back. The count needs the step's micro-batches before the
+first of them is trained on, so they are taken from the data loader together; accelerate, which would end a step where
+the loader ends, is told not to look at it.
 """
+
+import itertools
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from flow_kernels import flow_weights, linear_cross_entropy, linear_score_samples
 
@@ -33,7 +39,10 @@ def main(num_steps: int = 30, gradient_accumulation_steps: int = 4, samples_per_
     """Returns the weighted loss of every optimiser step, in nats per target token."""
     torch.manual_seed(0)
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), gradient_accumulation_steps=gradient_accumulation_steps
+        cpu=not torch.cuda.is_available(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+        ),
     )
     parts = accelerator.num_processes * gradient_accumulation_steps
     if samples_per_step % parts:
@@ -49,17 +58,18 @@ def main(num_steps: int = 30, gradient_accumulation_steps: int = 4, samples_per_
         scores = linear_score_samples(model.body(tokens), model.head.weight, labels, shift=True)
     weights = flow_weights(scores.loss_sum / scores.num_targets)
 
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=5.0))
+    # Every step takes as many batches in every process: an incomplete one at the end is left out.
+    loader = DataLoader(TensorDataset(tokens, labels, weights), batch_size=samples_per_step // parts, drop_last=True)
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=5.0), loader)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     losses = []
-    for step in range(num_steps):
-        # Every process knows the step's samples here; with a data loader, gather the counts of the step's batches.
-        indices = (torch.arange(samples_per_step) + step * samples_per_step) % len(tokens)
-        num_targets = (labels[indices, 1:] != -100).sum()
-        mine = indices[accelerator.process_index :: accelerator.num_processes]
+    for _ in range(num_steps):
+        step = list(itertools.islice(batches, gradient_accumulation_steps))
+        num_targets = accelerator.reduce(sum((batch[1][:, 1:] != -100).sum() for batch in step), "sum")
         total = torch.zeros((), device=accelerator.device)
-        for batch in mine.chunk(gradient_accumulation_steps):
+        for batch in step:
             with accelerator.accumulate(model):
-                loss = model(tokens[batch], labels[batch], weights[batch], num_targets)
+                loss = model(*batch, num_targets)
                 accelerator.backward(loss * accelerator.num_processes * gradient_accumulation_steps)
                 optimizer.step()
                 optimizer.zero_grad()

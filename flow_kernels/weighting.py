@@ -110,6 +110,7 @@ def flow_weights(
     mask: Tensor | None = None,
     clip: tuple[float | None, float | None] | None = None,
     normalize: str = "none",
+    group=None,
 ) -> Tensor:
     """FLOW's weight of every sample (or token): easy ones up.
 
@@ -122,6 +123,8 @@ def flow_weights(
         clip: `(lowest, highest)` weight, either may be None; applied before `normalize`.
         normalize: "none"; "mean": the weights average 1, so the step keeps the size of plain fine-tuning;
             "simplex": they sum to 1, `softmax(-losses / temperature)`.
+        group: a `torch.distributed` process group as in `temperature`, each rank holding its own part of the losses: the
+            temperature that is not given, and `normalize`, are then those of all parts together.
 
     Returns:
         fp32 weights of the shape of `losses` (fp64 for fp64 losses). No gradient flows through them.
@@ -131,10 +134,14 @@ def flow_weights(
     """
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
-    values = _selected(losses, mask).double()
-    _check_finite(losses, mask)
+    values = everyone = _selected(losses, mask).double()
+    if group is None:
+        _check_finite(losses, mask)
+    else:
+        everyone = _gather(values, group)
+        _check_finite(everyone)
     if temperature is None:
-        tau = _quantile_of(losses, quantile, mask)
+        tau = _quantile_of(everyone, quantile)
     elif quantile != _MEDIAN:
         raise ValueError(f"temperature is given, so quantile={quantile}, which would find one, has no effect; give one")
     else:
@@ -142,21 +149,23 @@ def flow_weights(
         if tau.dim() != 0:
             raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(tau.shape)}")
         _check_temperature(tau)
-    weights = torch.exp(-values / tau)
-    if clip is not None:
-        lowest, highest = clip
-        if lowest is not None and highest is not None and lowest > highest:
-            raise ValueError(f"clip must be (lowest, highest), got {clip}")
-        if lowest is not None or highest is not None:
-            weights = weights.clamp(lowest, highest)
-    if normalize != "none" and values.numel():
-        if clip is None or all(bound is None for bound in clip):
-            # exp(-(f - min f) / tau) has the same ratios and cannot underflow everywhere.
-            weights = torch.exp(-(values - values.min()) / tau)
-        total = weights.sum()
+    lowest, highest = (None, None) if clip is None else clip
+    if lowest is not None and highest is not None and lowest > highest:
+        raise ValueError(f"clip must be (lowest, highest), got {clip}")
+    is_clipped = lowest is not None or highest is not None
+    # exp(-(f - min f) / tau) has the same ratios and cannot underflow everywhere.
+    start = everyone.min() if normalize != "none" and not is_clipped and everyone.numel() else 0.0
+
+    def weigh(losses: Tensor) -> Tensor:
+        weights = torch.exp(-(losses - start) / tau)
+        return weights.clamp(lowest, highest) if is_clipped else weights
+
+    weights = weigh(values)
+    if normalize != "none" and everyone.numel():
+        total = weigh(everyone).sum()
         if not bool(total > 0):
             raise ValueError("all weights are 0, so they cannot be normalised; raise the temperature or the clip")
-        weights = weights / total * (values.numel() if normalize == "mean" else 1)
+        weights = weights / total * (everyone.numel() if normalize == "mean" else 1)
     dtype = torch.float64 if losses.dtype == torch.float64 else torch.float32
     if mask is None:
         return weights.reshape(losses.shape).to(dtype)
@@ -165,9 +174,9 @@ def flow_weights(
     return out
 
 
-def _quantile_of(losses: Tensor, quantile: float, mask: Tensor | None) -> Tensor:
+def _quantile_of(losses: Tensor, quantile: float) -> Tensor:
     # `flow_weights` has an argument named temperature; this reaches the function behind it.
-    return temperature(losses, quantile=quantile, mask=mask)
+    return temperature(losses, quantile=quantile)
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:

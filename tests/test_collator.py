@@ -29,6 +29,20 @@ def test_weights_of_tokens_need_tokens():
         KeepWeights(tokenising)([{"text": "a b", "sample_weight": 1.0}] * 2)
 
 
+def test_rows_that_were_joined_without_a_weight_are_named(tiny_model_dir, weighted):
+    """Data sets that are put end to end get None where one of them lacks the column."""
+    found = features(weighted, 3)
+    found[1]["sample_weight"] = None
+    with pytest.raises(InputError, match="1 of 3 rows have no sample_weight"):
+        KeepWeights(padding(tiny_model_dir))(found)
+
+
+def test_the_tokenizer_of_the_collator_is_found_for_checkpoints(tiny_model_dir):
+    collator = padding(tiny_model_dir)
+    assert KeepWeights(collator).tokenizer is collator.tokenizer
+    assert not hasattr(KeepWeights(DataCollatorWithFlattening()), "tokenizer")
+
+
 def test_packed_rows_take_the_steps_of_padded_ones(tiny_model_dir, weighted, tmp_path):
     expected, model = (new_model(tiny_model_dir) for _ in range(2))
     padded = trained(LogitsTrainer, expected, weighted, padding(tiny_model_dir), tmp_path / "a")

@@ -55,6 +55,53 @@ def test_adapters_are_off_while_their_base_model_is_scored(tiny_model_dir, plain
         assert abs(float(adapted.eval()(**row).loss) - float(before[0])) > 1e-3
 
 
+def test_adapters_that_took_a_part_of_the_model_are_refused(tiny_model_dir, plain, collator):
+    for initialisation in ("pissa", "olora"):
+        adapted = peft.get_peft_model(
+            new_model(tiny_model_dir),
+            peft.LoraConfig(target_modules="all-linear", exclude_modules=["lm_head"], r=2, init_lora_weights=initialisation),
+        )  # fmt: skip
+        with pytest.raises(InputError, match=rf"init_lora_weights='{initialisation}' changes the matrices"):
+            sample_losses(plain, adapted, collator)
+    gaussian = peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights="gaussian")
+    expected = sample_losses(plain, new_model(tiny_model_dir), collator)
+    found = sample_losses(plain, peft.get_peft_model(new_model(tiny_model_dir), gaussian), collator)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_what_is_frozen_stays_frozen(tiny_model_dir, plain, collator):
+    adapted = peft.get_peft_model(new_model(tiny_model_dir), peft.LoraConfig(target_modules="all-linear", r=2))
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in adapted.parameters()]
+    assert any(before)
+    sample_losses(plain.select([0, 1]), adapted, collator)
+    assert [parameter.requires_grad for parameter in adapted.parameters()] == before
+
+
+def test_a_collator_sees_the_columns_that_it_sees_in_training(tiny_model_dir, plain, collator):
+    """`remove_unused_columns` as the trainer has it: here a collator that masks the prompt by a column of its own."""
+    model = new_model(tiny_model_dir)
+    lengths = [sum(label == -100 for label in row["labels"]) for row in plain]
+    whole = plain.remove_columns("labels").add_column("prompt_length", lengths)
+
+    def masks(features):
+        rows = [dict(row) for row in features]
+        for row in rows:
+            hidden = row.pop("prompt_length", 0)
+            row.pop("id", None)
+            row["labels"] = [-100] * hidden + row["input_ids"][hidden:]
+        return collator(rows)
+
+    expected = sample_losses(plain, model, collator)
+    torch.testing.assert_close(sample_losses(whole, model, masks, remove_unused_columns=False), expected)
+    assert (sample_losses(whole, model, masks) - expected).abs().max() > 1e-2
+    found = add_sample_weights(whole, model, masks, remove_unused_columns=False)["sample_weight"][:]
+    wanted = add_sample_weights(plain, model, collator)["sample_weight"][:]
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_data_that_gives_no_weights_is_refused(tiny_model_dir, plain, collator):
     model = new_model(tiny_model_dir)
     with pytest.raises(InputError, match="column sample_weight already"):

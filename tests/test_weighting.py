@@ -203,6 +203,14 @@ def test_effective_sample_size_extremes():
     assert float(effective_sample_size(torch.full((3,), 1e-200, dtype=torch.float64))) == pytest.approx(3)
 
 
+_WEIGHT_OPTIONS = (
+    {},
+    {"normalize": "mean"},
+    {"normalize": "simplex", "temperature": 0.7},
+    {"normalize": "mean", "clip": (0.1, 0.6), "quantile": 0.3},
+)
+
+
 def _worker(rank, init, path, parts):
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=len(parts))
     taus = [float(temperature(parts[rank], quantile=q, group=dist.group.WORLD)) for q in (0.5, 0.1, 0.83)]
@@ -211,17 +219,24 @@ def _worker(rank, init, path, parts):
     bad[0] = float("nan") if rank == 0 else bad[0]
     with pytest.raises(ValueError, match="1 losses are not finite"):
         temperature(bad, group=dist.group.WORLD)
-    torch.save(taus, f"{path}/{rank}.pt")
+    world = dist.group.WORLD
+    with pytest.raises(ValueError, match="1 losses are not finite"):
+        flow_weights(bad, 1.0, group=world)
+    weights = [flow_weights(parts[rank], group=world, **options) for options in _WEIGHT_OPTIONS]
+    torch.save((taus, weights), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_temperature_across_processes(tmp_path):
+def test_temperature_and_weights_across_processes(tmp_path):
     losses = torch.tensor(heavy_tailed(101))
     parts = [losses[:1], losses[1:]]
     spawn_two(_worker, (f"file://{tmp_path}/init", str(tmp_path), parts))
     expected = [float(temperature(losses, quantile=q)) for q in (0.5, 0.1, 0.83)]
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == expected
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [taus for taus, _ in saved] == [expected] * 2
+    for number, options in enumerate(_WEIGHT_OPTIONS):
+        together = torch.cat([weights[number] for _, weights in saved])
+        torch.testing.assert_close(together, flow_weights(losses, **options), rtol=1e-6, atol=0)
     np.testing.assert_allclose(expected, [oracle.temperature(losses, q) for q in (0.5, 0.1, 0.83)], rtol=1e-12)
 
 

@@ -68,6 +68,7 @@ class CausalLM(nn.Module):
     def head(self) -> nn.Linear:
         """The linear layer that makes logits; anything else there, such as an adapter's wrapper, is an `InputError`."""
         head = self.model.get_output_embeddings()
+        head = getattr(head, "_orig_mod", head)  # of accelerate's regional compilation
         if type(head) is not nn.Linear:
             raise InputError(
                 f"{type(self.model).__name__} has a head of type {type(head).__name__}; the fused loss reads the weight "
@@ -157,9 +158,18 @@ class CausalLM(nn.Module):
 def causal_lm_of(model: nn.Module) -> CausalLM:
     """`CausalLM` of a transformers model, or of the one in peft's wrapper, its head checked; modes stay as they are."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(getattr(model, "_orig_mod", getattr(model, "module", None)), PreTrainedModel):
+        raise InputError(f"{type(model).__name__} is a wrapper; give the model itself, before it is compiled or wrapped")
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise InputError(f"{type(model).__name__} is no causal language model of transformers")
     lm = CausalLM(model)
+    if lm.head.weight.is_meta or not lm.head.weight.numel():
+        raise InputError(
+            f"the head of this {type(model).__name__} holds no numbers here: load the model whole, before its parameters "
+            "are sharded over processes (FSDP, ZeRO-3) or put on the meta device"
+        )
+    if getattr(model.config, "return_dict", True) is False:
+        raise InputError("config.return_dict is False; set it to True, and give return_dict=False to single calls")
     with evaluating(lm):
         lm.check_head()
     return lm

@@ -36,9 +36,13 @@ class KeepWeights:
 
     def __init__(self, data_collator: Callable) -> None:
         self.data_collator = data_collator
+        if hasattr(data_collator, "tokenizer"):
+            # Trainer looks for it here, to save it beside the model.
+            self.tokenizer = data_collator.tokenizer
 
     def __call__(self, features: Sequence[dict], **options):
-        weights = [row[COLUMN] for row in features if COLUMN in row]
+        # None: of rows that had no such column when data sets were joined.
+        weights = [row[COLUMN] for row in features if row.get(COLUMN) is not None]
         batch = self.data_collator([{k: v for k, v in row.items() if k != COLUMN} for row in features], **options)
         if not weights:
             return batch

@@ -17,8 +17,20 @@ from flow_finetune.models import causal_lm_of, evaluating
 from flow_finetune.progress import say, track
 
 
+# How peft may initialise adapters so that the model without them is not the pre-trained one: a part of its matrices is
+# moved into them, or rounded away.
+_MOVES_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
 def add_sample_weights(
-    dataset, model: PreTrainedModel, data_collator: Callable, *, batch_size: int = 8, backend: str = "auto", **options
+    dataset,
+    model: PreTrainedModel,
+    data_collator: Callable,
+    *,
+    batch_size: int = 8,
+    remove_unused_columns: bool = True,
+    backend: str = "auto",
+    **options,
 ):
     """The `datasets.Dataset` with a column `sample_weight`: FLOW's weight of every sample, `exp(-loss / median loss)`.
 
@@ -30,7 +42,7 @@ def add_sample_weights(
         model: the pre-trained model, before any training, on the device to score on; of one in peft's wrapper the
             adapters are off.
         data_collator: from a list of rows to a padded batch, the one that trains.
-        batch_size, backend: as in `sample_losses`.
+        batch_size, remove_unused_columns, backend: as in `sample_losses`.
         **options: `temperature`, `quantile`, `clip`, `normalize` as in `flow_kernels.flow_weights`.
 
     Raises:
@@ -42,7 +54,10 @@ def add_sample_weights(
         )
     if COLUMN in dataset.column_names:
         raise InputError(f"the data set has a column {COLUMN} already; remove it, or train with it as it is")
-    losses = sample_losses(dataset, model, data_collator, batch_size=batch_size, backend=backend)
+    losses = sample_losses(
+        dataset, model, data_collator, batch_size=batch_size, remove_unused_columns=remove_unused_columns,
+        backend=backend,
+    )  # fmt: skip
     try:
         weights = flow_kernels.flow_weights(losses, **options)
     except ValueError as error:
@@ -59,26 +74,32 @@ def sample_losses(
     data_collator: Callable,
     *,
     batch_size: int = 8,
+    remove_unused_columns: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Mean loss of every sample over its target tokens, in eval mode, without making logits.
 
-    Under a launcher every process scores all samples: it waits for no other, wherever the call stands.
+    Under a launcher every process scores all samples: it waits for no other, wherever the call stands. For large data call
+    it once, in a process of its own, and keep the data set with its column (`save_to_disk`).
 
     Args:
-        dataset: a `datasets.Dataset`, of which only the columns that the model takes are read, or a sequence of rows.
-        model: a causal language model, or peft's wrapper of one, which is scored without its adapters; put the call
-            under `torch.autocast` to score in less than its own precision.
+        dataset: a `datasets.Dataset` or a sequence of rows.
+        model: a causal language model on the device to score on (a trainer moves it there only later), or peft's wrapper
+            of one, which is scored without its adapters; put the call under `torch.autocast` to score in less than its
+            own precision.
         data_collator: from a list of rows to a batch with one row per sample and `labels`, -100 where there is no
             target. Batches are made in order.
         batch_size: samples of one forward pass.
+        remove_unused_columns: hide the columns of a `datasets.Dataset` that the model does not take from the collator, as
+            `TrainingArguments.remove_unused_columns` does; give both the same value.
         backend: as in `flow_kernels.linear_cross_entropy`.
 
     Returns:
         `[len(dataset)]` fp32 on the CPU, nats per target token.
 
     Raises:
-        InputError: a collator that packs samples into one row or makes no labels, or samples without a target.
+        InputError: a collator that packs samples into one row or makes no labels, samples without a target, or adapters
+            whose initialisation changed the model below them.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -91,11 +112,12 @@ def sample_losses(
     names = inspect.signature(lm.model.forward).parameters
     taken = [name for name in getattr(dataset, "column_names", None) or () if name in names and name != COLUMN]
     # None: the collator tokenises, and reads columns that the model does not know.
-    if taken:
+    if taken and remove_unused_columns:
         dataset = dataset.select_columns(taken)
+    if lm.head.weight.device.type == "cpu" and torch.cuda.is_available():
+        say("scoring on the CPU, where the model is; move it to a GPU first for speed")
     found = []
-    adapters_off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
-    with evaluating(lm), adapters_off, track("scoring", len(dataset), visible=True) as tracker:
+    with evaluating(lm), _without_adapters(model), track("scoring", len(dataset), visible=True) as tracker:
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = data_collator(rows)
@@ -126,3 +148,24 @@ def sample_losses(
             f"{len(without)} samples have no target token, the first are {without[:5]}; filter them out before weighting"
         )
     return loss_sum / num_targets
+
+
+@contextlib.contextmanager
+def _without_adapters(model: PreTrainedModel):
+    """The pre-trained model below peft's adapters, if there are any, while the block runs."""
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    for config in model.peft_config.values():
+        made = str(getattr(config, "init_lora_weights", None)).lower()
+        if made.startswith(_MOVES_WEIGHTS):
+            raise InputError(
+                f"init_lora_weights={made!r} changes the matrices below the adapters, so without them this is not the "
+                "pre-trained model; make the weights before get_peft_model"
+            )
+    # peft's context makes all adapters trainable on its way out.
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with model.disable_adapter():
+        yield
+    for parameter, requires_grad in trained.items():
+        parameter.requires_grad_(requires_grad)

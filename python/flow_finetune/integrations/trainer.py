@@ -34,6 +34,7 @@ def use_weighted_loss(
     model: PreTrainedModel,
     *,
     require_weights: bool = True,
+    weights_in_eval: bool = False,
     logits_in_eval: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -49,10 +50,11 @@ def use_weighted_loss(
 
     Args:
         model: a causal language model whose head is a plain `torch.nn.Linear`.
-        require_weights: whether training without `sample_weight` is an error. Evaluation never needs weights; it applies
-            those that its data set has, and the options below.
-        logits_in_eval: whether outputs in eval mode have their logits, which `compute_metrics` and `predict` need;
-            without, the trainer collects empty predictions.
+        require_weights: whether training without `sample_weight` is an error.
+        weights_in_eval: whether the loss in eval mode is weighted where its data set has weights; by default it is the
+            plain one, which compares between runs and is what early stopping and `load_best_model_at_end` should see.
+        logits_in_eval: whether outputs in eval mode have their logits, which `compute_metrics`,
+            `preprocess_logits_for_metrics` and `predict` need; without, they get the empty tuple `()`.
         label_smoothing, z_loss, grad_filter_eps, backend: as in `flow_kernels.linear_cross_entropy`.
 
     Returns:
@@ -72,8 +74,14 @@ def use_weighted_loss(
         raise InputError(f"{type(model).__name__} takes {COLUMN} already; use_weighted_loss is called once a model")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise InputError(f"this {type(model).__name__} is spread over several devices, which the loss cannot follow")
+    device = lm.head.weight.device.type
     # Now, not in the first step.
-    backends.resolve(backend, lm.head.weight.device.type, operator="linear_cross_entropy_fwd_bwd")
+    try:
+        backends.resolve(backend, device, operator="linear_cross_entropy_fwd_bwd")
+    except backends.BackendUnavailable as error:
+        if device != "cpu" or backend not in ("triton", "cuda"):
+            raise
+        raise backends.BackendUnavailable(f"{error}; the model is on the CPU, so move it to its GPU first") from error
     options = {
         "label_smoothing": label_smoothing, "z_loss": z_loss, "grad_filter_eps": grad_filter_eps, "backend": backend
     }  # fmt: skip
@@ -90,6 +98,8 @@ def use_weighted_loss(
         has_labels = labels is not None or shift_labels is not None
         needs_weights = require_weights and self.training
         _check_arrived(has_labels, sample_weight, num_items_in_batch, needs_weights)
+        if not self.training and not weights_in_eval:
+            sample_weight = None
         if not has_labels:
             return original(self, **inputs)
         _refuse_router_loss(self, inputs)
@@ -112,6 +122,9 @@ def use_weighted_loss(
     model.forward = types.MethodType(forward, model)
     # For models of which Trainer would otherwise average micro-batches, whatever their numbers of targets.
     model.accepts_loss_kwargs = True
+    # Trainer counts the targets as a shifted loss does of these only; that this one shifts has been checked.
+    if getattr(model, "loss_type", None) is None:
+        model.loss_type = "ForCausalLM"
     model.register_forward_pre_hook(_check_not_replaced)
     return wrapper
 
@@ -128,7 +141,8 @@ def _check_arrived(has_labels: bool, sample_weight, num_items_in_batch, needs_we
     if needs_weights and sample_weight is None and (has_labels or num_items_in_batch is not None):
         raise InputError(
             f"no {COLUMN} reached the model: the data set needs that column (add_sample_weights makes it), the collator "
-            "must keep it, and the trainer must not remove it (remove_unused_columns, or a list of columns of its own); for "
+            "must keep it, and neither a transform nor the trainer may take it away (remove_unused_columns, or a list of "
+            "columns of its own); rows without a weight of their own need one, such as 1.0; for "
             "plain fine-tuning call use_weighted_loss(model, require_weights=False)"
         )
     if sample_weight is not None and not has_labels:
@@ -148,7 +162,8 @@ def _check_not_replaced(model: torch.nn.Module, _) -> None:
     if model.training and COLUMN not in inspect.signature(model.forward).parameters:
         raise InputError(
             f"the forward of {type(model).__name__} was replaced after use_weighted_loss, and the weights would be lost; "
-            "leave use_liger_kernel and other patches of the loss away"
+            "leave patches of the loss away, or of use_liger_kernel its loss: liger_kernel_config="
+            '{"fused_linear_cross_entropy": False, "cross_entropy": False}'
         )
 
 
