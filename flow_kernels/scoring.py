@@ -140,7 +140,9 @@ def linear_score_samples(
 
 def _no_entropy(options: dict) -> None:
     if options.get("return_entropy"):
-        raise TypeError("return_entropy is an option of score_tokens and linear_score_tokens; sum its entropy by sample")
+        raise TypeError(
+            "return_entropy is an option of score_tokens and linear_score_tokens; sum its entropy by sample"
+        )
 
 
 def _by_sample(flat: Tensor, target: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -125,7 +125,9 @@ def compiled_kernels():
     if cpu.why_not() is not None:
         return []
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return [pytest.param(dtype, name, id=f"{str(dtype)[6:]}-{name}") for dtype in dtypes for name in cpu.kernel_names(dtype)]
+    return [
+        pytest.param(dtype, name, id=f"{str(dtype)[6:]}-{name}") for dtype in dtypes for name in cpu.kernel_names(dtype)
+    ]
 
 
 @pytest.mark.parametrize(("dtype", "kernels"), compiled_kernels())

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from flow_finetune.config import RunConfig, from_mapping, read_yaml
 
@@ -36,6 +37,7 @@ def test_replacing_the_loss_trains():
     assert 0 < last < 0.2 * first
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="Trainer would take DataParallel, which is refused")
 @pytest.mark.usefixtures("one_thread")
 def test_trainer_trains_with_the_weighted_loss():
     first, last = _load("trainer").main()

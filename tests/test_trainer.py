@@ -353,7 +353,7 @@ def test_bad_models_are_refused(tiny_model_dir):
         use_weighted_loss(model)
     with pytest.raises(InputError, match="no causal language model"):
         use_weighted_loss(torch.nn.Linear(2, 2))
-    with pytest.raises(BackendUnavailable, match="'cuda' cannot serve tensors on cpu.*to its GPU first"):
+    with pytest.raises(BackendUnavailable, match=r"'cuda' cannot serve tensors on cpu.*to its GPU first"):
         use_weighted_loss(new_model(tiny_model_dir), backend="cuda")
     with pytest.raises(InputError, match="merge or remove the adapter"):
         use_weighted_loss(get_peft_model(new_model(tiny_model_dir), LoraConfig(target_modules=["lm_head"])))

@@ -159,7 +159,9 @@ def causal_lm_of(model: nn.Module) -> CausalLM:
     """`CausalLM` of a transformers model, or of the one in peft's wrapper, its head checked; modes stay as they are."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(getattr(model, "_orig_mod", getattr(model, "module", None)), PreTrainedModel):
-        raise InputError(f"{type(model).__name__} is a wrapper; give the model itself, before it is compiled or wrapped")
+        raise InputError(
+            f"{type(model).__name__} is a wrapper; give the model itself, before it is compiled or wrapped"
+        )
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise InputError(f"{type(model).__name__} is no causal language model of transformers")
     lm = CausalLM(model)

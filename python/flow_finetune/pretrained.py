@@ -60,7 +60,7 @@ class PretrainedCopy:
                 for view, piece in zip(self._views(parts), self._flat_pieces(start, parts), strict=True):
                     piece.copy_(view)
             # sum (theta0 - copy)^2, 0 where the copy is exact.
-            self.rounding = sum(float(square) for square in self._square_sums())
+            self.rounding = self._square_sum()
 
     @torch.no_grad()
     def add_penalty(self, kind: str, strength: float) -> Tensor:
@@ -101,12 +101,16 @@ class PretrainedCopy:
         Where the copy is rounded, the rounding's own square sum is taken off: it has nothing to do with the direction
         in which the weights moved, so the squares of the two add.
         """
-        return math.sqrt(max(sum(float(square) for square in self._square_sums()) - self.rounding, 0.0))
+        return math.sqrt(max(self._square_sum() - self.rounding, 0.0))
 
-    def _square_sums(self) -> Iterator[Tensor]:
-        for start, parts in self._buckets:
-            # fp32 within a bucket, as some devices have no fp64; the buckets are added in fp64.
-            yield torch.stack([difference.square().sum() for difference in self._differences(start, parts)]).sum()
+    def _square_sum(self) -> float:
+        """Of all differences: fp32 within a bucket, as some devices have no fp64, and fp64 over the buckets."""
+        sums = [
+            torch.stack([difference.square().sum() for difference in self._differences(start, parts)]).sum()
+            for start, parts in self._buckets
+        ]
+        # Looked at together: each look waits for an accelerator.
+        return float(torch.stack(sums).cpu().double().sum()) if sums else 0.0
 
     def _differences(self, start: int, parts: list[tuple[int, int, int]]) -> list[Tensor]:
         """`theta - theta0` of a bucket in fp32 (fp64 for fp64 parameters), new tensors."""
@@ -159,6 +163,17 @@ def averaging_steps(num_steps: int, every: float | None) -> set[int]:
     count = math.floor(1 / every + 1e-9)
     # A share like 0.1 is a little more than a tenth; 1e-9 keeps 0.1 * 30 from becoming step 4.
     return {max(1, math.ceil(k * every * num_steps - 1e-9)) for k in range(1, count + 1)}
+
+
+def distance_steps(num_steps: int, device: torch.device) -> set[int]:
+    """The steps whose log lines have the distance: all on a CPU, else 20 of them, the last among them.
+
+    The copy is in the CPU's memory (a second one on an accelerator would be as large as the model), from where it goes
+    over the bus for every distance.
+    """
+    if device.type == "cpu":
+        return set(range(1, num_steps + 1))
+    return {math.ceil(k * num_steps / 20) for k in range(1, 21)}
 
 
 def _buckets(lengths: list[int]) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:

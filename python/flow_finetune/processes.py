@@ -23,10 +23,19 @@ def make_accelerator(device: torch.device) -> Accelerator:
     if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         torch.cuda.set_device(device)  # accelerate takes the current one
     # Given here, because its environment would otherwise divide the loss, scale it, or change the precision, in silence.
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )  # fmt: skip
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"accelerate cannot be set up for {device.type}: {error}") from error
+    if accelerator.device.type != device.type:
+        # Its settings are the whole process's: a training on another device before, or ACCELERATE_USE_CPU.
+        raise InputError(
+            f"accelerate is set to {accelerator.device.type} in this process, and the model is on {device.type}; unset "
+            "ACCELERATE_USE_CPU (accelerate launch --cpu), or give --device, or start a new process"
+        )
     kind = accelerator.distributed_type
     if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
         raise InputError(f"accelerate is set to {kind.value}; several processes work with plain data parallelism here")

@@ -26,7 +26,7 @@ from flow_finetune.errors import DivergedError
 from flow_finetune.methods import Weights, make_weights, needs_scores, temperature_of
 from flow_finetune.models import CausalLM, autocast, save_model
 from flow_finetune.online import FrozenModel, OnlineWeights
-from flow_finetune.pretrained import averaging_steps, make_copy
+from flow_finetune.pretrained import averaging_steps, distance_steps, make_copy
 from flow_finetune.processes import make_accelerator
 from flow_finetune.progress import say, track
 from flow_finetune.scores import read_scores, scoring_fingerprints
@@ -80,10 +80,10 @@ class Meter:
         return self.seconds + time.perf_counter() - self._started
 
     def state_dict(self) -> dict:
-        """What a continued run adds to."""
+        """What a continued run adds to; on the CPU, as other processes may get it, who have GPUs of their own."""
         return {
-            "seconds": self.elapsed(), "tokens": self.tokens, "loss_sum": torch.as_tensor(self.loss_sum),
-            "weighted_sum": torch.as_tensor(self.weighted_sum), "num_targets": self.num_targets,
+            "seconds": self.elapsed(), "tokens": self.tokens, "loss_sum": torch.as_tensor(self.loss_sum).cpu(),
+            "weighted_sum": torch.as_tensor(self.weighted_sum).cpu(), "num_targets": self.num_targets,
             "num_weighted": self.num_weighted, "weights": self.weights,
         }  # fmt: skip
 
@@ -220,6 +220,7 @@ def _optimise(lm, samples, weights, directory, accelerator, method, config, mode
         weights = OnlineWeights(method, frozen, accelerator, temperature)
     steps = step_plan(len(samples.samples), config)
     averaged = averaging_steps(len(steps), method.average_every)
+    measured = distance_steps(len(steps), device)
     optimizer = make_optimizer(lm, config, method.learning_rate or config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * len(steps)), len(steps))
     meter = Meter()
@@ -247,7 +248,8 @@ def _optimise(lm, samples, weights, directory, accelerator, method, config, mode
             if step in averaged:
                 pretrained.average(method.average_share)
             if step % config.log_every == 0 or step == len(steps):
-                last = _log_line(step, len(steps), config, meter, accelerator, distance, extra)
+                moved = distance if step in measured else None
+                last = _log_line(step, len(steps), config, meter, accelerator, moved, extra)
                 if accelerator.is_main_process:
                     directory.log(last)
                 meter.reset()
@@ -305,10 +307,9 @@ def num_weighted_targets(weight: Tensor, num_targets: list[int]) -> int:
 
 def _log_line(step, num_steps, config, meter: Meter, accelerator, distance, extra: dict) -> dict:
     # fp32 counts whole numbers exactly up to 16 million, far above the tokens between two log lines.
-    sums = torch.stack(
-        [torch.as_tensor(s, dtype=torch.float32) for s in (meter.loss_sum, meter.weighted_sum, meter.num_weighted)]
-    )
-    loss_sum, weighted_sum, num_weighted = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+    sums = [meter.loss_sum, meter.weighted_sum, meter.num_weighted]
+    sums = torch.stack([torch.as_tensor(s, dtype=torch.float32, device=accelerator.device) for s in sums])
+    loss_sum, weighted_sum, num_weighted = accelerator.reduce(sums, "sum").tolist()
     loss, weighted_loss = loss_sum / max(num_weighted, 1), weighted_sum / meter.num_targets
     if not (math.isfinite(loss) and math.isfinite(weighted_loss)):
         raise DivergedError(

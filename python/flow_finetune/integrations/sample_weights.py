@@ -16,7 +16,6 @@ from flow_finetune.integrations.trainer import COLUMN
 from flow_finetune.models import causal_lm_of, evaluating
 from flow_finetune.progress import say, track
 
-
 # How peft may initialise adapters so that the model without them is not the pre-trained one: a part of its matrices is
 # moved into them, or rounded away.
 _MOVES_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")

@@ -21,7 +21,7 @@ from transformers import get_cosine_schedule_with_warmup
 import flow_kernels
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import DivergedError, InputError
-from flow_finetune.pretrained import averaging_steps, make_copy
+from flow_finetune.pretrained import averaging_steps, distance_steps, make_copy
 from flow_finetune.progress import track
 from flow_finetune.vision.config import ImageTrainConfig
 from flow_finetune.vision.models import ImageClassifier
@@ -174,6 +174,7 @@ def fine_tune(
     parameters = [p for p in classifier.parameters() if p.requires_grad]
     copy = make_copy(method, parameters, track_distance=config.track_distance, folder=folder)
     averages = averaging_steps(len(steps), method.average_every)
+    measured = distance_steps(len(steps), device)
     # Statistics go with the filters, as in WiSE-FT: averaged filters under the others' statistics are another network.
     statistics = [b for norm in classifier.batch_norms().values() for b in norm.buffers() if b.is_floating_point()]
     before = [buffer.clone() for buffer in statistics] if averages else []
@@ -200,7 +201,7 @@ def fine_tune(
                 line = {
                     "step": step, "epoch": step / len(steps) * config.epochs, **interval.line(step),
                     "grad_norm": float(grad_norm), "learning_rate": learning_rate,
-                    "distance": copy.distance() if copy is not None else None,
+                    "distance": copy.distance() if copy is not None and step in measured else None,
                 }  # fmt: skip
                 log(line)
                 interval = _Interval()
