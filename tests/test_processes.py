@@ -24,6 +24,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tiny_model_dir):
@@ -86,7 +88,9 @@ def test_settings_of_accelerate_change_nothing(root, monkeypatch):
 
 def test_other_ways_of_accelerate_are_refused(monkeypatch):
     kind = DistributedType.DEEPSPEED
-    monkeypatch.setattr(processes_module, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind))
+    monkeypatch.setattr(
+        processes_module, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind, device=CPU)
+    )
     with pytest.raises(InputError, match="accelerate is set to DEEPSPEED"):
         make_accelerator(torch.device("cpu"))
 
@@ -97,7 +101,9 @@ def test_each_process_has_its_own_gpu_and_one_process_the_one_named(monkeypatch)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(
-        processes_module, "Accelerator", lambda **options: SimpleNamespace(distributed_type=DistributedType.NO)
+        processes_module,
+        "Accelerator",
+        lambda **options: SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("cuda", 1)),
     )
     make_accelerator(torch.device("cuda:1"))
     monkeypatch.setenv("WORLD_SIZE", "2")

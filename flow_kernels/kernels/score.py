@@ -4,6 +4,8 @@ As `cross_entropy_fwd_kernel` it reads each logit once; beside the running sum o
 of e (z - max), one fused operation and one maximum more a logit:
 
     entropy = log_sum - (sum_j e_j (z_j - max)) / (sum_j e_j)
+
+In 16 bits that is 9 instructions a logit where `cross_entropy_fwd_kernel` has 7 (benchmarks/results/gpu_static.md).
 """
 
 from __future__ import annotations

@@ -30,15 +30,15 @@ def make_accelerator(device: torch.device) -> Accelerator:
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"accelerate cannot be set up for {device.type}: {error}") from error
+    kind = accelerator.distributed_type
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise InputError(f"accelerate is set to {kind.value}; several processes work with plain data parallelism here")
     if accelerator.device.type != device.type:
         # Its settings are the whole process's: a training on another device before, or ACCELERATE_USE_CPU.
         raise InputError(
             f"accelerate is set to {accelerator.device.type} in this process, and the model is on {device.type}; unset "
             "ACCELERATE_USE_CPU (accelerate launch --cpu), or give --device, or start a new process"
         )
-    kind = accelerator.distributed_type
-    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
-        raise InputError(f"accelerate is set to {kind.value}; several processes work with plain data parallelism here")
     return accelerator
 
 
