@@ -83,7 +83,7 @@ def test_what_cannot_be_served_is_named(tiny_model_dir, weighted):
 
     refused(torch.compile(new_model(tiny_model_dir), backend="eager"), "OptimizedModule is a wrapper; give the model")
     refused(torch.nn.DataParallel(new_model(tiny_model_dir)), "DataParallel is a wrapper; give the model")
-    refused(new_model(tiny_model_dir).to("meta"), "holds no numbers here")
+    refused(new_model(tiny_model_dir).to("meta"), "is not whole here")
     sharded = new_model(tiny_model_dir)
     sharded.lm_head.weight = torch.nn.Parameter(torch.empty(0))
     refused(sharded, "before its parameters are sharded")

@@ -165,10 +165,11 @@ def causal_lm_of(model: nn.Module) -> CausalLM:
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise InputError(f"{type(model).__name__} is no causal language model of transformers")
     lm = CausalLM(model)
-    if lm.head.weight.is_meta or not lm.head.weight.numel():
+    weight = lm.head.weight
+    if weight.is_meta or not weight.numel() or type(weight.data).__name__ == "DTensor":
         raise InputError(
-            f"the head of this {type(model).__name__} holds no numbers here: load the model whole, before its parameters "
-            "are sharded over processes (FSDP, ZeRO-3) or put on the meta device"
+            f"the head of this {type(model).__name__} is not whole here: give the model before its parameters are sharded "
+            "over processes (FSDP, ZeRO-3) or put on the meta device"
         )
     if getattr(model.config, "return_dict", True) is False:
         raise InputError("config.return_dict is False; set it to True, and give return_dict=False to single calls")
