@@ -64,6 +64,7 @@ def main(backend: str) -> None:
         kernels.linear_cross_entropy_score(hidden, head, target, bias, -100, 0.0, 2)
         kernels.linear_cross_entropy_bwd(weights, hidden, head, target, weights, bias, None, *numbers, *needs)
         kernels.linear_cross_entropy_fwd_bwd(hidden, head, target, weights, bias, None, *numbers, *needs)
+    kernels.scale_(torch.ones(5000).bfloat16(), torch.tensor(0.5))
     kernels.flow_weights(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.int64), torch.tensor(0.7), None, -100, "mean")
     print("\n".join(compiled))
 

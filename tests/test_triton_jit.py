@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 SCRIPT = Path(__file__).parent / "launch_without_gpu.py"
 KERNELS = {
     "cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel", "cross_entropy_fwd_bwd_kernel", "cross_entropy_walk_kernel",
-    "flow_weights_kernel",
+    "cross_entropy_score_kernel", "flow_weights_kernel", "scale_kernel",
 }  # fmt: skip
 
 

@@ -26,8 +26,9 @@ may hit L2, but the rows in flight are near its size, so no gain is counted. Und
 small part: on H100 three products of 2 D flops a logit take 4.7 us a row of V = 151936 with D = 4096 at 800 TFLOP/s, the
 row kernel 0.3 us.
 
-A training call with "mean" or "sum" moves the gradient once more than that, 4 V bytes in bf16: its backward pass
-multiplies it in place by the upstream gradient, whose value the host does not look at.
+A training call with "mean" or "sum" multiplies the gradient by the upstream gradient in its backward pass. Where that is 1
+(`loss.backward()`) the kernel sees it and moves nothing; any other factor (a loss that is multiplied afterwards) moves the
+gradient once more, 4 V bytes in bf16, and so do backward passes that torch.compile has traced.
 
 Nothing here has been timed on a GPU; these are floors on paper.
 """
@@ -39,6 +40,7 @@ from flow_kernels.kernels.linear_cross_entropy import (
     linear_cross_entropy_fwd,
     linear_cross_entropy_fwd_bwd,
 )
+from flow_kernels.kernels.scale import scale_ as scale_  # not an operator: a part of the backward pass
 from flow_kernels.kernels.score import cross_entropy_score, linear_cross_entropy_score
 
 __all__ = [
