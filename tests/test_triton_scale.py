@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton", reason="no Triton for this platform")
 from test_triton_kernels import DEVICE
 
+import flow_kernels
 from flow_kernels import kernels
 from flow_kernels.kernels import scale
 
