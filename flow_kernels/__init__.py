@@ -5,6 +5,7 @@ from flow_kernels.losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_
 from flow_kernels.scoring import (
     SampleScores,
     SampleWeights,
+    TokenEntropies,
     TokenScores,
     linear_score_samples,
     linear_score_tokens,
@@ -23,6 +24,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "SampleScores",
     "SampleWeights",
+    "TokenEntropies",
     "TokenScores",
     "cross_entropy",
     "effective_sample_size",

@@ -34,7 +34,14 @@ class TokenScores(NamedTuple):
 
     loss: Tensor  # fp32, nats: minus the log-probability of the target
     correct: Tensor  # bool: the target has the highest logit
-    entropy: Tensor | None = None  # fp32, nats, of the predicted distribution; where `return_entropy` asks for it
+
+
+class TokenEntropies(NamedTuple):
+    """`TokenScores` with the entropy of each prediction, which `return_entropy=True` asks for."""
+
+    loss: Tensor
+    correct: Tensor
+    entropy: Tensor  # fp32, nats
 
 
 @torch.no_grad()
@@ -48,7 +55,7 @@ def score_tokens(
     shift: bool = False,
     return_entropy: bool = False,
     backend: str = "auto",
-) -> TokenScores:
+) -> TokenScores | TokenEntropies:
     """Loss and correctness of every row of `input [..., V]`, and with `return_entropy` the entropy of what it predicts.
 
         log_p = F.log_softmax(input.float(), -1)
@@ -69,8 +76,9 @@ def score_tokens(
     return _in_shape(rows, loss, correct)
 
 
-def _in_shape(rows: Rows, *scores: Tensor) -> TokenScores:
-    return TokenScores(*(values.reshape(rows.shape) for values in scores))
+def _in_shape(rows: Rows, *scores: Tensor) -> TokenScores | TokenEntropies:
+    kind = TokenScores if len(scores) == 2 else TokenEntropies
+    return kind(*(values.reshape(rows.shape) for values in scores))
 
 
 @torch.no_grad()
@@ -87,7 +95,7 @@ def linear_score_tokens(
     chunk_size: int | None = None,
     return_entropy: bool = False,
     backend: str = "auto",
-) -> TokenScores:
+) -> TokenScores | TokenEntropies:
     """`score_tokens` of a linear head, without ever holding the logits; the arguments are those of `linear_cross_entropy`."""
     input, linear_weight, linear_bias = cast_for_autocast(input, linear_weight, linear_bias)
     rows = flatten(input, target, cu_seqlens, ignore_index, shift)

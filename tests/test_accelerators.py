@@ -7,7 +7,7 @@ import torch
 from flow_finetune import processes
 from flow_finetune.config import TrainConfig
 from flow_finetune.errors import InputError
-from flow_finetune.pretrained import distance_steps
+from flow_finetune.pretrained import PretrainedCopy, distance_steps
 from flow_finetune.train import Meter, _log_line
 
 
@@ -30,22 +30,29 @@ def test_the_sums_of_a_log_line_are_put_together_on_the_device():
     assert (line["distance"], line["grad_norm"], line["epoch"]) == (0.25, 2.0, 1.0)
 
 
-def test_a_checkpoint_holds_sums_that_every_process_can_read():
+def test_a_checkpoint_holds_sums_that_every_process_can_read(monkeypatch):
     meter = Meter()
-    meter.loss_sum = torch.tensor(3.0).requires_grad_().detach()
-    assert meter.state_dict()["loss_sum"].device.type == "cpu"
+    meter.loss_sum = torch.zeros((), device="meta")
+    fetched = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: fetched.append(tensor.device.type) or torch.tensor(3.0))
+    state = meter.state_dict()
+    assert fetched == ["meta", "cpu"]
     continued = Meter()
-    continued.load_state_dict(meter.state_dict())
+    continued.load_state_dict(state)
     assert float(continued.loss_sum) == 3.0
 
 
-@pytest.mark.parametrize("num_steps", [1, 7, 20, 64, 1000])
-def test_the_distance_is_measured_often_where_it_is_cheap(num_steps):
-    assert distance_steps(num_steps, torch.device("cpu")) == set(range(1, num_steps + 1))
-    elsewhere = distance_steps(num_steps, torch.device("cuda", 1))
-    assert len(elsewhere) == min(num_steps, 20)
+@pytest.mark.parametrize("log_every", [1, 5, 30])
+@pytest.mark.parametrize("num_steps", [1, 7, 20, 64, 1010])
+def test_the_distance_is_measured_often_where_it_is_cheap(num_steps, log_every):
+    logged = {step for step in range(1, num_steps + 1) if step % log_every == 0} | {num_steps}
+    copy = PretrainedCopy([torch.nn.Parameter(torch.zeros(3))], dtype=torch.float32, device="cpu")
+    assert distance_steps(num_steps, log_every, copy, torch.device("cpu")) == logged
+    assert distance_steps(num_steps, log_every, None, torch.device("cuda", 1)) == logged
+    elsewhere = distance_steps(num_steps, log_every, copy, torch.device("cuda", 1))
+    assert elsewhere <= logged
+    assert len(elsewhere) == min(len(logged), 20)
     assert num_steps in elsewhere
-    assert min(elsewhere) >= 1
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_the_other_scores_stay(score):
     logits, target = oracle.batch(40, 131, scale=3.0)
     target[::7] = logits[::7].argmax(1)
     scores, plain = score(logits, target), score(logits, target, return_entropy=False)
-    assert plain.entropy is None
+    assert len(plain) == 2
     assert torch.equal(scores.correct, plain.correct)
     assert scores.correct.any()
     torch.testing.assert_close(scores.loss, plain.loss, rtol=1e-6, atol=1e-7)
@@ -147,6 +147,23 @@ def test_compiled_kernels(dtype, kernels, num_rows, dim, num_classes):
         return
     _, _, entropy = cpu.cross_entropy_score(given, target, -100, 2.0, kernels=kernels)
     torch.testing.assert_close(entropy.double(), oracle.entropies(given, target, softcap=2.0), rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), compiled_kernels())
+@pytest.mark.parametrize("mask", [None, "lowest", -1e38, -1e20])
+def test_compiled_kernels_over_several_tiles_of_a_stretch(dtype, kernels, mask):
+    """More than 64 tiles, so that a thread carries a row's sums from tile to tile: upwards, and from a finite mask on."""
+    num_classes, masked = 49152, 25000
+    generator = torch.Generator().manual_seed(3)
+    hidden, head = torch.ones(2, 8, dtype=dtype), torch.zeros(num_classes, 8, dtype=dtype)
+    bias = torch.linspace(0, 40, num_classes) + torch.randn(num_classes, generator=generator)
+    if mask is not None:
+        bias[:masked] = torch.finfo(torch.float32).min if mask == "lowest" else mask
+    bias, target = bias if dtype == torch.float16 else bias.to(dtype), torch.tensor([masked, num_classes - 1])
+    loss, _, entropy = cpu.linear_cross_entropy_score(hidden, head, target, bias, -100, 0.0, 0, kernels=kernels)
+    logits = bias.double().expand(2, -1)
+    oracle.assert_close(loss, F.cross_entropy(logits, target, reduction="none"))
+    torch.testing.assert_close(entropy.double(), oracle.entropies(logits, target), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -172,7 +172,8 @@ static inline float add_to_stats(float* z, int64_t n, int64_t t, const float* cl
     const Sums sums = sums_for_entropy(z, padded, shift);
     sum = sums.sum;
     const float moved = stats.max == -INFINITY ? 0.0f : stats.sum * (stats.max - base);
-    stats.product = (stats.product + moved) * before + sums.product;
+    // Where nothing is left of it, `moved` may be infinite: of a tile that is all one finite mask.
+    stats.product = (before == 0.0f ? 0.0f : (stats.product + moved) * before) + sums.product;
   } else {
     sum = sum_of_exponentials(z, padded, shift, kept, kept_bytes);
   }

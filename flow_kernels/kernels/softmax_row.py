@@ -19,8 +19,10 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Start of a running maximum: finite, so that (-inf) - LOWEST is not NaN, and LOWEST * LOG2E is still finite.
-LOWEST = tl.constexpr(-1.7e38)
+# Start of a running maximum: finite, so that (-inf) - LOWEST is not NaN, and not lower, because where a whole block holds
+# one finite mask the exponent z LOG2E + shift is the rounding error of the shift, below 64 at this size. What lies below,
+# a mask of -1e10 or -1e30, counts as 0.
+LOWEST = tl.constexpr(-1.0e9)
 
 
 @triton.jit

@@ -165,15 +165,16 @@ def averaging_steps(num_steps: int, every: float | None) -> set[int]:
     return {max(1, math.ceil(k * every * num_steps - 1e-9)) for k in range(1, count + 1)}
 
 
-def distance_steps(num_steps: int, device: torch.device) -> set[int]:
-    """The steps whose log lines have the distance: all on a CPU, else 20 of them, the last among them.
+def distance_steps(num_steps: int, log_every: int, copy: PretrainedCopy | None, device: torch.device) -> set[int]:
+    """The steps whose log lines have the distance: all, or where the copy is not on the `device` 20, with the last.
 
-    The copy is in the CPU's memory (a second one on an accelerator would be as large as the model), from where it goes
-    over the bus for every distance.
+    The copy that serves the distance alone is in the CPU's memory (a second one on an accelerator would be as large as the
+    model), from where it goes over the bus every time.
     """
-    if device.type == "cpu":
-        return set(range(1, num_steps + 1))
-    return {math.ceil(k * num_steps / 20) for k in range(1, 21)}
+    logged = [step for step in range(1, num_steps + 1) if step % log_every == 0 or step == num_steps]
+    if copy is None or copy.flat.device.type == device.type or not logged:
+        return set(logged)
+    return {logged[math.ceil(k * len(logged) / 20) - 1] for k in range(1, 21)}
 
 
 def _buckets(lengths: list[int]) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:

@@ -220,7 +220,7 @@ def _optimise(lm, samples, weights, directory, accelerator, method, config, mode
         weights = OnlineWeights(method, frozen, accelerator, temperature)
     steps = step_plan(len(samples.samples), config)
     averaged = averaging_steps(len(steps), method.average_every)
-    measured = distance_steps(len(steps), device)
+    measured = distance_steps(len(steps), config.log_every, pretrained, device)
     optimizer = make_optimizer(lm, config, method.learning_rate or config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * len(steps)), len(steps))
     meter = Meter()

@@ -164,7 +164,9 @@ def _without_adapters(model: PreTrainedModel):
             )
     # peft's context makes all adapters trainable on its way out.
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with model.disable_adapter():
-        yield
-    for parameter, requires_grad in trained.items():
-        parameter.requires_grad_(requires_grad)
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)

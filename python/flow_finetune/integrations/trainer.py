@@ -51,8 +51,8 @@ def use_weighted_loss(
     Args:
         model: a causal language model whose head is a plain `torch.nn.Linear`.
         require_weights: whether training without `sample_weight` is an error.
-        weights_in_eval: whether the loss in eval mode is weighted where its data set has weights; by default it is the
-            plain one, which compares between runs and is what early stopping and `load_best_model_at_end` should see.
+        weights_in_eval: whether the loss of an evaluation (eval mode, and no gradients recorded) is weighted where its
+            data set has weights; by default it is the plain one, which compares between runs and is what early stopping and `load_best_model_at_end` should see.
         logits_in_eval: whether outputs in eval mode have their logits, which `compute_metrics`,
             `preprocess_logits_for_metrics` and `predict` need; without, they get the empty tuple `()`.
         label_smoothing, z_loss, grad_filter_eps, backend: as in `flow_kernels.linear_cross_entropy`.
@@ -98,7 +98,7 @@ def use_weighted_loss(
         has_labels = labels is not None or shift_labels is not None
         needs_weights = require_weights and self.training
         _check_arrived(has_labels, sample_weight, num_items_in_batch, needs_weights)
-        if not self.training and not weights_in_eval:
+        if not self.training and not torch.is_grad_enabled() and not weights_in_eval:
             sample_weight = None
         if not has_labels:
             return original(self, **inputs)

@@ -62,7 +62,8 @@ class WeightedSFTTrainer(SFTTrainer):
             raise InputError(f"the data set has its {COLUMN}, so weight_options would change nothing; leave them away")
         self.data_collator = KeepWeights(self.data_collator)
         use_weighted_loss(self.model, **(loss_options or {}))
-        self.model_accepts_loss_kwargs = True
+        # What Trainer has found of the model before it had this loss.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -174,7 +174,7 @@ def fine_tune(
     parameters = [p for p in classifier.parameters() if p.requires_grad]
     copy = make_copy(method, parameters, track_distance=config.track_distance, folder=folder)
     averages = averaging_steps(len(steps), method.average_every)
-    measured = distance_steps(len(steps), device)
+    measured = distance_steps(len(steps), config.log_every, copy, device)
     # Statistics go with the filters, as in WiSE-FT: averaged filters under the others' statistics are another network.
     statistics = [b for norm in classifier.batch_norms().values() for b in norm.buffers() if b.is_floating_point()]
     before = [buffer.clone() for buffer in statistics] if averages else []
