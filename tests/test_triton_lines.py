@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_entropy
 import test_triton_kernels as checks
+import test_triton_scale
 import torch
 
-from flow_kernels.kernels import configs, cross_entropy, linear_cross_entropy, softmax_row
+from flow_kernels.kernels import configs, cross_entropy, linear_cross_entropy, scale, score, softmax_row
 
 pytestmark = [
     checks.pytestmark,
@@ -30,7 +32,7 @@ def _executable_lines(path: Path) -> set[int]:
 
 def test_every_line_of_kernels_and_launchers_is_executed():
     """Runs the tests of `checks` under a line tracer; only what needs a GPU's properties is left out."""
-    modules = (softmax_row, cross_entropy, linear_cross_entropy, checks.weighting, configs)
+    modules = (softmax_row, cross_entropy, linear_cross_entropy, score, scale, checks.weighting, configs)
     paths = {module.__file__: Path(module.__file__) for module in modules}
     seen = {path: set() for path in paths}
 
@@ -60,6 +62,9 @@ def test_every_line_of_kernels_and_launchers_is_executed():
             checks.test_flow_weights_of_unequal_lengths_and_of_nothing()
             checks.test_flow_weights("simplex")
             checks.test_few_rows(0)
+            test_entropy.test_confident_rows_keep_their_precision("triton")
+            test_entropy.test_linear_head("triton", 3)
+            test_triton_scale.test_nothing_and_any_shape()
             checks.test_products_are_added_in_fp32_where_torch_can(monkeypatch)
             checks.test_a_grid_too_long_names_the_limit_and_the_backend(monkeypatch)
             checks.test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch)
