@@ -17,7 +17,7 @@ from flow_finetune.evaluation_files import exponential, metric_record
 from flow_finetune.markdown import marked_text, table_lines, value_text
 from flow_finetune.methods import needs_scores
 from flow_finetune.plots import plot_tradeoff
-from flow_finetune.results import Metric, Run, cell, compare, load_runs, shown_metrics, verdict
+from flow_finetune.results import Metric, Run, cell, compare, items_text, load_runs, shown_metrics, verdict
 from flow_finetune.statistics import Difference, Items
 from flow_finetune.storage import atomic_path
 from records import Records
@@ -151,7 +151,7 @@ def _protocol(results: Results, command: str) -> list[str]:
     lines += ["", "on", "", *(f"- {m}" for m in sorted({record["machine"] for record in results.records.values()})), ""]
     lines += [f"- {_words(name, setup[name])}" for name in ("model", "data") if name in setup]
     lines += _train_settings(results)
-    listed = ", ".join(f"{n} {t['num_items']:,}" for n, t in results.shown_runs()[0].tasks.items())
+    listed = ", ".join(f"{n} {items_text(t)}" for n, t in results.shown_runs()[0].tasks.items())
     lines.append(f"- items evaluated: {listed}")
     commits = {key: record.get("commit", "not recorded") for key, record in results.records.items()}
     lines += [f"- commit {made}: {_cells(commits, made)}" for made in sorted(set(commits.values()))]

@@ -166,7 +166,8 @@ def test_generated_texts(tiny):
     from lm_eval.api.instance import Instance
 
     lm, tokenizer = tiny
-    kinds = ({"until": ["the", "\n\n"], "max_gen_toks": 12}, {"until": "a", "max_gen_toks": 20})
+    kinds = ({"until": ["the", "\n\n"], "max_gen_toks": 12}, {"until": "a", "max_gen_toks": 20},
+             {"until": [], "max_new_tokens": 7})  # fmt: skip
     requests = [
         Instance("generate_until", {}, (f"Question: {row['question']}", dict(kind)), 0) for row in QA for kind in kinds
     ]

@@ -311,3 +311,27 @@ def test_load_runs_reads_everything(runs):
     np.testing.assert_array_equal(
         loaded[2].items["wiki", "nats_per_token"].value, runs[1]["flow"]["wiki", "nats_per_token"].value
     )
+
+
+def test_metrics_of_fewer_items_say_so(page):
+    """20 of the 40 sums were answered: that is what their exact match is of, and 2 of them the hardest."""
+    text = " ".join(page.read_text().split())
+    assert "sums (40, 20 of them for exact_match)" in text
+    assert "the same for every run (4 of loss, 2 of exact match)" in text
+
+
+def test_the_panel_of_image_accuracies_is_of_images(runs):
+    from flow_finetune import plots
+    from flow_finetune.results import Metric
+
+    def metric(task, name, role, kind):
+        return Metric(task, name, role, f"{task} {name} (%)", True, kind)
+
+    language = [
+        metric("arc", "accuracy", "target", "multiple_choice"),
+        metric("code", "accuracy", "retained", "completion"),
+    ]
+    images = [metric(t, "accuracy", r, "classification") for t, r in (("cifar10", "target"), ("imagenet", "retained"))]
+    assert plots.panels_of(language) == []
+    assert [(x.task, y.task) for x, y in plots.panels_of(images)] == [("cifar10", "imagenet")]
+    assert [(x.task, y.task) for x, y in plots.panels_of([*language, *images])] == [("cifar10", "imagenet")]

@@ -1,5 +1,6 @@
 """Few-shot prompts are the harness's, letter by letter; their metrics are those of a plain loop; bad shots are named."""
 
+import contextlib
 import copy
 import json
 import re
@@ -12,7 +13,7 @@ from flow_finetune import generate, tasks
 from flow_finetune.config import TaskConfig
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
-from flow_finetune.shots import stop_texts
+from flow_finetune.shots import _check_leaks, stop_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,3 +184,27 @@ def test_bad_shots_of_questions(tiny, paths, tmp_path):
     config = TaskConfig("multiple_choice", paths["letters"], num_shots=2, shots_source=paths["dev"], max_length=60)
     with pytest.raises(InputError, match="raise it or ask for fewer shots"):
         run(tiny, [config], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("shot", "item", "is_same"),
+    [
+        ("What is 3 + 4?", "what is  3 + 4", True),
+        ("What is 3 + 4?", "What is 3 * 4?", False),
+        ("7 - 2 =", "7 + 2 =", False),
+        ("😀😀", "😀", False),
+        ("?", "!", False),
+        ("Who's there?", "Who s there", True),
+    ],
+)
+def test_a_shot_is_an_item_where_case_and_the_punctuation_of_prose_differ(shot, item, is_same):
+    config = TaskConfig("qa", "items.jsonl", num_shots=1, shots_source="shots.jsonl")
+    with pytest.raises(InputError, match="is row 0 of") if is_same else contextlib.nullcontext():
+        _check_leaks([shot], [item], config)
+
+
+def test_blank_answers_are_named_with_shots_as_without(tiny, paths, tmp_path):
+    blank = write_rows(tmp_path / "blank.jsonl", [{"question": "Where?", "answer": "  "}])
+    for options in ({}, {"num_shots": 1, "shots_source": paths["solved"]}):
+        with pytest.raises(InputError, match=r"none of the|no target token"):
+            run(tiny, [qa_task(blank, **options)], tmp_path / "out")

@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import logging
+import math
 import numbers
 import os
 from collections import defaultdict
@@ -98,9 +99,13 @@ def _build(loaded: dict, config: TaskConfig) -> None:
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not config.run_model_code:
             raise _runs_code(name)
-        if config.num_shots is not None:
+        fixed = task.get_config("num_fewshot")
+        if config.num_shots and fixed == 0:
+            # As the harness does: its prompt has its examples in it, or must have none.
+            say(f"{name} is without shots by its definition; num_shots={config.num_shots} is left away there")
+        elif config.num_shots is not None:
             task.set_config(key="num_fewshot", value=config.num_shots)
-        elif task.get_config("num_fewshot") is None:
+        elif fixed is None:
             task.set_config(key="num_fewshot", value=0)
         # Also when requests are made again: its generator goes on from call to call.
         task.set_fewshot_seed(seed=_SHOTS_SEED)
@@ -149,18 +154,25 @@ def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> di
             f"{task.name}: {model.num_truncated:,} texts lost their beginning, the first shots and any BOS, to max_length="
             f"{task.config.max_length}; raise it if the model can take more"
         )
+    _say_of_groups(task)
     columns, dropped, higher = defaultdict(list), set(), {}
     for part, samples in results["samples"].items():
         directions = task.harness.loaded["tasks"][part].higher_is_better()
+        aggregations = task.harness.loaded["tasks"][part].aggregation()
         for sample in sorted(samples, key=lambda s: s["doc_id"]):
             id = str(sample["doc_id"]) if len(results["samples"]) == 1 else f"{part}/{sample['doc_id']}"
             for metric in sample["metrics"]:
                 name, value, weight = _item(metric, sample["filter"], sample[metric])
-                if value is None:
+                aggregation = getattr(aggregations.get(metric), "__name__", "mean")
+                if value is not None and (weight == 0.0 or (math.isnan(value) and aggregation == "nanmean")):
+                    continue  # an empty text, or an item without a value
+                if value is None or math.isnan(value) or not _is_ratio(metric, aggregation):
                     dropped.add(metric)
                 else:
                     columns[name].append((id, value, weight))
                     higher.setdefault(name, metric not in _LIKELIHOODS and bool(directions.get(metric, True)))
+    # One item without a value leaves the whole metric out, as its mean would be without a value.
+    columns = {name: rows for name, rows in columns.items() if name.partition(",")[0] not in map(_name_of, dropped)}
     if dropped:
         say(
             f"{task.name}: {', '.join(sorted(dropped))} left out, which {'is' if len(dropped) == 1 else 'are'} no mean over items"
@@ -170,9 +182,31 @@ def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> di
     return {name: _items(rows, higher[name]) for name, rows in columns.items()}
 
 
+def _name_of(metric: str) -> str:
+    return _LIKELIHOODS.get(metric, metric)
+
+
+def _is_ratio(metric: str, aggregation: str) -> bool:
+    """Whether the harness makes the metric of its items as it is made here, by the name of its function."""
+    # Such as item response theory's score, whose items look like accuracies.
+    expected = ("perplexity", "weighted_perplexity") if metric in _LIKELIHOODS else ("mean", "nanmean")
+    return aggregation in expected
+
+
+def _say_of_groups(task) -> None:
+    """That a group's value is over all its items, where the harness takes the mean over its tasks."""
+    for group in task.harness.loaded["groups"].values():
+        unequal = len({len(part.instances) for part in group.get_all_tasks()}) > 1
+        if unequal and any(not config.weight_by_size for config in getattr(group, "aggregate_metric_list", None) or ()):
+            say(
+                f"{task.name}: the harness takes the mean over the tasks of {group.name}, which are of different sizes; the "
+                "values here are over all items together"
+            )
+
+
 def _item(metric: str, filter: str, found: object) -> tuple[str, float | None, float]:
     """Name, value and weight of one item's metric; no value where it is not one of a ratio over items."""
-    name = _LIKELIHOODS.get(metric, metric)
+    name = _name_of(metric)
     name = name if filter == "none" else f"{name},{filter}"
     sign = -1.0 if metric in _LIKELIHOODS else 1.0
     if isinstance(found, numbers.Real | np.bool_):

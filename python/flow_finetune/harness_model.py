@@ -11,6 +11,7 @@ import json
 
 import numpy as np
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
@@ -104,10 +105,10 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _generate(self, contexts: list[str], options: dict) -> list[str]:
+        options = normalize_gen_kwargs(options, _MAX_NEW_TOKENS)
         if options.get("do_sample"):
             raise InputError(f"{self.name} samples its answers; only greedy answers are made here")
-        until = options.get("until") or []
-        max_new_tokens = options.get("max_gen_toks", _MAX_NEW_TOKENS)
+        until, max_new_tokens = options["until"], options["max_gen_toks"]
         room = self.max_length - max_new_tokens
         if room < 1:
             raise InputError(f"{self.name} generates {max_new_tokens} tokens; raise max_length={self.max_length}")
@@ -115,6 +116,6 @@ class HarnessModel(TemplateLM):
         self.num_truncated += sum(len(prompt) > room for prompt in prompts)
         return generate_texts(
             self.lm, self.tokenizer, [np.asarray(prompt[-room:]) for prompt in prompts],
-            until=[until] if isinstance(until, str) else until, max_new_tokens=max_new_tokens,
+            until=[text for text in until if text], max_new_tokens=max_new_tokens,
             batch_tokens=self.batch_tokens, precision=self.precision, description=f"answering {self.name}",
         )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flow_finetune.errors import InputError
-from flow_finetune.results import MEAN_ACCURACY, Run, cell, first_metric, shown_metrics
+from flow_finetune.results import MEAN_ACCURACY, Metric, Run, cell, first_metric, shown_metrics
 from flow_finetune.storage import atomic_path
 
 # Okabe and Ito's colours, told apart with any colour vision; marker and line style say the same again.
@@ -17,8 +17,12 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
 # Written at 100 dots an inch, so that text of 11 points is as large as a page's own.
 _DPI = 100
-# Target and retained metric of each panel; the last is of images, where one source accuracy is all that is kept.
-_PANELS = (("nats_per_token", "perplexity"), ("exact_match", MEAN_ACCURACY), ("accuracy", "accuracy"))
+# Target and retained metric of each panel, and the kind of task that both are of, if one is meant: the last is of images,
+# where one source accuracy is all that is kept.
+_PANELS = (
+    ("nats_per_token", "perplexity", None), ("exact_match", MEAN_ACCURACY, None),
+    ("accuracy_bytes", MEAN_ACCURACY, None), ("accuracy", "accuracy", "classification"),
+)  # fmt: skip
 _CURVES = (
     ("loss", "loss (nats)"),
     ("weighted_loss", "weighted loss (nats)"),
@@ -56,14 +60,21 @@ def _save(figure, path: Path) -> None:
         figure.savefig(temporary, format="png", facecolor="white")
 
 
+def panels_of(metrics: Sequence[Metric]) -> list[tuple[Metric, Metric]]:
+    """What is drawn against what: a target's metric and a retained one."""
+    found = []
+    for target, kept, kind in _PANELS:
+        of_kind = [m for m in metrics if kind in (None, m.kind)]
+        pair = first_metric(of_kind, "target", target), first_metric(of_kind, "retained", kept)
+        if None not in pair:
+            found.append(pair)
+    return found
+
+
 def plot_tradeoff(runs: Sequence[Run], path: Path) -> bool:
     """What was learned against what was kept, one point a run; False if the runs do not have both."""
-    metrics = shown_metrics(runs)
     panels = []
-    for target, kept in _PANELS:
-        x, y = first_metric(metrics, "target", target), first_metric(metrics, "retained", kept)
-        if x is None or y is None:
-            continue
+    for x, y in panels_of(shown_metrics(runs)):
         points = [(run, cell(run, x, runs), cell(run, y, runs)) for run in runs]
         points = [point for point in points if None not in point]
         if points:

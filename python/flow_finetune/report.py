@@ -27,6 +27,7 @@ from flow_finetune.results import (
     find_baseline,
     find_pretrained,
     is_another_model,
+    items_text,
     load_runs,
     shown_metrics,
 )
@@ -99,7 +100,7 @@ def summary_table(runs: Sequence[Path], baseline: str | None = None) -> Table:
 def _intro(runs: Sequence[Run]) -> list[str]:
     models = sorted({run.summary["model"] for run in runs if run.summary} or {run.evaluation["model"] for run in runs})
     tasks = {name: task for run in runs for name, task in run.tasks.items()}
-    listed = ", ".join(f"{name} ({task['num_items']:,})" for name, task in tasks.items())
+    listed = ", ".join(f"{name} ({items_text(task)})" for name, task in tasks.items())
     lines = [f"Pre-trained model: {', '.join(f'`{m}`' for m in models)}. Items evaluated: {listed}.", ""]
     pretrained = find_pretrained(runs)
     is_text = "classification" not in {task["kind"] for task in tasks.values()}
@@ -152,11 +153,21 @@ def _explanations(shown: Sequence[Metric], runs: Sequence[Run]) -> list[str]:
     if any(m.hardest for m in shown):
         lines += [
             "The hardest 10 % are the items of the target on which the pre-trained model loses most, the same for every "
-            "run. It was the one they were picked by, so compare the trained runs. They are few, and intervals over few "
+            f"run ({_hardest_counts(shown, runs)}); where a metric is of a part of the items, a tenth of that part. It was the one they were picked by, so compare the trained runs. They are few, and intervals over few "
             "items are somewhat too narrow.",
             "",
         ]
     return lines
+
+
+def _hardest_counts(shown: Sequence[Metric], runs: Sequence[Run]) -> str:
+    pretrained = find_pretrained(runs)
+    counts = []
+    for metric in shown:
+        items = derived.hardest(pretrained, pretrained, metric.task, metric.name) if metric.hardest else None
+        if items is not None:
+            counts.append(f"{len(items.ids)} of {metric.label.partition(': ')[2].partition(' (')[0]}")
+    return ", ".join(counts)
 
 
 def _comparisons(runs: Sequence[Run], baseline: str | None) -> list[str]:

@@ -185,6 +185,13 @@ def _hardest_metrics(runs: Sequence[Run], task: str, kind: str) -> list[Metric]:
     ]
 
 
+def items_text(task: dict) -> str:
+    """How many items a task of an evaluation has, and how many a metric has that is of fewer."""
+    counts = {name: metric["num_items"] for name, metric in task["metrics"].items() if "num_items" in metric}
+    fewer = [f"{count:,} of them for {name}" for name, count in counts.items() if count != task["num_items"]]
+    return ", ".join([f"{task['num_items']:,}", *fewer])
+
+
 def first_metric(metrics: Sequence[Metric], role: str, name: str) -> Metric | None:
     """The first metric of that role and name."""
     return next((m for m in metrics if m.role == role and m.name == name), None)

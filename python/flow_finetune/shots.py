@@ -79,6 +79,8 @@ def answers_after_shots(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) 
         for index, (text, response) in enumerate(zip(texts, responses, strict=True))
         if response.strip()
     ]
+    if not pairs:
+        raise InputError(f"none of the responses of {config.source} has any text")
     return continuations(pairs, config, tokenizer), len(prompts) - len(pairs)
 
 
@@ -153,11 +155,17 @@ def _check_number(found: int, config: TaskConfig, of: str = "") -> None:
         )
 
 
+def _content(text: str) -> str:
+    """A text without case, spacing and the punctuation of prose; operators and signs make another question."""
+    plain = " ".join(re.sub(r"[.,;:!?'\"]", " ", text.casefold()).split())
+    return plain or text
+
+
 def _check_leaks(shots: Iterable[str], items: Iterable[str], config: TaskConfig) -> None:
     """Raise `InputError` if a shot is one of the items, case and punctuation aside: its answer would be read off."""
-    rows = {" ".join(re.findall(r"\w+", text.casefold())): row for row, text in enumerate(items)}
+    rows = {_content(text): row for row, text in enumerate(items)}
     for shot in shots:
-        row = rows.get(" ".join(re.findall(r"\w+", shot.casefold())))
+        row = rows.get(_content(shot))
         if row is not None:
             raise InputError(
                 f"a shot of {config.shots_source} is row {row} of {config.source} ({shot!r:.80}); take shots that are "

@@ -65,7 +65,8 @@ class Task:
         """What else decides a metric, and no token that is scored shows: two models are compared only where it agrees."""
         config = self.config
         if self.answers:
-            generated = {"answer_pattern": config.answer_pattern, "max_new_tokens": config.max_new_tokens}
+            generated = {"answer_pattern": config.answer_pattern, "max_new_tokens": config.max_new_tokens,
+                         "num_generate": len(self.answers)}  # fmt: skip
             return {**generated, "until": stop_texts(config)}
         return {"max_length": config.max_length} if config.kind == "lm_eval" else {}
 
