@@ -81,7 +81,7 @@ def test_a_run_makes_everything_and_a_second_call_makes_nothing_again(mapping, t
         monkeypatch.setattr(pipeline_module, name, _only_reuse(name, original))
     run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
     mapping["train"]["epochs"] = 2
-    with pytest.raises(InputError, match=r"holds another run .its train differ"):
+    with pytest.raises(InputError, match=r"holds another run .its train.epochs differ"):
         run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
 
 

@@ -24,7 +24,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from flow_finetune.config import non_defaults, without_defaults
 from flow_finetune.errors import InputError
-from flow_finetune.storage import atomic_path, disk_space_errors, is_used, require_disk_space, used_error, write_json
+from flow_finetune.storage import (
+    DirectoryLock,
+    atomic_path,
+    differences,
+    disk_space_errors,
+    is_used,
+    require_disk_space,
+    used_error,
+    write_json,
+)
 
 # The parts that are not the same in every process: what each has gone through itself.
 OF_A_PROCESS = {"meter"}
@@ -46,6 +55,7 @@ class TrainDirectory:
         self._train = path / "train"
         self._checkpoints = path / "checkpoints"
         self._tensorboard: SummaryWriter | None = None
+        self._lock = DirectoryLock()
         self.saved = path / "saved"  # where the model is written before its files move up
 
     def open(self, lm, *, overwrite: bool, keeps_checkpoints: bool) -> dict | None:
@@ -70,15 +80,17 @@ class TrainDirectory:
 
     def _claim(self, lm, overwrite: bool, keeps_checkpoints: bool) -> dict | None:
         identity = self._train / "identity.json"
+        if self.path.is_dir():
+            self._lock.take(self.path)
         if is_used(self.path):
             if not identity.is_file():
                 raise used_error(self.path)
-            differences = _differences(self._read_identity(), self._identity)
+            found = differences(self._read_identity(), self._identity)
             if overwrite:
                 shutil.rmtree(self.path)
-            elif differences:
+            elif found:
                 raise InputError(
-                    f"{self.path} holds another run (it differs in {', '.join(differences)}); choose another directory "
+                    f"{self.path} holds another run (it differs in {', '.join(found)}); choose another directory "
                     "or pass --overwrite"
                 )
             elif (self._train / "summary.json").is_file():
@@ -89,6 +101,7 @@ class TrainDirectory:
         # A checkpoint holds the parameters and two moments of each; the old one goes when the new one is there.
         require_disk_space(self.path, num_bytes * (1 + (6 if keeps_checkpoints else 0)))
         self._train.mkdir(parents=True, exist_ok=True)
+        self._lock.take(self.path)  # a new one, where there was none or the old one was removed
         write_json(identity, self._identity)
         return None
 
@@ -185,6 +198,10 @@ class TrainDirectory:
         write_json(self._train / "summary.json", summary)
         shutil.rmtree(self._checkpoints, ignore_errors=True)
 
+    def close(self) -> None:
+        """Let other processes work in the directory."""
+        self._lock.release()
+
     def read_summary(self) -> dict:
         """The summary of a finished run."""
         return json.loads((self._train / "summary.json").read_text())
@@ -201,15 +218,3 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _load_trained(model: nn.Module, stored: dict[str, Tensor]) -> None:
     for name, tensor in _trained(model).items():
         tensor.copy_(stored[name])
-
-
-def _differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the entries in which two identities differ."""
-    names = []
-    for name in sorted({*found, *wanted}):
-        a, b = found.get(name), wanted.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            names.append(prefix + name)
-    return names

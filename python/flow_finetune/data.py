@@ -98,7 +98,10 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
                         f"{name} {value!r} is of a hub data set; {source} is a file, of which only rows can be chosen, "
                         "as in split 'train[:700]'"
                     )
-            rows = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split=split)
+            if not path.stat().st_size:
+                raise InputError(f"{source} is empty")
+            options = _csv_as_text(path) if _FORMATS[suffixes[-1]] == "csv" else {}
+            rows = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split=split, **options)
         elif not path.is_dir() and is_local(source):
             raise InputError(f"no such file: {source}")
         else:
@@ -110,6 +113,17 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
     if len(rows) == 0:
         raise InputError(f"{source} is empty" if split == DataConfig.split else f"{source} has no rows in {split}")
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _csv_as_text(path: Path) -> dict:
+    """Options under which every field of a CSV file is text: an answer may be "2" or "None"."""
+    import datasets
+    import pandas
+
+    names = pandas.read_csv(path, nrows=0).columns
+    return {
+        "features": datasets.Features({name: datasets.Value("string") for name in names}), "keep_default_na": False
+    }  # fmt: skip
 
 
 def describe_rows(config: DataConfig | TaskConfig) -> str:

@@ -57,7 +57,7 @@ def evaluate(
         InputError: a task that cannot be read, an output that holds an evaluation, or a model that gives NaN.
     """
     output = Path(output)
-    require_unused(output, overwrite)
+    require_unused(output, overwrite, source)
     if not tasks:
         raise InputError("there is nothing to evaluate: give at least one task")
     choose("precision", precision, ("bf16", "full"))

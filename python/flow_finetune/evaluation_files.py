@@ -18,8 +18,19 @@ from flow_finetune.storage import SUMMARY_FILE, atomic_path, require_writable, w
 EVALUATION_FILE, ITEMS_FILE, GENERATIONS_FILE = "evaluation.json", "items.parquet", "generations.jsonl"
 
 
-def require_unused(output: Path, overwrite: bool = False) -> None:
-    """Raise `InputError` if `output` holds an evaluation that may not be replaced, or cannot be written to."""
+def require_unused(output: Path, overwrite: bool = False, source: str | None = None) -> None:
+    """Raise `InputError` if `output` holds an evaluation that may not be replaced, or cannot be written to.
+
+    Args:
+        source: the model that is evaluated; another trained model's directory is refused, which would seem to be its.
+    """
+    holds_model = (output / SUMMARY_FILE).is_file()
+    if (
+        holds_model
+        and source is not None
+        and output.resolve() not in {Path(source).resolve(), Path(source).resolve().parent}
+    ):
+        raise InputError(f"{output} holds another model than {source}; choose another directory for its evaluation")
     if (output / EVALUATION_FILE).exists() and not overwrite:
         raise InputError(f"{output} already holds an evaluation; choose another directory or pass --overwrite")
     require_writable(output)

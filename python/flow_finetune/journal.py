@@ -99,6 +99,10 @@ def _header_in(content: bytes) -> dict | None:
     return header if isinstance(header, dict) and "settings" in header else None
 
 
+# What is in a fingerprint and not in its name.
+_ALSO_IN = {"template": " (max_length is in it)", "data": " (ids and which rows are in it)"}
+
+
 def header_differences(found: dict, wanted: dict) -> str:
     """In words, which entries of two headers differ; empty where none does."""
     differences = []
@@ -106,6 +110,7 @@ def header_differences(found: dict, wanted: dict) -> str:
         for name, value in entries.items():
             other = found.get(group, {}).get(name)
             if other != value:
-                kind = f"{name} fingerprint" if group == "fingerprints" else name
-                differences.append(f"its {kind} is {other}, this one's {value}")
+                of = f"{name} fingerprint" if group == "fingerprints" else name
+                also = _ALSO_IN.get(name, "") if group == "fingerprints" else ""
+                differences.append(f"its {of} is {other}, this one's {value}{also}")
     return "; ".join(differences)

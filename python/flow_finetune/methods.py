@@ -225,6 +225,8 @@ def weigh(method: MethodConfig, losses: Tensor, temperature: float | None) -> tu
             f"method {method.name}: the largest weight is no fp32 number; raise the temperature, set clip_high or "
             "normalize: mean"
         )
+    if len(weights) and not bool((weights != 0).any()):
+        raise InputError(f"method {method.name}: all weights are 0; raise the temperature")
     return weights, temperature
 
 

@@ -38,8 +38,8 @@ from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.scores import read_metadata, score, score_header
-from flow_finetune.storage import write_json
-from flow_finetune.tasks import check_task, prepare
+from flow_finetune.storage import exclusive, write_json
+from flow_finetune.tasks import Task, check_task, prepare
 from flow_finetune.train import train
 from flow_finetune.train_checks import check_dtype, check_grad_filter, check_gradient_checkpointing, check_train
 from flow_finetune.wise_ft import read_headers, wise_ft
@@ -63,21 +63,22 @@ def run(config: RunConfig, output: Path) -> Path:
             check_train(config.train, method)
             check_dtype(method, config.model.dtype)
     check_grad_filter(config.train, config.model.backend, resolve_device(config.model.device).type)
-    claim(config, output)
-    pretrained, scores = output / "pretrained", _scores_path(config, output)
-    base = base_model(config.model, pretrained)
-    samples = _score_and_evaluate(config, base, pretrained, scores)
-    for method in methods:
-        say(f"method {method.name}")
-        directory = output / method.name
-        if method.of is not None:
-            average_into(directory, output / method.of, base, pretrained, method)
-        else:
-            # Online weights take their temperature from the scores, whatever other rows there are.
-            used = scores if needs_scores(method) or method.online else None
-            train_into(directory, base, samples, method, config.train, scores=used)
-        evaluate_saved(directory, base, config.tasks, batch_tokens=config.batch_tokens)
-    return write_report(run_directories(config, output), output / "report", scores=scores)
+    with exclusive(output):
+        claim(config, output)
+        pretrained, scores = output / "pretrained", _scores_path(config, output)
+        base = base_model(config.model, pretrained)
+        samples = _score_and_evaluate(config, base, pretrained, scores)
+        for method in methods:
+            say(f"method {method.name}")
+            directory = output / method.name
+            if method.of is not None:
+                average_into(directory, output / method.of, base, pretrained, method)
+            else:
+                # Online weights take their temperature from the scores, whatever other rows there are.
+                used = scores if needs_scores(method) or method.online else None
+                train_into(directory, base, samples, method, config.train, scores=used)
+            evaluate_saved(directory, base, config.tasks, batch_tokens=config.batch_tokens)
+        return write_report(run_directories(config, output), output / "report", scores=scores)
 
 
 def base_model(config: ModelConfig, directory: Path) -> ModelConfig:
@@ -218,9 +219,23 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
             score(lm, tokenizer, samples, scores, tokens=False, **options)
             scores.unlink()
         score(lm, tokenizer, samples, scores, tokens=has_tokens or needs_tokens, **options)
+    for directory in run_directories(config, pretrained.parent):
+        _forget_other_evaluation(directory, prepared)
     if not (pretrained / EVALUATION_FILE).is_file():
         evaluate(
             lm, tokenizer, config.tasks, pretrained, batch_tokens=config.batch_tokens,
             precision=config.model.precision, source=base.source, prepared=prepared,
         )  # fmt: skip
     return samples
+
+
+def _forget_other_evaluation(directory: Path, prepared: Sequence[Task]) -> None:
+    """Remove an evaluation on other items than the files have now; the model stays, and is evaluated again."""
+    path = directory / EVALUATION_FILE
+    if not path.is_file():
+        return
+    found = {task["name"]: task["fingerprint"] for task in json.loads(path.read_text())["tasks"]}
+    changed = [task.name for task in prepared if found.get(task.name) != task.fingerprint()]
+    if changed:
+        say(f"{directory.name} was evaluated on other items of {', '.join(changed)}; evaluating it again")
+        path.unlink()

@@ -79,7 +79,7 @@ def summary_table(runs: Sequence[Path], baseline: str | None = None) -> Table:
     table = Table(
         caption="± standard error; [95 % interval of the paired difference; infinite of fewer than 6 items], * excludes 0"
     )
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     for run in loaded:
         table.add_column(run.name, justify="right", no_wrap=True)
     pairs = [(other, reference) for reference, others in comparisons(loaded, baseline)[:1] for other in others]
@@ -103,6 +103,14 @@ def _intro(runs: Sequence[Run]) -> list[str]:
     listed = ", ".join(f"{name} ({items_text(task)})" for name, task in tasks.items())
     lines = [f"Pre-trained model: {', '.join(f'`{m}`' for m in models)}. Items evaluated: {listed}.", ""]
     pretrained = find_pretrained(runs)
+    if pretrained is None:
+        lines += [
+            "No run of the pre-trained model is among them, so nothing is said of forgetting or of the hardest items.",
+            "",
+        ]
+    alone = [name for name in tasks if any(name not in run.tasks for run in runs)]
+    if alone:
+        lines += [f"Not every run has {', '.join(alone)}; means over tasks are over those that all have.", ""]
     is_text = "classification" not in {task["kind"] for task in tasks.values()}
     if pretrained is not None and is_text and is_another_model(pretrained, runs):
         lines += [

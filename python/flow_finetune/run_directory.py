@@ -12,6 +12,7 @@ from pathlib import Path
 from flow_finetune.config import MethodConfig, non_defaults, without_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.methods import check_methods
+from flow_finetune.progress import say
 from flow_finetune.storage import is_used, require_same_run, used_error, write_json
 
 RUN_FILE = "run.json"
@@ -59,6 +60,11 @@ def claim(config, output: Path) -> None:
                     "name, or choose another directory"
                 )
         require_same_run(output, {**found, "methods": None}, {**identity, "methods": None})
+        others = [name for name in before if name not in now and is_used(output / name)]
+        if others:
+            say(
+                f"{', '.join(others)} of {output} {'is' if len(others) == 1 else 'are'} not among this call's methods, so not in its report"
+            )
         write_json(path, {**identity, "methods": [*{**before, **now}.values()]})
     elif is_used(output) and not path.is_file():
         raise used_error(output)

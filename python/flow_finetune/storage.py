@@ -62,6 +62,54 @@ def write_json(path: Path | str, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+class DirectoryLock:
+    """Keeps other processes out of a directory that one works in, until `release` or the process's end.
+
+    The lock is on the directory itself: no file is left, and a killed process holds nothing.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def take(self, path: Path) -> None:
+        """Lock the directory `path`, in place of what was locked before; `InputError` if another process has it."""
+        self.release()
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"another process works in {path}; wait for it, or choose another directory") from None
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+            return
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Work in the directory `path`, which is made if need be, alone; one that is left empty is not left behind."""
+    lock, is_new = DirectoryLock(), not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.take(path)
+        yield
+    finally:
+        lock.release()
+        if is_new and not any(path.iterdir()):
+            path.rmdir()
+
+
 def is_used(path: Path) -> bool:
     """Whether `path` holds anything; empty folders and what a killed call had begun to write count as nothing."""
     if not path.is_dir():
@@ -91,9 +139,21 @@ def used_error(path: Path) -> InputError:
 
 def require_same_run(path: Path, found: dict, wanted: dict) -> None:
     """Raise `InputError` unless the identity `found` in `path` is the one `wanted`."""
-    different = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    different = differences(found, wanted)
     if different:
         raise InputError(f"{path} holds another run (its {', '.join(different)} differ); choose another directory")
+
+
+def differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """Dotted names of the entries in which two identities differ."""
+    names = []
+    for name in sorted({*found, *wanted}):
+        a, b = found.get(name), wanted.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            names.append(prefix + name)
+    return names
 
 
 def require_disk_space(path: Path, num_bytes: int) -> None:

@@ -160,38 +160,39 @@ def train(
         "fingerprints": fingerprints,
     }
     directory = TrainDirectory(output, identity, accelerator)
-    summary = directory.open(lm, overwrite=overwrite, keeps_checkpoints=config.checkpoint_every > 0)
-    if summary is not None:
-        say(f"{output} holds this run already, finished")
-        return summary
-    if needs_scores(method):
-        num_weights = len(samples.samples) if weights.per_token is None else sum(map(len, weights.per_token))
-        say(
-            f"{method.name}: mean weight {weights.mean:.3f}, effective sample size {weights.effective_sample_size:,.1f} of "
-            f"{num_weights:,}"
+    with contextlib.closing(directory):
+        summary = directory.open(lm, overwrite=overwrite, keeps_checkpoints=config.checkpoint_every > 0)
+        if summary is not None:
+            say(f"{output} holds this run already, finished")
+            return summary
+        if needs_scores(method):
+            num_weights = len(samples.samples) if weights.per_token is None else sum(map(len, weights.per_token))
+            say(
+                f"{method.name}: mean weight {weights.mean:.3f}, effective sample size {weights.effective_sample_size:,.1f} of "
+                f"{num_weights:,}"
+            )
+        last, meter, weights = _optimise(
+            lm, samples, weights, directory, accelerator, method, config, model_config, temperature
         )
-    last, meter, weights = _optimise(
-        lm, samples, weights, directory, accelerator, method, config, model_config, temperature
-    )
-    if accelerator.is_main_process:
-        save_model(lm.model, tokenizer, directory.saved)
-        summary = {
-            **identity,
-            "method": dataclasses.asdict(method),
-            "train": dataclasses.asdict(config),
-            "model": model_config.source,
-            "num_steps": len(step_plan(len(samples.samples), config)),
-            "num_samples": len(samples.samples),
-            "temperature": weights.temperature,
-            "mean_weight": weights.mean,
-            "effective_sample_size": weights.effective_sample_size,
-            "seconds": meter.elapsed(),
-            "tokens_per_second": meter.tokens * accelerator.num_processes / max(meter.elapsed(), 1e-9),
-            "final_loss": last.get("loss"),
-        }
-        directory.finish(summary)
-    accelerator.wait_for_everyone()
-    return directory.read_summary()
+        if accelerator.is_main_process:
+            save_model(lm.model, tokenizer, directory.saved)
+            summary = {
+                **identity,
+                "method": dataclasses.asdict(method),
+                "train": dataclasses.asdict(config),
+                "model": model_config.source,
+                "num_steps": len(step_plan(len(samples.samples), config)),
+                "num_samples": len(samples.samples),
+                "temperature": weights.temperature,
+                "mean_weight": weights.mean,
+                "effective_sample_size": weights.effective_sample_size,
+                "seconds": meter.elapsed(),
+                "tokens_per_second": meter.tokens * accelerator.num_processes / max(meter.elapsed(), 1e-9),
+                "final_loss": last.get("loss"),
+            }
+            directory.finish(summary)
+        accelerator.wait_for_everyone()
+        return directory.read_summary()
 
 
 def _optimise(lm, samples, weights, directory, accelerator, method, config, model_config, temperature):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -13,6 +14,10 @@ from flow_finetune.errors import InputError
 from flow_finetune.progress import console
 from flow_kernels import BackendUnavailable, backends
 
+_OF_A_PLACE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+# Without a class of their own: a read-only file system, and a name that is too long.
+_ERRNOS_OF_A_PLACE = (errno.EROFS, errno.ENAMETOOLONG)
+
 
 @contextmanager
 def messages() -> Iterator[None]:
@@ -21,8 +26,8 @@ def messages() -> Iterator[None]:
         yield
     except (InputError, BackendUnavailable, backends.CompiledFileError) as error:
         _stop(str(error))
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        if error.filename is None:
+    except OSError as error:
+        if error.filename is None or not (isinstance(error, _OF_A_PLACE) or error.errno in _ERRNOS_OF_A_PLACE):
             raise
         _stop(f"{error.filename}: {error.strerror}; choose another place")
 
