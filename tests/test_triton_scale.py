@@ -53,12 +53,13 @@ def test_nothing_and_any_shape():
     assert kernels.scale_(torch.ones(3, 5, device=DEVICE), torch.tensor(2.0, device=DEVICE)).eq(2).all()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="CPU tensors are looked at without it")
-@pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_backward_passes_of_losses_use_it(factor):
-    logits = torch.randn(6, 300, device=DEVICE, requires_grad=True)
-    target = torch.randint(300, (6,), device=DEVICE)
-    (factor * flow_kernels.cross_entropy(logits, target, backend="triton")).backward()
-    found, logits.grad = logits.grad, None
-    (factor * flow_kernels.cross_entropy(logits, target, backend="reference")).backward()
-    torch.testing.assert_close(found, logits.grad, rtol=1e-4, atol=1e-6)
+if DEVICE == "cuda":  # CPU tensors are looked at without it
+
+    @pytest.mark.parametrize("factor", [1.0, 3.0])
+    def test_backward_passes_of_losses_use_it(factor):
+        logits = torch.randn(6, 300, device=DEVICE, requires_grad=True)
+        target = torch.randint(300, (6,), device=DEVICE)
+        (factor * flow_kernels.cross_entropy(logits, target, backend="triton")).backward()
+        found, logits.grad = logits.grad, None
+        (factor * flow_kernels.cross_entropy(logits, target, backend="reference")).backward()
+        torch.testing.assert_close(found, logits.grad, rtol=1e-4, atol=1e-6)

@@ -215,7 +215,7 @@ def test_a_run_is_made_once_and_reports(image_run, image_mapping, monkeypatch):
     monkeypatch.setattr("flow_finetune.vision.train.fine_tune", _not_again)
     run(read_image_run(image_mapping, "test"), image_run.output)
     changed = {**image_mapping, "train": {**image_mapping["train"], "epochs": 3}}
-    with pytest.raises(InputError, match=r"holds another run .its train differ"):
+    with pytest.raises(InputError, match=r"holds another run .its train.epochs differ"):
         run(read_image_run(changed, "test"), image_run.output)
     with pytest.raises(InputError, match="holds another run"):
         train_and_evaluate(image_run, MethodConfig(quantile=0.9), image_run.output / "flow")
