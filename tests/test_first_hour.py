@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from flow_finetune.data import read_rows
 from flow_finetune.errors import InputError
 from flow_finetune.evaluate import evaluate
 from flow_finetune.evaluation_files import require_unused
-from flow_finetune.methods import weigh
+from flow_finetune.methods import make_weights, weigh
 from flow_finetune.models import load_model
 from flow_finetune.pipeline import run
 from flow_finetune.storage import DirectoryLock, exclusive
@@ -98,14 +99,18 @@ def test_the_evaluation_of_another_model_does_not_go_into_a_trained_ones_directo
     (tmp_path / "out/flow/evaluation.json").unlink()
     with pytest.raises(InputError, match=r"flow holds another model than .*; choose another directory"):
         evaluate(lm, tokenizer, [task], tmp_path / "out/flow", source=str(tiny_model_dir))
-    require_unused(tmp_path / "out/flow", source=str(tmp_path / "out/flow"))
+    for source in (str(tmp_path / "out/flow"), "", None):
+        require_unused(tmp_path / "out/flow", source=source)
 
 
-def test_weights_that_are_all_zero_are_refused():
-    losses = torch.tensor([2.0, 3.0, 4.0])
+def test_weights_that_are_all_zero_are_refused_but_of_a_step():
+    scores = SimpleNamespace(loss=torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64))
     with pytest.raises(InputError, match="all weights are 0; raise the temperature"):
-        weigh(MethodConfig(temperature=0.001), losses, 0.001)
-    assert (weigh(MethodConfig(temperature=0.1), losses, 0.1)[0] > 0).any()
+        make_weights(MethodConfig(temperature=0.001), 3, scores)
+    assert make_weights(MethodConfig(temperature=0.1), 3, scores).mean > 0
+    # The one sample of an online step may have none; the others of the training do.
+    weights, _ = weigh(MethodConfig(name="o", online=True), torch.tensor([2.6], dtype=torch.float64), 0.025)
+    assert weights.tolist() == [0.0]
 
 
 def test_fields_of_csv_are_text(tmp_path):

@@ -24,12 +24,9 @@ def require_unused(output: Path, overwrite: bool = False, source: str | None = N
     Args:
         source: the model that is evaluated; another trained model's directory is refused, which would seem to be its.
     """
+    place = Path(source).expanduser().resolve() if source else None
     holds_model = (output / SUMMARY_FILE).is_file()
-    if (
-        holds_model
-        and source is not None
-        and output.resolve() not in {Path(source).resolve(), Path(source).resolve().parent}
-    ):
+    if holds_model and place is not None and output.resolve() not in (place, place.parent):
         raise InputError(f"{output} holds another model than {source}; choose another directory for its evaluation")
     if (output / EVALUATION_FILE).exists() and not overwrite:
         raise InputError(f"{output} already holds an evaluation; choose another directory or pass --overwrite")

@@ -163,7 +163,8 @@ def run_harness(lm, tokenizer, task, batch_tokens, precision, generations) -> di
             id = str(sample["doc_id"]) if len(results["samples"]) == 1 else f"{part}/{sample['doc_id']}"
             for metric in sample["metrics"]:
                 name, value, weight = _item(metric, sample["filter"], sample[metric])
-                aggregation = getattr(aggregations.get(metric), "__name__", "mean")
+                function = aggregations.get(metric)
+                aggregation = "mean" if function is None else getattr(function, "__name__", "")
                 if value is not None and (weight == 0.0 or (math.isnan(value) and aggregation == "nanmean")):
                     continue  # an empty text, or an item without a value
                 if value is None or math.isnan(value) or not _is_ratio(metric, aggregation):
@@ -196,7 +197,7 @@ def _is_ratio(metric: str, aggregation: str) -> bool:
 def _say_of_groups(task) -> None:
     """That a group's value is over all its items, where the harness takes the mean over its tasks."""
     for group in task.harness.loaded["groups"].values():
-        unequal = len({len(part.instances) for part in group.get_all_tasks()}) > 1
+        unequal = len({len({i.doc_id for i in part.instances}) for part in group.get_all_tasks()}) > 1
         if unequal and any(not config.weight_by_size for config in getattr(group, "aggregate_metric_list", None) or ()):
             say(
                 f"{task.name}: the harness takes the mean over the tasks of {group.name}, which are of different sizes; the "

@@ -225,8 +225,6 @@ def weigh(method: MethodConfig, losses: Tensor, temperature: float | None) -> tu
             f"method {method.name}: the largest weight is no fp32 number; raise the temperature, set clip_high or "
             "normalize: mean"
         )
-    if len(weights) and not bool((weights != 0).any()):
-        raise InputError(f"method {method.name}: all weights are 0; raise the temperature")
     return weights, temperature
 
 
@@ -258,6 +256,9 @@ def make_weights(method: MethodConfig, num_samples: int, scores: Scores | None) 
     by_token = method.weights == "token"
     losses = torch.from_numpy(np.concatenate(scores.token_losses)).double() if by_token else scores.loss
     weights, tau = weigh(method, losses, method.temperature)
+    # Of a whole data set, which would train nothing; the few samples of an online step may well have none.
+    if len(weights) and not bool((weights != 0).any()):
+        raise InputError(f"method {method.name}: all weights are 0; raise the temperature")
     mean, size = float(weights.double().mean()), float(flow_kernels.effective_sample_size(weights))
     if by_token:
         parts = list(weights.split([len(values) for values in scores.token_losses]))

@@ -105,9 +105,10 @@ def exclusive(path: Path) -> Iterator[None]:
         lock.take(path)
         yield
     finally:
-        lock.release()
+        # Before the lock goes: another process would lock a directory that is being removed.
         if is_new and not any(path.iterdir()):
             path.rmdir()
+        lock.release()
 
 
 def is_used(path: Path) -> bool:

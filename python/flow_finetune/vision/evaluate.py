@@ -149,7 +149,7 @@ def evaluate_saved(
         InputError: as `evaluate_classifier`, or a body that is not that of `pretrained`.
     """
     output = Path(output)
-    require_unused(output, overwrite)
+    require_unused(output, overwrite, model.source)
     if not tasks:
         raise InputError("there is nothing to evaluate: give at least one task")
     classifier = load_classifier(model)

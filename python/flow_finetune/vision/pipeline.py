@@ -28,7 +28,7 @@ from flow_finetune.plots import require_matplotlib
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
-from flow_finetune.storage import is_used, used_error, write_json
+from flow_finetune.storage import exclusive, is_used, used_error, write_json
 from flow_finetune.vision.config import ImageRunConfig, ImageTrainConfig, check_image_run
 from flow_finetune.vision.data import ImageSet, align_labels, load_images
 from flow_finetune.vision.evaluate import ImageTask, Original, evaluate_classifier, prepare_tasks
@@ -77,13 +77,14 @@ def run(config: ImageRunConfig, output: Path) -> Path:
     require_matplotlib()
     check_run(config)
     output = Path(output)
-    claim(config, output)
-    prepared = prepare(config, output)
-    # WiSE-FT rows average a trained row, wherever that stands.
-    for method in sorted(config.methods, key=lambda m: m.of is not None):
-        say(f"method {method.name}")
-        train_and_evaluate(prepared, method, output / method.name)
-    return write_report(run_directories(config, output), output / "report", scores=prepared.scores)
+    with exclusive(output):
+        claim(config, output)
+        prepared = prepare(config, output)
+        # WiSE-FT rows average a trained row, wherever that stands.
+        for method in sorted(config.methods, key=lambda m: m.of is not None):
+            say(f"method {method.name}")
+            train_and_evaluate(prepared, method, output / method.name)
+        return write_report(run_directories(config, output), output / "report", scores=prepared.scores)
 
 
 def check_run(config: ImageRunConfig) -> None:
