@@ -45,12 +45,6 @@ def row_losses(z: Tensor, target: Tensor, *, weight=None, label_smoothing=0.0, s
     return loss + z_loss * torch.logsumexp(z, -1) ** 2
 
 
-def entropies(z: Tensor, target: Tensor, *, softcap=None) -> Tensor:
-    """Entropy of what each row of logits predicts, nats; 0 where the target is ignored."""
-    z = z.double() if softcap is None else softcap * torch.tanh(z.double() / softcap)
-    return torch.where(target == IGNORE, 0.0, torch.distributions.Categorical(logits=z).entropy())
-
-
 def sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> list[range]:
     """The flat rows of every sequence."""
     if cu_seqlens is not None:
