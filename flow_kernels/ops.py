@@ -173,10 +173,11 @@ cross_entropy_fwd.register_autograd(_cross_entropy_fwd_backward, setup_context=_
 def _scale(grad, dtotal, backend):
     """`grad * dtotal` of a gradient made in the forward pass: as it is where the factor can be seen to be 1, else in place.
 
-    The copy of a large head's gradient is a tenth of a training step on a CPU, and its size again in memory. Only a plain
-    CPU tensor is looked at: an accelerator would synchronise (Triton's kernel looks there itself; by the other backends the
-    gradient is read and written once more), and a traced tensor has no value. Where the graph is retained the gradient stays here for another backward pass, so what is
-    handed out, which may be written to, is a copy.
+    The copy of a large head's gradient is a tenth of a training step on a CPU, and its size again in memory. Only a
+    plain CPU tensor is looked at: an accelerator would synchronise (Triton's kernel looks there itself; by the
+    other backends the gradient is read and written once more), and a traced tensor has no value. Where the graph is
+    retained the gradient stays here for another backward pass, so what is handed out, which may be written to, is a
+    copy.
     """
     # torch's own, as its compiled backward passes ask; an older torch without it copies.
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

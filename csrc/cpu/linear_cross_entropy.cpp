@@ -147,8 +147,9 @@ struct Head {
         const RowStats& part = stats[s * n + i];
         // A stretch of -inf only has sum 0 (NaN if a NaN is in it) and takes part with factor 1, not exp(-inf + inf).
         const double lower = part.max == -INFINITY ? 0.0 : static_cast<double>(part.max) - total.max;
-        total.sum += part.sum * std::exp(lower);
-        total.product += (part.product + part.sum * lower) * std::exp(lower);
+        const double factor = std::exp(lower);
+        total.sum += part.sum * factor;
+        total.product += (part.product + part.sum * lower) * factor;
       }
       const RowLoss row = finish_row(problem.loss, total, problem.rows.target[i]);
       lse_ptr[i] = row.lse;

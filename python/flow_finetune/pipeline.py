@@ -39,7 +39,7 @@ from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.scores import read_metadata, score, score_header
 from flow_finetune.storage import exclusive, write_json
-from flow_finetune.tasks import Task, check_task, prepare
+from flow_finetune.tasks import check_task, prepare
 from flow_finetune.train import train
 from flow_finetune.train_checks import check_dtype, check_grad_filter, check_gradient_checkpointing, check_train
 from flow_finetune.wise_ft import read_headers, wise_ft
@@ -219,8 +219,9 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
             score(lm, tokenizer, samples, scores, tokens=False, **options)
             scores.unlink()
         score(lm, tokenizer, samples, scores, tokens=has_tokens or needs_tokens, **options)
+    wanted = {task.name: task.fingerprint() for task in prepared}
     for directory in run_directories(config, pretrained.parent):
-        _forget_other_evaluation(directory, prepared)
+        _forget_other_evaluation(directory, wanted)
     if not (pretrained / EVALUATION_FILE).is_file():
         evaluate(
             lm, tokenizer, config.tasks, pretrained, batch_tokens=config.batch_tokens,
@@ -229,13 +230,13 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
     return samples
 
 
-def _forget_other_evaluation(directory: Path, prepared: Sequence[Task]) -> None:
-    """Remove an evaluation on other items than the files have now; the model stays, and is evaluated again."""
+def _forget_other_evaluation(directory: Path, wanted: dict[str, str]) -> None:
+    """Remove an evaluation of tasks with other fingerprints than `wanted`; the model stays, and is evaluated again."""
     path = directory / EVALUATION_FILE
     if not path.is_file():
         return
     found = {task["name"]: task["fingerprint"] for task in json.loads(path.read_text())["tasks"]}
-    changed = [task.name for task in prepared if found.get(task.name) != task.fingerprint()]
+    changed = [name for name in wanted if found.get(name) != wanted[name]]
     if changed:
         say(f"{directory.name} was evaluated on other items of {', '.join(changed)}; evaluating it again")
         path.unlink()

@@ -161,7 +161,8 @@ def _explanations(shown: Sequence[Metric], runs: Sequence[Run]) -> list[str]:
     if any(m.hardest for m in shown):
         lines += [
             "The hardest 10 % are the items of the target on which the pre-trained model loses most, the same for every "
-            f"run ({_hardest_counts(shown, runs)}); where a metric is of a part of the items, a tenth of that part. It was the one they were picked by, so compare the trained runs. They are few, and intervals over few "
+            f"run ({_hardest_counts(shown, runs)}); where a metric is of a part of the items, a tenth of that part. It was "
+            "the one they were picked by, so compare the trained runs. They are few, and intervals over few "
             "items are somewhat too narrow.",
             "",
         ]
