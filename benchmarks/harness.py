@@ -62,10 +62,13 @@ def provenance(program: str, arguments: list[str] | None = None, programs: Seque
 
     `arguments` stand for those of the command line, where these would name a machine's own paths.
     """
+    # Which implementations there are depends on it.
+    interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    words = shlex.join(sys.argv[1:] if arguments is None else arguments)
     return {
         "machine": machine(),
         "commit": commit(programs),
-        "command": f"python benchmarks/{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}",
+        "command": f"{interpreted}python benchmarks/{program} {words}",
     }
 
 

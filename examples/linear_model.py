@@ -5,8 +5,8 @@
 Left, the way of gradient descent from the old optimum theta* to the new one in the plane of e = theta* - theta~* and
 the direction that the inputs are correlated with: plain descent is far off to one side after a step and at the new
 optimum soon after; FLOW goes there the more slowly and the nearer to the line between the two optima the smaller tau
-is. On that line lie the averages (WiSE-FT). Right, the sum of the errors on both tasks against the step: FLOW stopped
-at its best step is below the best average.
+is. On that line lie the averages (WiSE-FT). Right, the sum of the errors on both tasks against the step: FLOW with
+a tau of at most 1, stopped at its best step, is below the best average.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def _why_no_triton(device_type: str) -> str:
 def status(backend: str, device_type: str, dtype: torch.dtype | None = None, operator: str | None = None) -> Status:
     """Say whether `backend` can serve tensors on `device_type` (of `dtype`, by `operator`, if given), and why (not)."""
     if backend == "reference":
-        return Status(True, "eager torch, every device and dtype")
+        return Status(True, "eager torch, every device with fp64, every floating dtype")
     if backend == "cpu":
         if device_type != "cpu":
             return Status(False, "its kernels read CPU memory only")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -72,15 +72,18 @@ def cross_entropy(
         Loss in nats, fp32 (fp64 for fp64 input): 0-d, or the shape of `target` for "none". If nothing counts it is 0
         with zero gradients.
 
-    Gradients flow to `input` (in its dtype) and to `sample_weight`: the row's loss, but 0 where the weight is 0 and the
-    loss of the row therefore unknown; `(w * cross_entropy(..., reduction="none")).sum()` has it there too. They are not
-    differentiable themselves, there is no forward mode, and the transforms of `torch.func` do not apply.
+    Gradients flow to `input` (in its dtype) and to `sample_weight`: the row's loss over what "mean" divides by (with
+    `normalizer="weights"` its difference from the loss returned), summed over the rows that share a weight, but 0 where
+    the weight is 0 and the loss of the row therefore unknown; `(w * cross_entropy(..., reduction="none")).sum()` has it
+    there too. They are not differentiable themselves, there is no forward mode, and the transforms of `torch.func` that
+    differentiate do not apply.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, by name.
         IndexError: a target outside [0, V), with its row. The Triton and CUDA kernels, which would have to wait for the
             GPU to look, give NaN for the loss of such a row.
         flow_kernels.BackendUnavailable: the named backend cannot serve the call.
+        RuntimeError: a second derivative. NotImplementedError: forward mode.
 
     Source: equation 2 of "Upweighting Easy Samples in Fine-Tuning Mitigates Forgetting" (arXiv 2502.02797).
     """
@@ -133,8 +136,8 @@ def linear_cross_entropy(
     Rows that are ignored or have weight 0 are left out (before the matrix product, but for "triton"); a frozen head
     computes no `linear_weight` gradient and a frozen input no `input` gradient; gradients are accumulated in fp32 and
     rounded once. For "mean" and "sum" they are made in the forward pass (three matrix products, not four; "cpu" makes
-    again, by a fourth, what does not fit in the memory that it keeps: of 262,144 classes what is beyond some 2,100
-    rows), but in fp16, where a loss scale must reach them before they are rounded.
+    again, by a fourth, what does not fit in the memory that it keeps: of 262,144 classes and D 640 what is beyond some
+    2,100 rows), but in fp16, where a loss scale must reach them before they are rounded.
 
     Args:
         input: hidden states, `[..., D]`. Under autocast, floating inputs are cast as `F.linear` casts them.
@@ -191,6 +194,9 @@ def check_options(
     rows: Rows, num_classes: int, weight: Tensor | None, label_smoothing: float, softcap: float | None, z_loss: float
 ) -> Tensor | None:
     """Check the options of a loss; returns the class weights in the accumulation dtype."""
+    for name, value in {"label_smoothing": label_smoothing, "softcap": softcap or 0.0, "z_loss": z_loss}.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if softcap is not None and not 0.0 < softcap < float("inf"):

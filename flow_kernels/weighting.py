@@ -9,6 +9,8 @@ These functions run once per data set, not once per step; they look at values, w
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -70,7 +72,9 @@ def temperature(losses: Tensor, *, quantile: float = 0.5, mask: Tensor | None = 
         0-d fp64 tensor on the device of `losses`, nats.
 
     Raises:
-        ValueError: fewer than 2 losses, a loss that is not finite, or a temperature that is not positive.
+        TypeError: losses that are not floating.
+        ValueError: a quantile outside [0, 1], a mask that does not fit, fewer than 2 losses, a loss that is not finite, or
+            a temperature that is not positive.
     """
     if not 0.0 <= quantile <= 1.0:
         raise ValueError(f"quantile must be in [0, 1], got {quantile}")
@@ -90,16 +94,12 @@ def temperature(losses: Tensor, *, quantile: float = 0.5, mask: Tensor | None = 
     below = int(position)
     above = min(below + 1, values.numel() - 1)
     tau = torch.lerp(values[below], values[above], position - below)
-    _check_temperature(tau)
-    return tau
-
-
-def _check_temperature(tau: Tensor) -> None:
-    if not bool(tau > 0) or not bool(torch.isfinite(tau)):
+    if not bool(tau > 0):  # finite, as the losses are
         raise ValueError(
             f"the temperature must be positive and finite, got {float(tau)}: a pre-trained model with loss 0 on these "
             "samples leaves nothing to weight; use a higher quantile or plain fine-tuning"
         )
+    return tau
 
 
 def flow_weights(
@@ -130,7 +130,10 @@ def flow_weights(
         fp32 weights of the shape of `losses` (fp64 for fp64 losses). No gradient flows through them.
 
     Raises:
-        ValueError: losses that are not finite, a temperature that is not positive, an option out of range.
+        TypeError: losses that are not floating.
+        ValueError: as `temperature` where none is given; losses that are not finite; a temperature that is not positive
+            and finite, or given beside a quantile; a mask or an option that does not fit; weights that are all 0 and to
+            be normalised.
     """
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
@@ -148,11 +151,13 @@ def flow_weights(
         tau = torch.as_tensor(temperature, dtype=torch.float64, device=losses.device).detach()
         if tau.dim() != 0:
             raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(tau.shape)}")
-        _check_temperature(tau)
+        if not bool(tau > 0) or not bool(torch.isfinite(tau)):
+            raise ValueError(f"the temperature must be positive and finite, got {float(tau)}")
     lowest, highest = (None, None) if clip is None else clip
-    if lowest is not None and highest is not None and lowest > highest:
+    bounds = [bound for bound in (lowest, highest) if bound is not None]
+    if any(math.isnan(bound) for bound in bounds) or bounds != sorted(bounds):
         raise ValueError(f"clip must be (lowest, highest), got {clip}")
-    is_clipped = lowest is not None or highest is not None
+    is_clipped = bool(bounds)
     # exp(-(f - min f) / tau) has the same ratios and cannot underflow everywhere.
     start = everyone.min() if normalize != "none" and not is_clipped and everyone.numel() else 0.0
 

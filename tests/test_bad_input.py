@@ -94,6 +94,8 @@ SHARED = {
     "NaN smoothing": ({"label_smoothing": NAN}, ValueError, "label_smoothing must be in [0, 1], got nan"),
     "softcap 0": ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, or None, got 0.0"),
     "softcap negative": ({"softcap": -30.0}, ValueError, "softcap must be positive and finite, or None, got -30.0"),
+    "softcap text": ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
+    "z_loss None": ({"z_loss": None}, TypeError, "z_loss must be a number, got NoneType"),
     "softcap NaN": ({"softcap": NAN}, ValueError, "softcap must be positive and finite, or None, got nan"),
     "softcap inf": ({"softcap": INF}, ValueError, "softcap must be positive and finite, or None, got inf"),
     "z_loss": ({"z_loss": -1e-4}, ValueError, "z_loss must be finite and not negative, got -0.0001"),

@@ -156,8 +156,10 @@ def test_commands_name_a_model_without_its_place(monkeypatch):
     import harness
 
     monkeypatch.setattr("sys.argv", ["end_to_end.py", "train", "--model", "some/where/model.gguf", "--steps", "2"])
-    command = harness.provenance_of_model("end_to_end.py", "some/where/model.gguf")["command"]
-    assert command == "python benchmarks/end_to_end.py train --model model.gguf --steps 2"
+    expected = "python benchmarks/end_to_end.py train --model model.gguf --steps 2"
+    for interpreted, command in {"0": expected, "1": f"TRITON_INTERPRET=1 {expected}"}.items():
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        assert harness.provenance_of_model("end_to_end.py", "some/where/model.gguf")["command"] == command
 
 
 @pytest.mark.parametrize("walls", [(3.23, 4.13), (1.0, 5.0, 2.0), (1.0, 9.0, 4.0, 2.0), (0.3, 0.1, 0.2, 0.5, 0.4)])

@@ -85,6 +85,7 @@ def test_every_row_alone_is_a_sample_and_nothing_is_looked_at(backend):
     ("change", "error", "message"),
     [
         ({"normalize": "sum"}, ValueError, "normalize must be one of"),
+        ({"temperature": None}, TypeError, "temperature must be a number or a 0-d tensor, got NoneType"),
         ({"temperature": 0.0}, ValueError, "the temperature must be positive and finite, got 0.0"),
         ({"temperature": torch.ones(2)}, ValueError, "a number or a 0-d tensor, got shape"),
         ({"loss": torch.zeros(2, 4)}, ValueError, r"loss has shape \(2, 4\); it must be that of target"),

@@ -102,7 +102,9 @@ KeepEasiest = Annotated[float | None, _method("Share of the samples that is kept
 OnlineCopy = Annotated[str | None, _method("flow-online's frozen copy: same (dtype as the model) or bfloat16.")]
 LoraRank = Annotated[int | None, _method("64 when not given.")]
 LoraAlpha = Annotated[int | None, _method("64 when not given.")]
-PenaltyStrength = Annotated[float | None, _method("lambda of l2 and l1, divided by the number of parameters; 1e-3.")]
+PenaltyStrength = Annotated[
+    float | None, _method("lambda of l2 and l1, divided by the number of trained parameters; 1e-3.")
+]
 PenaltyCopy = Annotated[
     str | None, _method("Pre-trained weights of l2, l1 and sfa: bfloat16, float32 or disk (unrounded, memory-mapped).")
 ]

@@ -16,7 +16,8 @@ def wise_ft(
     finetuned: Annotated[Path, typer.Argument(help="Directory of the fine-tuned model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory; one alpha-A below it for each alpha.")],
     alpha: Annotated[
-        list[float] | None, typer.Option(help="Share of the fine-tuned weights, in [0, 1]; may be given again.")
+        list[float] | None,
+        typer.Option(help="Share of the fine-tuned weights, in [0, 1]; may be given again. 0.5 when not given."),
     ] = None,
 ) -> None:
     """WiSE-FT: (1 - alpha) * pre-trained + alpha * fine-tuned, for every alpha, piece by piece from the files.
