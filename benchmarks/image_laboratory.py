@@ -30,9 +30,7 @@ class ImageLaboratory:
 
     def make_pretrained(self, directory: Path) -> dict[str, float]:
         """Probe, score and evaluate, with the evaluation copied into `directory`; returns seconds."""
-        # An evaluation that is there already may be of other tasks.
         self._prepared.pop(str(self.work), None)
-        (self.work / "pretrained" / EVALUATION_FILE).unlink(missing_ok=True)
         prepared, seconds = self._prepare(self.setup, self.work)
         directory.mkdir(parents=True, exist_ok=True)
         for name in (ITEMS_FILE, EVALUATION_FILE):

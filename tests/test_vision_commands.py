@@ -10,6 +10,7 @@ import tiny_images
 import torch
 from flow_finetune.cli import app
 from flow_finetune.config import MethodConfig
+from flow_finetune.errors import InputError
 from flow_finetune.vision.config import ImageTrainConfig, read_image_run
 from flow_finetune.vision.pipeline import probe_and_score
 from flow_finetune.vision.train import train_method
@@ -144,3 +145,16 @@ def test_train_alone_starts_from_what_score_left_and_wise_ft_averages_it(image_m
     for name, tensor in averaged.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, 0.75 * base[name] + 0.25 * mine[name], rtol=1e-6, atol=1e-7)
+
+
+def test_labels_far_apart_are_no_classes(image_mapping, tmp_path, capfd):
+    encoded, _ = tiny_images.make_images(4, 2, 12, 0)
+    for last, message in ((2_000_000_000, "the largest label is 2,000,000,000, of 2 classes with images"), (3, None)):
+        path = tiny_images.write_parquet(tmp_path / "far.parquet", encoded, [0, last] * 2)
+        config = read_image_run({**image_mapping, "data": {"source": str(path)}, "tasks": []}, "test")
+        if message:
+            with pytest.raises(InputError, match=message):
+                probe_and_score(config, tmp_path / "out")
+        else:
+            probe_and_score(config, tmp_path / "out")
+            assert "2 of 4 classes have no image" in " ".join(capfd.readouterr().err.split())

@@ -1,13 +1,19 @@
 """Labelled images: folders, Parquet and the hub agree, bytes are decoded once, and what is no image is counted."""
 
 import io
+import os
 import struct
+import threading
+import time
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_images
 from flow_finetune.errors import InputError
+from flow_finetune.storage import exclusive
 from flow_finetune.vision import data as data_module
 from flow_finetune.vision.config import ImageDataConfig
 from flow_finetune.vision.data import align_labels, load_images
@@ -290,3 +296,75 @@ def test_a_limit_takes_all_classes_of_a_folder_alike(images, tmp_path):
         id: label for id, label in zip(whole.ids, whole.labels.tolist(), strict=True)
     }.items()
     assert whole.ids == sorted(whole.ids)  # without one, in the order of the folders
+
+
+def test_a_folder_of_splits_is_not_taken_for_classes(images, tmp_path):
+    for split in ("train", "test"):
+        _folder(tmp_path / "pets" / split, *images)
+    with pytest.raises(InputError, match=r"has a folder per split \(test, train\), not one per class; .*pets/train"):
+        load_images(ImageDataConfig(str(tmp_path / "pets")), 32)
+    assert load_images(ImageDataConfig(str(tmp_path / "pets/train")), 32).class_names == NAMES
+
+
+def test_a_column_of_paths_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": ["a.png", "b.png"], "label": [0, 1]}), path)
+    with pytest.raises(InputError, match="'image' holds text, not encoded bytes"):
+        load_images(ImageDataConfig(str(path)), 16)
+
+
+def test_names_on_one_side_alone_are_told(images, tmp_path, capfd):
+    encoded, labels = images
+    numbers = load_images(ImageDataConfig(str(tiny_images.write_parquet(tmp_path / "n.parquet", encoded, labels))), 16)
+    assert align_labels(numbers, NAMES, 3).tolist() == labels
+    told = " ".join(capfd.readouterr().err.split())
+    assert "has classes by number, the model by name: 0 is taken for ant, 1 for bee and so on" in told
+    folder = load_images(ImageDataConfig(str(_folder(tmp_path / "folder", encoded, labels))), 16)
+    assert align_labels(folder, None, 3).tolist() == sorted(labels)
+    assert "has classes by name, the model by number: 0 is taken for ant" in " ".join(capfd.readouterr().err.split())
+    align_labels(folder, NAMES, 3), align_labels(numbers, None, 3)
+    assert "is taken for" not in capfd.readouterr().err
+
+
+def test_a_decoder_of_its_own_kind_of_error_is_counted(images, tmp_path, monkeypatch):
+    """Pillow's AVIF raises RuntimeError, its DDS NotImplementedError."""
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", *images)
+    opened, failing = Image.open, {images[0][1]: RuntimeError, images[0][4]: NotImplementedError}
+
+    def open_or_fail(file, *arguments, **options):
+        if file.getvalue() in failing:
+            raise failing[file.getvalue()]("Failed to decode image: Missing or empty image item")
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", open_or_fail)
+    with pytest.raises(InputError, match="2 of 12 images do not decode, the first: 1, 4"):
+        load_images(ImageDataConfig(str(path)), 10)
+
+
+def test_a_file_name_that_is_no_text_has_an_id(images, tmp_path):
+    folder = _folder(tmp_path / "folder", *images)
+    os.rename(folder / "ant/000.png", os.fsencode(folder) + b"/ant/\xff.png")
+    found = load_images(ImageDataConfig(str(folder)), 16)
+    assert "ant/\\xff.png" in found.ids
+    assert "\n".join(found.ids).encode()
+
+
+def test_numbers_with_zeros_before_them_have_an_order(images, tmp_path):
+    orders = []
+    for names in (["01", "1", "2"], ["2", "1", "01"]):
+        path = tiny_images.write_parquet(tmp_path / "a.parquet", images[0][:3], names)
+        orders.append(load_images(ImageDataConfig(str(path)), 16).class_names)
+    assert orders == [("01", "1", "2")] * 2
+
+
+def test_a_cache_that_another_process_fills_is_waited_for(images, tmp_path):
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", *images)
+    config, done = ImageDataConfig(str(path), cache=str(tmp_path / "cache")), []
+    with exclusive(tmp_path / "cache"):
+        thread = threading.Thread(target=lambda: done.append(load_images(config, 16)))
+        thread.start()
+        time.sleep(0.5)
+        assert not done
+        assert not list((tmp_path / "cache").iterdir())
+    thread.join(60)
+    assert done[0].fingerprint == load_images(ImageDataConfig(str(path)), 16).fingerprint

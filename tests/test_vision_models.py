@@ -9,6 +9,7 @@ import transformers
 from flow_finetune.errors import InputError
 from flow_finetune.vision.config import ImageModelConfig
 from flow_finetune.vision.models import classifier_fingerprint, load_classifier, save_classifier
+from flow_finetune.vision.preprocessing import share_seen
 from PIL import Image
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 from transformers.models.mobilevit.image_processing_pil_mobilevit import MobileViTImageProcessorPil
@@ -84,3 +85,81 @@ def test_two_heads_are_refused(tmp_path):
     transformers.DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path / "deit")
     with pytest.raises(InputError, match=r"with its head apart|more than one linear layer"):
         load(tmp_path / "deit")
+
+
+def test_the_file_of_several_processors_comes_first(vit, tmp_path):
+    """As transformers looks for them."""
+    path = tmp_path / "vit"
+    transformers.ViTForImageClassification.from_pretrained(vit).save_pretrained(path)
+    ViTImageProcessorPil(**SQUARE).save_pretrained(path)
+    of_several = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], **SQUARE}
+    (path / "processor_config.json").write_text(json.dumps({"image_processor": of_several, "processor_class": "X"}))
+    description = load(path).description
+    assert description.size == 16
+    np.testing.assert_allclose(description.mean, [25.5, 51.0, 76.5])
+    np.testing.assert_allclose(description.std, [102.0, 127.5, 153.0])
+
+
+def test_a_saved_model_has_its_processor_and_its_own_classes(vit, tmp_path):
+    path = tmp_path / "named"
+    model = transformers.ViTForImageClassification.from_pretrained(vit)
+    model.config.id2label = dict(enumerate(("tench", "shark", "hen", "ray", "eel")))
+    model.save_pretrained(path)
+    processor = ViTImageProcessorPil(**SQUARE, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    processor.save_pretrained(path)
+    classifier = load(path)
+    for number, names in (("named", ("a", "b", "c", "d", "e")), ("numbered", None)):
+        classifier.new_head(5, names, seed=0)
+        save_classifier(classifier, tmp_path / number / "saved")
+        config = json.loads((tmp_path / number / "saved/config.json").read_text())
+        assert list(config["id2label"].values()) == list(names or [f"LABEL_{i}" for i in range(5)])
+        # And once more from what was saved.
+        save_classifier(load(tmp_path / number / "saved"), tmp_path / number / "twice")
+        found = ViTImageProcessorPil.from_pretrained(tmp_path / number / "twice")
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+        ours, theirs = (p(image, return_tensors="pt")["pixel_values"] for p in (found, processor))
+        assert torch.equal(ours, theirs)
+
+
+def test_classes_may_have_their_number_alone(vit, tmp_path):
+    path = tmp_path / "vit"
+    transformers.ViTForImageClassification.from_pretrained(vit).save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "id2label": None, "label2id": None, "num_labels": 5}))
+    assert load(path).description.class_names is None
+
+
+@pytest.mark.parametrize(
+    ("processor", "share"),
+    [
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True}, 0.875),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": False}, 1.0),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, 0.875),
+        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, 1.0),
+        ({"size": {"height": 224, "width": 224}}, 1.0),
+        ({"size": 224}, 1.0),
+        ({}, 1.0),
+    ],
+)
+def test_the_share_of_an_image_that_a_processor_sees(processor, share):
+    assert share_seen(processor) == pytest.approx(share)
+
+
+def test_a_processor_that_crops_is_told(vit, tmp_path, capfd):
+    path = tmp_path / "vit"
+    transformers.ViTForImageClassification.from_pretrained(vit).save_pretrained(path)
+    crop = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}
+    (path / "preprocessor_config.json").write_text(json.dumps(crop))
+    assert load(path).description.size == 16
+    assert "sees the central 0.8 of an image; for uncropped ones set crop: 0.8" in " ".join(
+        capfd.readouterr().err.split()
+    )
+
+
+def test_the_size_of_a_model_with_several_parts_is_its_vision_parts(tmp_path):
+    config = transformers.CLIPConfig(
+        text_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={**VIT, "image_size": 32, "patch_size": 8}, projection_dim=8, num_labels=5,
+    )  # fmt: skip
+    transformers.CLIPForImageClassification(config).save_pretrained(tmp_path / "clip")
+    assert load(tmp_path / "clip").description.size == 32

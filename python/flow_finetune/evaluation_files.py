@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flow_finetune.errors import InputError
+from flow_finetune.progress import say
 from flow_finetune.statistics import Items, ratio_and_standard_error
 from flow_finetune.storage import SUMMARY_FILE, atomic_path, require_writable, write_json
 
@@ -31,6 +32,18 @@ def require_unused(output: Path, overwrite: bool = False, source: str | None = N
     if (output / EVALUATION_FILE).exists() and not overwrite:
         raise InputError(f"{output} already holds an evaluation; choose another directory or pass --overwrite")
     require_writable(output)
+
+
+def forget_other_evaluation(directory: Path, wanted: dict[str, str]) -> None:
+    """Remove an evaluation of tasks with other fingerprints than `wanted`; the model stays, and is evaluated again."""
+    path = directory / EVALUATION_FILE
+    if not path.is_file():
+        return
+    found = {task["name"]: task["fingerprint"] for task in json.loads(path.read_text())["tasks"]}
+    changed = [name for name in wanted if found.get(name) != wanted[name]]
+    if changed:
+        say(f"{directory.name} was evaluated on other items of {', '.join(changed)}; evaluating it again")
+        path.unlink()
 
 
 def summary_of(model: str) -> dict | None:

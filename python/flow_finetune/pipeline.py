@@ -29,7 +29,7 @@ from flow_finetune.config import (
 from flow_finetune.data import SampleSet, check_data, load_samples
 from flow_finetune.errors import InputError
 from flow_finetune.evaluate import evaluate
-from flow_finetune.evaluation_files import EVALUATION_FILE
+from flow_finetune.evaluation_files import EVALUATION_FILE, forget_other_evaluation
 from flow_finetune.journal import unfinished_header
 from flow_finetune.methods import needs_scores
 from flow_finetune.models import CausalLM, load_model, resolve_device, save_model
@@ -221,22 +221,10 @@ def _score_and_evaluate(config: RunConfig, base: ModelConfig, pretrained: Path, 
         score(lm, tokenizer, samples, scores, tokens=has_tokens or needs_tokens, **options)
     wanted = {task.name: task.fingerprint() for task in prepared}
     for directory in run_directories(config, pretrained.parent):
-        _forget_other_evaluation(directory, wanted)
+        forget_other_evaluation(directory, wanted)
     if not (pretrained / EVALUATION_FILE).is_file():
         evaluate(
             lm, tokenizer, config.tasks, pretrained, batch_tokens=config.batch_tokens,
             precision=config.model.precision, source=base.source, prepared=prepared,
         )  # fmt: skip
     return samples
-
-
-def _forget_other_evaluation(directory: Path, wanted: dict[str, str]) -> None:
-    """Remove an evaluation of tasks with other fingerprints than `wanted`; the model stays, and is evaluated again."""
-    path = directory / EVALUATION_FILE
-    if not path.is_file():
-        return
-    found = {task["name"]: task["fingerprint"] for task in json.loads(path.read_text())["tasks"]}
-    changed = [name for name in wanted if found.get(name) != wanted[name]]
-    if changed:
-        say(f"{directory.name} was evaluated on other items of {', '.join(changed)}; evaluating it again")
-        path.unlink()

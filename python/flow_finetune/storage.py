@@ -71,8 +71,11 @@ class DirectoryLock:
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
-    def take(self, path: Path) -> None:
-        """Lock the directory `path`, in place of what was locked before; `InputError` if another process has it."""
+    def take(self, path: Path, *, wait: bool = False) -> None:
+        """Lock the directory `path`, in place of what was locked before; `InputError` if another process has it.
+
+        With `wait` it is waited for.
+        """
         self.release()
         try:
             import fcntl
@@ -80,7 +83,7 @@ class DirectoryLock:
             return
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise InputError(f"another process works in {path}; wait for it, or choose another directory") from None
@@ -97,12 +100,15 @@ class DirectoryLock:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Work in the directory `path`, which is made if need be, alone; one that is left empty is not left behind."""
+def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Work in the directory `path`, which is made if need be, alone; one that is left empty is not left behind.
+
+    Another process that works there is an `InputError`, or waited for with `wait`.
+    """
     lock, is_new = DirectoryLock(), not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
-        lock.take(path)
+        lock.take(path, wait=wait)
         yield
     finally:
         # Before the lock goes: another process would lock a directory that is being removed.

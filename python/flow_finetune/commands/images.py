@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,7 @@ _USED = _OF_IMAGES | {
     "task", "model", "data", "output", "limit", "split", "subset", "id_field", "revision", "precision", "device", "overwrite",
     "method", "scores", "weights", "temperature", "quantile", "clip_low", "clip_high", "normalize", "keep_easiest",
     "penalty_strength", "penalty_copy", "average_every", "average_share", "epochs", "batch_size", "learning_rate",
-    "warmup", "weight_decay", "max_grad_norm", "seed", "log_every", "track_distance",
+    "warmup", "weight_decay", "max_grad_norm", "seed", "log_every", "track_distance", "checkpoint_every",
 }  # fmt: skip
 
 
@@ -95,11 +96,13 @@ def _run_config(context: typer.Context):
 def score_images(context: typer.Context, output: Path, overwrite: bool) -> None:
     """`score --task image`: stage 0's model and its losses, `output/pretrained/model` and `output/scores.parquet`."""
     from flow_finetune.scores import describe_weights, read_metadata
+    from flow_finetune.storage import exclusive
     from flow_finetune.vision.pipeline import check_image_run, probe_and_score
 
     config = _run_config(context)
     check_image_run(config)
-    prepared = probe_and_score(config, output, overwrite=overwrite)
+    with exclusive(output):
+        prepared = probe_and_score(config, output, overwrite=overwrite)
     tau = read_metadata(prepared.scores)["temperature"]
     say(f"{prepared.scores}: median loss {tau:.4f} nats per image")
     say(describe_weights(prepared.scores))
@@ -125,7 +128,11 @@ def train_images(
     check_image_run(dataclasses.replace(config, train=train))
     if not all((scores / name).is_file() for name in (PROBE_FILE, "scores.parquet")):
         raise InputError(f"{scores} is no directory that score --task image -o {scores} has made; make it first")
-    # The probe is the one of `score`, whatever stage 1's options are: all methods and seeds start from one model.
+    # The probe is the one that is there, whatever stage 1's options are: all methods and seeds start from one model.
+    probe = json.loads((scores / PROBE_FILE).read_text())
+    epochs, size, rate = probe["head"]
+    probed = ImageTrainConfig(seed=probe["seed"], head_epochs=epochs, head_batch_size=size, head_learning_rate=rate)
+    config = dataclasses.replace(config, train=probed)
     summary = train_method(probe_and_score(config, scores), method, output, train, overwrite=overwrite)
     speed = f", {summary['images_per_second']:,.0f} images/s" if "images_per_second" in summary else ""
     say(

@@ -57,6 +57,7 @@ class ImageTrainConfig:
     head_learning_rate: float = 1e-3
     seed: int = 0
     log_every: int = 10  # optimiser steps
+    checkpoint_every: int = 0  # optimiser steps of stage 1; 0 for none: a killed training starts again
     track_distance: bool = True  # distance from where stage 1 started, at the price of a copy of the parameters
 
 
@@ -140,9 +141,12 @@ def check_image_run(config: ImageRunConfig) -> None:
     for name, value in (("learning_rate", train.learning_rate), ("head_learning_rate", train.head_learning_rate)):
         if not value > 0:
             raise InputError(f"train: {name} must be positive, got {value}")
-    for name, value in (("weight_decay", train.weight_decay), ("max_grad_norm", train.max_grad_norm)):
+    for name, value in (("weight_decay", train.weight_decay), ("max_grad_norm", train.max_grad_norm),
+                        ("checkpoint_every", train.checkpoint_every)):  # fmt: skip
         # A negative norm to clip to would turn every step around.
         if not value >= 0:
             raise InputError(f"train: {name} must be at least 0 (0 for none), got {value}")
+    if not 0 <= train.seed < 2**32:
+        raise InputError(f"train: seed must be between 0 and 2^32 - 1, got {train.seed}")
     if not 0.0 <= train.warmup <= 1.0:
         raise InputError(f"train: warmup is a share of all steps, in [0, 1], got {train.warmup}")

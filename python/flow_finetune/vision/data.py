@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,10 +23,11 @@ import pyarrow.parquet as pq
 from flow_finetune.data import is_local
 from flow_finetune.errors import InputError
 from flow_finetune.progress import say
-from flow_finetune.storage import atomic_path, fingerprint, require_disk_space
+from flow_finetune.storage import atomic_path, exclusive, fingerprint, require_disk_space
 from flow_finetune.vision.config import ImageDataConfig, ImageTaskConfig
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 _NUM_NAMED = 5
 # Part of a cache's key: 2 since images are turned upright and 16 bits are reduced to 8.
 _DECODING = 3
@@ -115,6 +117,12 @@ def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_clas
             f"{images.source} has {len(images.class_names)} classes by name, the model {num_classes} without names; "
             "give labels as numbers"
         )
+    if bool(images.class_names) != bool(class_names):
+        said = class_names or images.class_names
+        say(
+            f"{images.source} has classes by {'name' if images.class_names else 'number'}, the model by "
+            f"{'name' if class_names else 'number'}: 0 is taken for {said[0]}, 1 for {said[min(1, len(said) - 1)]} and so on"
+        )
     worst = int(images.labels.argmax())
     if images.labels[worst] >= num_classes:
         raise InputError(
@@ -185,7 +193,8 @@ def _in_turn(indices: list[int], labels: list[int]) -> list[int]:
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:
     """Class names as the classes are numbered: numbers by value, so that 10 comes after 9, and others as text."""
     names = list(names)
-    return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
+    are_numbers = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if are_numbers else 0, name)))
 
 
 def _read_folder(path: Path) -> Encoded:
@@ -193,12 +202,17 @@ def _read_folder(path: Path) -> Encoded:
     names = _in_order(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{path} has no folder per class, as in {path}/cat/1.jpg")
+    if set(names) <= _SPLITS:
+        raise InputError(
+            f"{path} has a folder per split ({', '.join(names)}), not one per class; give one of them, as {path / names[-1]}"
+        )
     files, labels = [], []
     for label, name in enumerate(names):
         found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
         files += found
         labels += [label] * len(found)
-    ids = [file.relative_to(path).as_posix() for file in files]
+    # A name that is no UTF-8 is no text that Parquet could hold.
+    ids = [os.fsencode(file.relative_to(path).as_posix()).decode("utf-8", "backslashreplace") for file in files]
     return Encoded(ids, labels, names, lambda index: files[index].read_bytes())
 
 
@@ -227,6 +241,11 @@ def _read_columns(config, columns: dict[str, Callable[[], list]], names: tuple[s
     for id, label in zip(ids, labels, strict=True):
         if not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
             raise InputError(f"{config.source}: image {id} has the label {label!r}; a class number or name is needed")
+    if any(isinstance(image, str) for image in images):
+        raise InputError(
+            f"{config.source}: {config.image_field!r} holds text, not encoded bytes; put the files' content into the column, "
+            "or give a folder with a folder per class"
+        )
     if any(isinstance(label, str) for label in labels):
         names = _in_order({str(label) for label in labels})
         number = {name: index for index, name in enumerate(names)}
@@ -258,7 +277,7 @@ def _open(encoded: Encoded, index: int):
 
 
 # What Pillow raises for a damaged file depends on the format; every one of these means that there is no image.
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, Warning)
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, RuntimeError, Warning)
 
 
 def _stored_side(encoded: Encoded, size: int, crop: float) -> int:
@@ -284,15 +303,17 @@ def _decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, lis
     )
     path = Path(config.cache).expanduser() / f"{key}.npy"
     bad_path = path.with_suffix(".json")
-    if not bad_path.is_file():
-        require_disk_space(path, int(np.prod(shape)))
-        with atomic_path(path) as temporary:
-            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            bad = _decode_into(pixels, encoded, config.crop)
-            pixels.flush()
-            del pixels
-        with atomic_path(bad_path) as temporary:
-            temporary.write_text(json.dumps(bad))
+    # Runs that share a cache would write to one temporary file.
+    with exclusive(path.parent, wait=True):
+        if not bad_path.is_file():
+            require_disk_space(path, int(np.prod(shape)))
+            with atomic_path(path) as temporary:
+                pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+                bad = _decode_into(pixels, encoded, config.crop)
+                pixels.flush()
+                del pixels
+            with atomic_path(bad_path) as temporary:
+                temporary.write_text(json.dumps(bad))
     return np.load(path, mmap_mode="r"), json.loads(bad_path.read_text())
 
 

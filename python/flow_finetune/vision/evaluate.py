@@ -47,6 +47,11 @@ class ImageTask:
     def name(self) -> str:
         return self.config.name or Path(self.config.source).stem
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what is measured: pixels, labels, ids, class names and the size that the network sees."""
+        return fingerprint([self.images.fingerprint.encode(), str(self.size).encode()])
+
 
 def prepare_tasks(tasks: Sequence[ImageTaskConfig], original: Description, size: int) -> list[ImageTask]:
     """Decode the images of every task: target ones for `size` pixels, retained ones for the model's own size."""
@@ -92,12 +97,11 @@ def evaluate_classifier(
     for task in tasks:
         start = time.perf_counter()
         items = _measure(classifier, original, task, batch_size)
-        mark = fingerprint([task.images.fingerprint.encode(), str(task.size).encode()])
         records.append(
             {
                 "name": task.name, "kind": task.config.kind, "role": task.config.role, "source": task.config.source,
                 "num_items": len(task.images.ids), "num_dropped": task.images.num_bad, "num_truncated": 0,
-                "fingerprint": mark, "settings": {"precision": classifier.precision}, "seconds": time.perf_counter() - start,
+                "fingerprint": task.fingerprint, "settings": {"precision": classifier.precision}, "seconds": time.perf_counter() - start,
                 "metrics": {name: metric_record(i) for name, i in items.items()},
             }
         )  # fmt: skip

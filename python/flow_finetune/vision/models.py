@@ -27,6 +27,7 @@ from flow_finetune.models import autocast, resolve_device
 from flow_finetune.progress import say
 from flow_finetune.storage import atomic_path, fingerprint
 from flow_finetune.vision.config import ImageModelConfig
+from flow_finetune.vision.preprocessing import preprocessing, processor_file, share_seen
 
 _WEIGHTS, _DESCRIPTION = "model.safetensors", "classifier.json"
 _LITE0 = "efficientnet-lite0"
@@ -63,6 +64,7 @@ class ImageClassifier(nn.Module):
         self.body = network
         self._head_name = head_name
         self.description = description
+        self.processor: dict = {}  # transformers' image processor's file, which a saved model keeps
         self.precision = precision
         shape = (1, 3, 1, 1)
         self._mean, self._std = (torch.tensor(v).view(shape) for v in (description.mean, description.std))
@@ -139,7 +141,7 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
     Raises:
         InputError: no such model, a library that is missing, or a model that classifies no images.
     """
-    directory, head_is_missing = Path(config.source).expanduser(), False
+    directory, head_is_missing, processor = Path(config.source).expanduser(), False, {}
     if config.revision is not None and (
         directory.is_dir() or config.source == _LITE0 or config.source.startswith("timm:")
     ):
@@ -147,7 +149,7 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
     if (directory / _DESCRIPTION).is_file():
         description = _read_description(directory / _DESCRIPTION)
         if description.library == "transformers":
-            network, _, _ = _from_transformers(str(directory), None)
+            network, _, _, processor = _from_transformers(str(directory), None)
         else:
             network = _empty(description)
             try:
@@ -160,11 +162,16 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
         network, description = _from_timm(config.source.removeprefix("timm:"))
     else:
         source = str(directory) if directory.is_dir() else config.source
-        network, description, head_is_missing = _from_transformers(source, config.revision)
+        network, description, head_is_missing, processor = _from_transformers(source, config.revision)
+        if (share := share_seen(processor)) < 1.0:
+            say(
+                f"{source}'s image processor sees the central {share:.3g} of an image; for uncropped ones set crop: {share:.3g}"
+            )
     head_name = _head_name(network, description.num_classes, config.source)
     images = np.arange(3 * description.size**2, dtype=np.uint32).reshape(1, description.size, description.size, 3) % 251
     network.eval()
     classifier = _taken_apart(network, head_name, description, config, images.astype(np.uint8))
+    classifier.processor = processor
     if head_is_missing:
         # The same one every time, or each process would have another model.
         classifier.new_head(description.num_classes, description.class_names, seed=0)
@@ -209,11 +216,14 @@ def save_classifier(classifier: ImageClassifier, directory: Path) -> None:
         temporary.mkdir()
         if description.library == "transformers":
             network.config.num_labels = description.num_classes
-            if description.class_names:
-                network.config.id2label = dict(enumerate(description.class_names))
-                network.config.label2id = {v: k for k, v in network.config.id2label.items()}
+            # Those of the pre-trained classes would stay where there are as many new ones.
+            names = description.class_names or [f"LABEL_{i}" for i in range(description.num_classes)]
+            network.config.id2label = dict(enumerate(names))
+            network.config.label2id = {v: k for k, v in network.config.id2label.items()}
             with _quiet():
                 network.save_pretrained(temporary)
+            if classifier.processor:
+                (temporary / "preprocessor_config.json").write_text(json.dumps(classifier.processor, indent=1) + "\n")
         else:
             save_model(network, str(temporary / _WEIGHTS), metadata={"format": "pt"})
         (temporary / _DESCRIPTION).write_text(json.dumps(description.as_dict(), indent=1) + "\n")
@@ -305,8 +315,8 @@ def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
-def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, Description, bool]:
-    """Network, description, and whether its files hold no head."""
+def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, Description, bool, dict]:
+    """Network, description, whether its files hold no head, and its image processor's file."""
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError, ImportError) as error:
@@ -329,49 +339,13 @@ def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, De
     missing = sorted(loaded["missing_keys"])
     if others := [name for name in missing if not name.startswith(head)]:
         raise InputError(f"the files of {source} lack {len(others)} of its weights, the first is {others[0]}")
-    size, mean, std, bgr = _preprocessing(source, revision, config)
-    names = tuple(config.id2label[i] for i in range(config.num_labels))
+    processor = processor_file(source, revision)
+    size, mean, std, bgr = preprocessing(source, processor, config)
+    # A configuration may have their number alone (PVT's).
+    names = tuple((config.id2label or {}).get(i, f"LABEL_{i}") for i in range(config.num_labels))
     names = None if names[0] in ("LABEL_0", 0) else names
     description = Description("transformers", config.model_type, size, mean, std, config.num_labels, names, bgr)
-    return network, description, bool(missing)
-
-
-def _preprocessing(source: str, revision: str | None, config) -> tuple[int, tuple, tuple, bool]:
-    """Size, mean and std in units of 0..255, and whether channels are BGR, from the image processor's file if any.
-
-    (x * rescale_factor - image_mean) / image_std  =  (x - mean) / std
-    """
-    from transformers.utils import cached_file
-
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(source, "preprocessor_config.json", revision=revision, **options)
-    found = json.loads(Path(path).read_text()) if path else _timm_preprocessing(config)
-    crop_size = found.get("crop_size") if found.get("do_center_crop") is not False else None
-    size = crop_size or found.get("size") or getattr(config, "image_size", None) or 224
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge") or 224
-    size = size[-1] if isinstance(size, list | tuple) else size
-    if found.get("rescale_offset"):
-        raise InputError(f"the image processor of {source} sets rescale_offset, which is not done here")
-    factor = found.get("rescale_factor") or 1 / 255 if found.get("do_rescale") is not False else 1.0
-    normalizes = found.get("do_normalize")
-    if normalizes is None:
-        # MobileViT's processor, the one that flips channels, writes a mean that it has no use for.
-        normalizes = not found or (bool(found.get("image_mean")) and not found.get("do_flip_channel_order"))
-    mean = (found.get("image_mean") or (0.485, 0.456, 0.406)) if normalizes else (0.0,) * 3
-    std = (found.get("image_std") or (0.229, 0.224, 0.225)) if normalizes else (1.0,) * 3
-    if normalizes and found.get("include_top"):  # EfficientNet's: it divides once more
-        std = tuple(v * v for v in std)
-    mean, std = (tuple(round(v / factor, 10) for v in values) for values in (mean, std))
-    return int(size), mean, std, bool(found.get("do_flip_channel_order"))
-
-
-def _timm_preprocessing(config) -> dict:
-    """What timm's models on the hub say in config.json in place of an image processor's file."""
-    found = getattr(config, "pretrained_cfg", None)
-    if not found:
-        return {}
-    return {"size": found["input_size"], "image_mean": found["mean"], "image_std": found["std"]}
+    return network, description, bool(missing), processor
 
 
 @contextlib.contextmanager

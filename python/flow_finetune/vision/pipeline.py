@@ -23,7 +23,7 @@ import torch
 
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
-from flow_finetune.evaluation_files import EVALUATION_FILE
+from flow_finetune.evaluation_files import EVALUATION_FILE, forget_other_evaluation
 from flow_finetune.plots import require_matplotlib
 from flow_finetune.progress import say
 from flow_finetune.report import write_report
@@ -39,6 +39,8 @@ from flow_finetune.vision.train import check_image_method, train_method, wise_ft
 
 # Says whose probe a directory holds, or is about to.
 PROBE_FILE = Path("pretrained") / "probe.json"
+# Numbers of classes above which most must have images.
+_MAX_ABSENT = 10_000
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,7 @@ def prepare(config: ImageRunConfig, output: Path) -> Prepared:
     """
     prepared = probe_and_score(config, output)
     pretrained = prepared.output / "pretrained"
-    if not (pretrained / EVALUATION_FILE).is_file():
-        _evaluate(prepared, prepared.load(prepared.probed), pretrained)
+    _evaluate_saved(prepared, prepared.probed, pretrained)
     return prepared
 
 
@@ -122,6 +123,14 @@ def probe_and_score(config: ImageRunConfig, output: Path, *, overwrite: bool = F
     images = load_images(config.data, size)
     if len(np.unique(images.labels)) < 2:
         raise InputError(f"{config.data.source}: all images read are of one class; a classifier needs at least 2")
+    present = len(np.unique(images.labels))
+    if images.num_classes > max(_MAX_ABSENT, 100 * present):
+        raise InputError(
+            f"{config.data.source}: the largest label is {images.num_classes - 1:,}, of {present} classes with images; number "
+            "them from 0, or give their names"
+        )
+    if present < images.num_classes:
+        say(f"{config.data.source}: {images.num_classes - present} of {images.num_classes} classes have no image")
     _check_size(classifier, images, size, config.model.source)
     labels = align_labels(images, images.class_names, images.num_classes)
     # Before anything is trained: an evaluation file that cannot be used is found now.
@@ -171,6 +180,7 @@ def _probe(prepared: Prepared, classifier: ImageClassifier, overwrite: bool) -> 
             "directory, or score again with --overwrite"
         )
     prepared.scores.unlink(missing_ok=True)
+    (mark.parent / EVALUATION_FILE).unlink(missing_ok=True)
     write_json(mark, identity)
     classifier.new_head(prepared.images.num_classes, prepared.images.class_names, train.seed)
     labels = torch.from_numpy(prepared.labels)
@@ -183,7 +193,7 @@ def _probe(prepared: Prepared, classifier: ImageClassifier, overwrite: bool) -> 
     fingerprints = {"images": prepared.images.fingerprint, "model": classifier_fingerprint(classifier)}
     write_scores(prepared.scores, prepared.images, prepared.labels, loss, predicted, fingerprints)
     accuracy = float((predicted == labels).double().mean())
-    say(f"stage 0: median loss {float(loss.median()):.4f} nats, training accuracy {100 * accuracy:.2f} %")
+    say(f"stage 0: median loss {float(np.median(loss.numpy())):.4f} nats, training accuracy {100 * accuracy:.2f} %")
 
 
 def train_and_evaluate(
@@ -203,15 +213,17 @@ def train_and_evaluate(
         summary = wise_ft_method(prepared, method, directory)
     else:
         summary = train_method(prepared, method, directory, train)
-    if not (directory / EVALUATION_FILE).is_file():
-        # What is measured is what was saved, not what is still in memory.
-        _evaluate(prepared, prepared.load(directory / "model"), directory)
+    _evaluate_saved(prepared, directory / "model", directory)
     return summary
 
 
-def _evaluate(prepared: Prepared, classifier: ImageClassifier, directory: Path) -> None:
+def _evaluate_saved(prepared: Prepared, model: Path, directory: Path) -> None:
+    """Evaluate into `directory` what was saved, not what is still in memory, unless that is done on the same images."""
+    forget_other_evaluation(directory, {task.name: task.fingerprint for task in prepared.tasks})
+    if (directory / EVALUATION_FILE).is_file():
+        return
     result = evaluate_classifier(
-        classifier, prepared.original, prepared.tasks, directory,
+        prepared.load(model), prepared.original, prepared.tasks, directory,
         batch_size=prepared.config.batch_size, source=prepared.config.model.source,
     )  # fmt: skip
     for task in result["tasks"]:

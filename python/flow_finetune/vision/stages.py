@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -130,6 +132,18 @@ def stage_mode(classifier: ImageClassifier, batch_norm: str) -> None:
             norm.eval()
 
 
+class TrainingRecord(Protocol):
+    """What `fine_tune` writes to and continues from: `vision.train._Directory`."""
+
+    folder: Path
+
+    def log(self, line: dict) -> None: ...
+
+    def save_checkpoint(self, state: dict) -> None: ...
+
+    def restore(self) -> dict | None: ...
+
+
 class OnlineWeights:
     """Weights from the frozen model's losses on the very batch that is trained, augmented as it is."""
 
@@ -146,7 +160,7 @@ class OnlineWeights:
 
 def fine_tune(
     classifier: ImageClassifier, pixels: np.ndarray, labels: Tensor, size: int, weights_of: WeightsOf,
-    method: MethodConfig, config: ImageTrainConfig, log: Callable[[dict], None], folder,
+    method: MethodConfig, config: ImageTrainConfig, run: TrainingRecord,
 ) -> dict:  # fmt: skip
     """Stage 1: train the whole network with `mean(w * loss)`; returns the last log line.
 
@@ -157,8 +171,8 @@ def fine_tune(
         size: pixels a side that the network sees.
         weights_of: the weights of a batch.
         method: its penalty, averaging and learning rate.
-        log: gets a line every `config.log_every` steps.
-        folder: for a copy of the weights on disk, if the method asks for one.
+        run: gets a log line every `config.log_every` steps and a checkpoint every `config.checkpoint_every`, from which
+            it continues with the same bits; its folder is for a copy of the weights, if the method asks for one.
 
     Raises:
         DivergedError: the loss is no finite number.
@@ -172,7 +186,7 @@ def fine_tune(
     optimizer = make_optimizer(classifier, config, method.learning_rate or config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * len(steps)), len(steps))
     parameters = [p for p in classifier.parameters() if p.requires_grad]
-    copy = make_copy(method, parameters, track_distance=config.track_distance, folder=folder)
+    copy = make_copy(method, parameters, track_distance=config.track_distance, folder=run.folder)
     averages = averaging_steps(len(steps), method.average_every)
     measured = distance_steps(len(steps), config.log_every, copy, device)
     # Statistics go with the filters, as in WiSE-FT: averaged filters under the others' statistics are another network.
@@ -180,9 +194,24 @@ def fine_tune(
     before = [buffer.clone() for buffer in statistics] if averages else []
     stage_mode(classifier, config.batch_norm)
     line: dict = {}
-    interval = _Interval()
+    num_lines, interval = 0, _Interval()
+    # After the copies: what the model is before it is restored is what stage 0 made.
+    state, first = run.restore(), 0
+    if state is not None:
+        classifier.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first, line, num_lines = state["step"], state["line"], state["num_lines"]
+        interval.losses, interval.weights = ([t.to(device) for t in state[name]] for name in ("losses", "weights"))
+        if isinstance(weights_of, OnlineWeights):
+            weights_of.made = state["made"]
+        generator.set_state(state["augment"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
     with track(f"training {method.name}", len(steps)) as tracker:
-        for step, indices in enumerate(steps, start=1):
+        tracker.advance(first)
+        for step, indices in enumerate(steps[first:], start=first + 1):
             inputs = augment(classifier.inputs(pixels[indices], size), config.augment, generator)
             weight = weights_of(inputs, indices)
             interval.add(_forward(classifier, inputs), labels[indices], weight)
@@ -203,8 +232,19 @@ def fine_tune(
                     "grad_norm": float(grad_norm), "learning_rate": learning_rate,
                     "distance": copy.distance() if copy is not None and step in measured else None,
                 }  # fmt: skip
-                log(line)
-                interval = _Interval()
+                run.log(line)
+                num_lines, interval = num_lines + 1, _Interval()
+            if config.checkpoint_every and (step % config.checkpoint_every == 0 or step == len(steps)):
+                run.save_checkpoint(
+                    {
+                        "step": step, "line": line, "num_lines": num_lines, "model": classifier.state_dict(),
+                        "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                        "losses": interval.losses, "weights": interval.weights,
+                        "made": getattr(weights_of, "made", []), "augment": generator.get_state(),
+                        "rng": torch.get_rng_state(),
+                        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                    }
+                )  # fmt: skip
             tracker.advance(note=f"loss {line.get('loss', math.nan):.3f}")
     classifier.eval()
     return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,7 +19,17 @@ from flow_finetune.config import MethodConfig, non_defaults
 from flow_finetune.errors import InputError
 from flow_finetune.methods import make_weights, needs_scores, temperature_of, weigh
 from flow_finetune.progress import say
-from flow_finetune.storage import SUMMARY_FILE, disk_space_errors, is_used, require_same_run, used_error, write_json
+from flow_finetune.storage import (
+    SUMMARY_FILE,
+    DirectoryLock,
+    atomic_path,
+    disk_space_errors,
+    is_used,
+    require_disk_space,
+    require_same_run,
+    used_error,
+    write_json,
+)
 from flow_finetune.vision.config import ImageTrainConfig
 from flow_finetune.vision.models import ImageClassifier, save_classifier
 from flow_finetune.vision.scores import read_scores
@@ -49,18 +60,24 @@ def check_image_method(method: MethodConfig) -> None:
 
 
 class _Directory:
-    """DIR/model, DIR/train/{identity,summary}.json and DIR/train/log.jsonl of one method."""
+    """DIR/model, DIR/train/{identity,summary}.json, DIR/train/log.jsonl and DIR/train/checkpoint.pt of one method.
+
+    No other process works in DIR from `open` to `close`.
+    """
 
     def __init__(self, path: Path, identity: dict) -> None:
         self.path, self._identity = Path(path), json.loads(json.dumps(identity))
         self._train = self.path / "train"
+        self._lock = DirectoryLock()
 
     def open(self, *, overwrite: bool = False) -> dict | None:
-        """Claim the directory; returns the summary if it is finished already, else leaves nothing of an earlier try.
+        """Claim the directory; returns the summary if it is finished already, else leaves only a checkpoint of it.
 
         `overwrite` leaves nothing of a finished or another training either.
         """
         identity = self._train / "identity.json"
+        if self.path.is_dir():
+            self._lock.take(self.path)
         if is_used(self.path):
             if not identity.is_file():
                 raise used_error(self.path)
@@ -69,10 +86,44 @@ class _Directory:
                 if (self._train / "summary.json").is_file():
                     say(f"{self.path} holds this run already, finished")
                     return json.loads((self._train / "summary.json").read_text())
-            shutil.rmtree(self.path)
+            if overwrite or not self._checkpoint.is_file():
+                shutil.rmtree(self.path)
         self._train.mkdir(parents=True, exist_ok=True)
+        self._lock.take(self.path)  # a new one, where there was none or the old one was removed
         write_json(identity, self._identity)
         return None
+
+    def close(self) -> None:
+        """Let other processes work in the directory."""
+        self._lock.release()
+
+    @property
+    def folder(self) -> Path:
+        """For what training keeps on disk."""
+        return self._train
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self._train / "checkpoint.pt"
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Replace the checkpoint by this one of fine-tuning."""
+        require_disk_space(self._train, sum(t.nbytes for t in state["model"].values()) * 3)
+        with atomic_path(self._checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    def restore(self) -> dict | None:
+        """The checkpoint of an earlier try, to which the log is cut back; None without one."""
+        if not self._checkpoint.is_file():
+            return None
+        # weights_only: a checkpoint cannot run code.
+        state = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
+        path = self._train / "log.jsonl"
+        lines = path.read_text().splitlines()[: state["num_lines"]] if path.is_file() else []
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines))
+        say(f"continuing {self.path} after step {state['step']}")
+        return state
 
     def log(self, line: dict) -> None:
         with disk_space_errors(self.path), open(self._train / "log.jsonl", "a") as file:
@@ -81,6 +132,7 @@ class _Directory:
     def finish(self, classifier: ImageClassifier, summary: dict) -> dict:
         save_classifier(classifier, self.path / "model")
         write_json(self._train / "summary.json", summary)
+        self._checkpoint.unlink(missing_ok=True)
         return summary
 
 
@@ -98,21 +150,22 @@ def train_method(
     run = _Directory(directory, identity)
     # Before the directory is claimed: a method without weights leaves nothing behind.
     check_weights(prepared, method)
-    summary = run.open(overwrite=overwrite)
-    if summary is not None:
-        return summary
-    start = time.perf_counter()
-    classifier = prepared.load(prepared.probed)
-    summary = {
-        **identity, "method": dataclasses.asdict(method), "train": dataclasses.asdict(config),
-        "model": prepared.config.model.source, "num_samples": len(prepared.images.ids), "num_steps": 0,
-        "temperature": None, "mean_weight": 1.0, "effective_sample_size": float(len(prepared.images.ids)),
-        "final_loss": None,
-    }  # fmt: skip
-    if method.train == "all":
-        summary |= _stages_1_and_2(prepared, method, config, classifier, run)
-    summary["seconds"] = time.perf_counter() - start
-    return run.finish(classifier, summary)
+    with contextlib.closing(run):
+        summary = run.open(overwrite=overwrite)
+        if summary is not None:
+            return summary
+        start = time.perf_counter()
+        classifier = prepared.load(prepared.probed)
+        summary = {
+            **identity, "method": dataclasses.asdict(method), "train": dataclasses.asdict(config),
+            "model": prepared.config.model.source, "num_samples": len(prepared.images.ids), "num_steps": 0,
+            "temperature": None, "mean_weight": 1.0, "effective_sample_size": float(len(prepared.images.ids)),
+            "final_loss": None,
+        }  # fmt: skip
+        if method.train == "all":
+            summary |= _stages_1_and_2(prepared, method, config, classifier, run)
+        summary["seconds"] = time.perf_counter() - start
+        return run.finish(classifier, summary)
 
 
 def _stages_1_and_2(
@@ -121,9 +174,7 @@ def _stages_1_and_2(
     images, size, labels = prepared.images, prepared.size, torch.from_numpy(prepared.labels)
     weights_of, describe = _weights(prepared, method, labels)
     start = time.perf_counter()
-    last = fine_tune(
-        classifier, images.pixels, labels, size, weights_of, method, config, run.log, run.path / "train"
-    )  # fmt: skip
+    last = fine_tune(classifier, images.pixels, labels, size, weights_of, method, config, run)
     rate = len(labels) * config.epochs / (time.perf_counter() - start)
     features = extract_features(classifier, images.pixels, size, prepared.config.batch_size)
     head_loss = train_head(classifier, features, labels, config)
@@ -183,18 +234,19 @@ def wise_ft_method(prepared: Prepared, method: MethodConfig, directory: Path) ->
     identity = {"method": non_defaults(method), "of": of["method"], "train": of["train"],
                 "fingerprints": prepared.fingerprints}  # fmt: skip
     run = _Directory(directory, identity)
-    summary = run.open()
-    if summary is not None:
-        return summary
-    start = time.perf_counter()
-    classifier = prepared.load(prepared.probed)
-    average_state(classifier, prepared.load(tuned / "model").state_dict(), method.wise_ft)
-    summary = {
-        **of, **identity, "method": dataclasses.asdict(method), "num_steps": 0, "mean_weight": None,
-        "effective_sample_size": None, "temperature": None, "final_loss": None, "head_loss": None,
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-    return run.finish(classifier, summary)
+    with contextlib.closing(run):
+        summary = run.open()
+        if summary is not None:
+            return summary
+        start = time.perf_counter()
+        classifier = prepared.load(prepared.probed)
+        average_state(classifier, prepared.load(tuned / "model").state_dict(), method.wise_ft)
+        summary = {
+            **of, **identity, "method": dataclasses.asdict(method), "num_steps": 0, "mean_weight": None,
+            "effective_sample_size": None, "temperature": None, "final_loss": None, "head_loss": None,
+            "seconds": time.perf_counter() - start,
+        }  # fmt: skip
+        return run.finish(classifier, summary)
 
 
 @torch.no_grad()
