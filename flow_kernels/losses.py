@@ -201,6 +201,8 @@ def check_options(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if softcap is not None and not 0.0 < softcap < float("inf"):
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if softcap is not None and not 2.0**-126 <= softcap <= 2.0**126:
+        raise ValueError(f"softcap={softcap} and its inverse are not both fp32 numbers, in which logits are capped")
     if not 0.0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
     if num_classes == 0 and rows.target.numel():

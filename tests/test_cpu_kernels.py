@@ -53,7 +53,7 @@ def error(actual, expected):
 @pytest.mark.parametrize(("dtype", "name"), kernels())
 @pytest.mark.parametrize(
     ("num_rows", "dim", "num_classes"),
-    [(1, 1, 1), (3, 0, 4), (3, 5, 2), (17, 31, 509), (70, 64, 1201), (1030, 33, 97), (5, 2304, 130)],
+    [(1, 1, 1), (3, 0, 4), (3, 5, 2), (17, 31, 509), (70, 64, 1201), (1030, 33, 97), (5, 2304, 130), (40, 130, 509)],
 )
 @pytest.mark.parametrize("has_options", [False, True])
 def test_against_fp64(num_rows, dim, num_classes, dtype, name, has_options):
@@ -252,6 +252,27 @@ def test_strides(dtype, name):
         torch.ones(9).double(), *wide(expanded, weight), target, got[1].double(), None, *PLAIN, 0, True, True, False
     )
     assert error(grads[1], wanted[1]) <= GRADIENT_ERROR[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "name"), kernels())
+@pytest.mark.parametrize("num_rows", [1, 17, 100])
+def test_few_rows_have_the_bits_of_many(dtype, name, num_rows):
+    """Their products are made the other way round, with the head's rows read where they lie, at any alignment."""
+    input, weight, target, row_weight = head(300, 514, 1201, dtype)
+    skewed = torch.zeros(1201, 517, dtype=dtype)
+    skewed[:, 1:515] = weight
+    options = ((*CAPPED, 0), (True, False, False))
+    many = cpu.linear_cross_entropy_fwd_bwd(
+        input, weight, target, row_weight, None, *options[0], *options[1], kernels=name
+    )
+    lse = cpu.linear_cross_entropy_fwd(input, weight, target, None, *options[0], kernels=name)[1]
+    few = [tensor[:num_rows] for tensor in (input, target, row_weight)]
+    for rows in (weight, skewed[:, 1:515]):
+        found = cpu.linear_cross_entropy_fwd(few[0], rows, few[1], None, *options[0], kernels=name)
+        assert torch.equal(found[1], lse[:num_rows])
+        found = cpu.linear_cross_entropy_fwd_bwd(few[0], rows, *few[1:], None, *options[0], *options[1], kernels=name)
+        assert torch.equal(found[1], many[1][:num_rows])
+        assert error(found[2], many[2][:num_rows].double()) <= GRADIENT_ERROR[dtype]
 
 
 @pytest.mark.parametrize(("dtype", "name"), kernels())

@@ -136,6 +136,12 @@ static void pack_transposed(Rows source, int64_t count, int64_t n, int64_t dim, 
     uint32_t* to = out + first * words + (v0 - first);
     for (int64_t k0 = 0; k0 < words; k0 += W) {
       I block[W];
+      // The next 16 rows: the hardware follows one row, not a column of them.
+      if (v0 + 2 * W <= count) {
+        for (int64_t i = 0; i < W; ++i) {
+          __builtin_prefetch(source.row(v0 + W + i) + k0 * C::group * element_bytes<T>);
+        }
+      }
       for (int64_t i = 0; i < W; ++i) {
         block[i] = v0 + i < count ? row_words<C, T>(source.row(v0 + i) + k0 * C::group * element_bytes<T>,
                                                     dim - k0 * C::group)
@@ -251,6 +257,65 @@ static inline void panel_product(int64_t m0, int64_t m_rows, int64_t columns, in
         case 1: micro_product<C, 1>(k_words, am, a.row_stride, a.k_stride, b, cm, ldc, add); break;
         case 2: micro_product<C, 2>(k_words, am, a.row_stride, a.k_stride, b, cm, ldc, add); break;
         default: micro_product<C, 3>(k_words, am, a.row_stride, a.k_stride, b, cm, ldc, add); break;
+      }
+    }
+  }
+}
+
+// C[count rounded up to MR, n] = A B with words of A read where they lie, row by row; what is beyond count is anything.
+template <class C, int NV>
+static inline void narrow_micro_product(int64_t k_words, Rows source, int64_t row, int64_t count, const uint32_t* b,
+                                        float* c, int64_t ldc) {
+  constexpr int MR = Vec::MR;
+  const uint32_t* a[MR];
+  for (int r = 0; r < MR; ++r) {
+    a[r] = reinterpret_cast<const uint32_t*>(source.row(row + r < count ? row + r : count - 1));
+  }
+  F acc[MR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[r][j] = Vec::zero();
+  }
+  for (int64_t k0 = 0; k0 < k_words; k0 += 16) {
+    const int64_t end = k0 + 16 < k_words ? k0 + 16 : k_words;
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(a[r] + k0) + MR * source.stride_bytes);
+    }
+    for (int64_t k = k0; k < end; ++k) {
+      I columns[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) columns[j] = Vec::load_words(b + j * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const I ar = Vec::broadcast(a[r] + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[r][j] = C::dot(acc[r][j], ar, columns[j]);
+      }
+      b += NV * W;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) Vec::store(c + r * ldc + j * W, acc[r][j]);
+  }
+}
+
+// C[count, n] = A B with A's rows as they lie, of an even number of 16-bit elements or fp32, and n a multiple of W; rows of
+// C up to the next multiple of MR are written.
+template <class C>
+static void narrow_product(Rows source, int64_t count, int64_t n, int64_t k_words, const uint32_t* b, float* c) {
+  const int64_t panel = panel_columns<C>;
+  for (int64_t row = 0; row < count; row += Vec::MR) {
+    for (int64_t first = 0; first < n; first += panel) {
+      const uint32_t* columns = b + first * k_words;
+      float* to = c + row * n + first;
+      switch ((n - first < panel ? n - first : panel) / W) {
+        case 1: narrow_micro_product<C, 1>(k_words, source, row, count, columns, to, n); break;
+        case 2: narrow_micro_product<C, 2>(k_words, source, row, count, columns, to, n); break;
+        default: narrow_micro_product<C, 3>(k_words, source, row, count, columns, to, n); break;
       }
     }
   }

@@ -25,7 +25,12 @@ static inline Rows gathered(const void* input, int64_t stride, const int64_t* in
 template <class C>
 static void pack_rows_a(const void* input, int64_t stride, const int64_t* index, int64_t num_rows, int64_t dim,
                         DType dtype, uint32_t* out) {
-  FLOW_WITH_DTYPE(dtype, pack_left, gathered(input, stride, index, dtype), num_rows, dim, out)
+  if (is_narrow<C>(num_rows, dim, dtype)) {
+    FLOW_WITH_DTYPE(dtype, pack_transposed, gathered(input, stride, index, dtype), num_rows, round_up(num_rows, W), dim,
+                    out)
+  } else {
+    FLOW_WITH_DTYPE(dtype, pack_left, gathered(input, stride, index, dtype), num_rows, dim, out)
+  }
 }
 
 // Blocks of row_block rows, each packed on its own.
@@ -139,7 +144,7 @@ static void given_row_gradient(const void* logits, DType dtype, int64_t target, 
 
 template <class C>
 static constexpr Kernels table(const char* name) {
-  return {name, C::group, W, Vec::MR, tile_width<C>, scratch_bytes<C>, pack_rows_a<C>, pack_rows_b<C>, forward<C>,
+  return {name, C::group, W, W, tile_width<C>, scratch_bytes<C>, pack_rows_a<C>, pack_rows_b<C>, forward<C>,
           backward<C>, finish_dinput<C>, row_totals, given_row_gradient};
 }
 

@@ -19,7 +19,12 @@ struct Vec {
   static inline I load_words(const void* p) { return _mm512_loadu_si512(p); }
   static inline void store_words(void* p, I x) { _mm512_storeu_si512(p, x); }
   static inline I zero_words() { return _mm512_setzero_si512(); }
-  static inline I broadcast(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+  // p may be of any alignment: words of 16-bit rows are read where they lie.
+  static inline I broadcast(const uint32_t* p) {
+    int word;
+    __builtin_memcpy(&word, p, sizeof(word));
+    return _mm512_set1_epi32(word);
+  }
   static inline F as_float(I x) { return _mm512_castsi512_ps(x); }
   static inline I as_words(F x) { return _mm512_castps_si512(x); }
   static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
