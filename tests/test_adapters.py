@@ -21,6 +21,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,3 +251,17 @@ def test_other_architectures_take_adapters_and_a_head_of_their_own(setup, tmp_pa
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(logits(reloaded), logits(lm.model))
     assert not reloaded.config.tie_word_embeddings
+
+
+def test_adapters_of_16_bit_models_are_fp32():
+    small = {
+        "vocab_size": 97,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    lm = CausalLM(LlamaForCausalLM(LlamaConfig(**small)).to(torch.bfloat16))
+    Lora(lm, 4, 4)
+    assert {p.dtype for p in lm.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in lm.parameters() if not p.requires_grad} == {torch.bfloat16}

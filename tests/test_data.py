@@ -309,3 +309,21 @@ def test_bos_is_used_where_the_tokenizer_uses_it(tokenizer, tmp_path):
     assert starts_with_bos(tokenizer)
     without = AutoTokenizer.from_pretrained(tiny_model.build(tmp_path, bos=False))
     assert not starts_with_bos(without)
+
+
+def test_a_template_that_writes_the_day_writes_the_same_one_every_day(tokenizer, tmp_path):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y %H:%M:%S.%f') }} {% endif -%}"
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} ->"
+    )
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "p", "response": "r"}\n')
+    first, second = (load_samples(DataConfig(str(path), template="chat"), other).samples[0] for _ in range(2))
+    assert first.input_ids.tolist() == second.input_ids.tolist()
+    assert "26 Jul 2024 00:00:00.000000" in other.decode(first.input_ids)
+    # A day that is asked for in another way is a part of the fingerprint.
+    asked = load_samples(DataConfig(str(path), template="chat"), other).fingerprints
+    other.chat_template = other.chat_template.replace("strftime_now('", "strftime_now('' ~ '")
+    first, second = (load_samples(DataConfig(str(path), template="chat"), other).fingerprints for _ in range(2))
+    assert first["template"] != second["template"] != asked["template"]

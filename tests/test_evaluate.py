@@ -8,13 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from evaluation_cases import QA, TEXT, metrics_of, qa_task, run, target_log_probabilities, write_rows
+from evaluation_cases import MC, QA, TEXT, metrics_of, qa_task, run, target_log_probabilities, write_rows
 from flow_finetune import evaluate as evaluation
 from flow_finetune.config import TaskConfig
 from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
+from flow_finetune.models import CausalLM
+from flow_finetune.results import load_runs
 from flow_finetune.tasks import prepare
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,3 +216,51 @@ def test_bad_tasks(tiny, files, tmp_path):
             with pytest.raises(InputError, match=message):
                 prepare(configs, tiny[1])
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_is_in_eval_mode(tiny, files, tmp_path):
+    tokenizer = tiny[1]
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, attention_dropout=0.5)  # fmt: skip
+    model = CausalLM(LlamaForCausalLM(config))
+    tasks = [TaskConfig("perplexity", files["text"])]
+    found, again = (run((model.train(), tokenizer), tasks, tmp_path / name) for name in "ab")
+    assert metrics_of(found, "text") == metrics_of(again, "text")
+
+
+def test_precisions_are_not_compared(tiny, files, tmp_path):
+    for precision in ("full", "bf16"):
+        task = run(tiny, [TaskConfig("perplexity", files["text"])], tmp_path / precision, precision=precision)["tasks"][
+            0
+        ]
+        assert task["settings"] == {"precision": precision}
+    with pytest.raises(InputError, match="evaluated on 'text' with another precision"):
+        load_runs([tmp_path / "full", tmp_path / "bf16"])
+
+
+def test_an_infinite_loss_is_refused(tiny, files, tmp_path):
+    lm, tokenizer = tiny
+    bias = torch.zeros(lm.head.weight.shape[0])
+    bias[tokenizer(TEXT, add_special_tokens=False).input_ids[5]] = -torch.inf
+    lm.head.bias = torch.nn.Parameter(bias)
+    try:
+        with pytest.raises(InputError, match="NaN or infinite losses in text, first for item 0"):
+            run(tiny, [TaskConfig("perplexity", files["text"])], tmp_path / "out")
+    finally:
+        lm.head.bias = None
+
+
+def test_what_tells_tasks_apart(tiny, files, tmp_path):
+    """The same tokens with other right answers, or other targets, are other items; choices are measured in bytes."""
+    other = write_rows(tmp_path / "mc.jsonl", [{**row, "answer": 0} for row in MC])
+    a, b = (prepare([TaskConfig("multiple_choice", file)], tiny[1])[0] for file in (files["mc"], other))
+    assert [q.num_bytes for q in a.questions] == [tuple(len(c.encode()) for c in row["choices"]) for row in MC]
+    assert a.fingerprint() != b.fingerprint()
+    rows = ({"prompt": "The answer", "response": " is 12"}, {"prompt": "The answer is", "response": " 12"})
+    paths = [write_rows(tmp_path / f"{index}.jsonl", [row]) for index, row in enumerate(rows)]
+    a, b = (prepare([TaskConfig("completion", path)], tiny[1])[0] for path in paths)
+    assert a.samples[0].input_ids.tolist() == b.samples[0].input_ids.tolist()
+    assert a.fingerprint() != b.fingerprint()
+    (task,) = prepare([qa_task(files["qa"], num_generate=2, max_new_tokens=8)], tiny[1])
+    assert task.settings() == {"answer_pattern": task.config.answer_pattern, "max_new_tokens": 8, "num_generate": 2,
+                               "until": ["### Instruction:"]}  # fmt: skip

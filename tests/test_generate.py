@@ -88,3 +88,14 @@ def test_same_answer():
     assert not generate.same_answer("3", "4")
     assert not generate.same_answer(None, None)
     assert not generate.same_answer("3", "three")
+
+
+def test_what_the_models_settings_end_a_text_with(tiny):
+    lm, tokenizer = tiny
+    kept = lm.model.generation_config.eos_token_id
+    try:
+        for configured, more in ((None, set()), (7, {7}), ([7, 9], {7, 9})):
+            lm.model.generation_config.eos_token_id = configured
+            assert generate._stop_ids(lm, tokenizer) == {tokenizer.eos_token_id} | more
+    finally:
+        lm.model.generation_config.eos_token_id = kept

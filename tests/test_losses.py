@@ -358,3 +358,27 @@ def test_masked_classes(loss_fn, dtype):
 def test_public_names():
     for name in flow_kernels.__all__:
         assert getattr(flow_kernels, name).__doc__, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_a_bias_that_cancel_are_summed_before_they_are_rounded(backend, dtype):
+    bias = torch.zeros(6, dtype=dtype, requires_grad=True)  # 1/6 and -5/6, which 16 bits do not hold
+    input, head = torch.zeros(600, 4, dtype=dtype), torch.zeros(6, 4, dtype=dtype)
+    target = torch.arange(600) % 6
+    linear_cross_entropy(input, head, target, linear_bias=bias, reduction="sum", backend=backend).backward()
+    torch.testing.assert_close(bias.grad, torch.zeros_like(bias), rtol=0, atol=2e-3)
+
+
+def test_one_weight_per_sequence_where_there_are_as_many_as_rows():
+    """An empty sequence and one of two rows: the second weight is that of both rows."""
+    logits, target = torch.randn(2, 5), torch.tensor([1, 3])
+    found = cross_entropy(logits, target, sample_weight=torch.tensor([5.0, 2.0]), cu_seqlens=torch.tensor([0, 0, 2]))
+    torch.testing.assert_close(found, 2 * F.cross_entropy(logits, target))
+
+
+def test_autocast_leaves_fp64():
+    x, w, b = (torch.randn(shape, dtype=torch.float64) for shape in ((7, 5), (11, 5), (11,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(x, w, torch.arange(7), linear_bias=b)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, F.cross_entropy(F.linear(x, w, b), torch.arange(7)), rtol=1e-12, atol=0)

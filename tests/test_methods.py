@@ -226,6 +226,8 @@ def test_keep_easiest_gives_the_others_weight_0(kind, normalize):
 def test_keeping_all_is_keeping_every_weight_and_at_least_one_is_kept():
     assert torch.equal(weigh(MethodConfig(keep_easiest=1.0), LOSSES, None)[0], weigh(MethodConfig(), LOSSES, None)[0])
     assert weigh(MethodConfig(keep_easiest=1e-6), LOSSES, 1.0)[0].nonzero().tolist() == [[7]]
+    # 0.45 x 8 is nearer to 4 than to 3.
+    assert len(weigh(MethodConfig(keep_easiest=0.45), LOSSES, 1.0)[0].nonzero()) == 4
 
 
 def test_token_weights_of_dro_and_a_cut_off_are_per_token():

@@ -15,6 +15,7 @@ from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
 from flow_finetune.models import (
     CausalLM,
+    evaluating,
     load_model,
     model_fingerprint,
     save_model,
@@ -255,3 +256,36 @@ def test_a_gguf_model_becomes_saveable_and_keeps_its_weights(tmp_path):
     ids_text, dtype, found_total = result.stdout.strip().rsplit(" ", 2)
     assert (ids_text, dtype) == (str(ids.tolist()[0]), "torch.float32")
     assert float(found_total) == pytest.approx(total, rel=1e-6)
+
+
+def test_another_end_of_text_is_another_tokenizer(tiny_model_dir):
+    first, second = (AutoTokenizer.from_pretrained(tiny_model_dir) for _ in range(2))
+    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
+    second.eos_token = "<pad>"
+    assert tokenizer_fingerprint(first) != tokenizer_fingerprint(second)
+
+
+def test_how_a_tokenizer_was_last_called_is_no_part_of_it(tiny_model_dir, tmp_path):
+    """A file that was saved after padding and cutting keeps both, until the first call without."""
+    used = AutoTokenizer.from_pretrained(tiny_model_dir)
+    used("a b c", padding="max_length", max_length=16, truncation=True)
+    used.save_pretrained(tmp_path / "used")
+    saved = json.loads((tmp_path / "used/tokenizer.json").read_text())
+    assert saved["padding"] is not None
+    assert saved["truncation"] is not None
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "used")
+    before = tokenizer_fingerprint(loaded)
+    loaded("a b c")
+    assert (
+        before == tokenizer_fingerprint(loaded) == tokenizer_fingerprint(AutoTokenizer.from_pretrained(tiny_model_dir))
+    )
+
+
+def test_modes_come_back_as_they_were():
+    module = nn.Sequential(nn.Dropout(), nn.Dropout())
+    for modes in ((True, True, False), (False, True, False), (False, False, False)):
+        for part, training in zip(module.modules(), modes, strict=True):
+            part.training = training
+        with evaluating(module):
+            assert not any(part.training for part in module.modules())
+        assert tuple(part.training for part in module.modules()) == modes

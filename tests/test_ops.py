@@ -315,6 +315,8 @@ def test_forward_mode_is_refused(backend, reduction):
     for function, tensor in (
         (lambda t: cross_entropy(t, target, **options), logits),
         (lambda t: linear_cross_entropy(logits, t, target.clamp(max=4), **options), head),
+        (lambda t: linear_cross_entropy(t, head, target.clamp(max=4), **options), logits),
+        (lambda t: linear_cross_entropy(logits, head, target.clamp(max=4), linear_bias=t, **options), torch.zeros(5)),
         (lambda t: cross_entropy(logits, target, sample_weight=t, **options), torch.ones(len(target))),
     ):
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):

@@ -5,9 +5,9 @@ import peft
 import pytest
 import torch
 from flow_finetune.errors import InputError
-from flow_finetune.integrations import add_sample_weights, sample_losses
+from flow_finetune.integrations import add_sample_weights, sample_losses, use_weighted_loss
 from tokenised_rows import new_model, padding, rows, shifted_losses
-from transformers import default_data_collator
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, default_data_collator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,3 +135,42 @@ def test_data_that_gives_no_weights_is_refused(tiny_model_dir, plain, collator):
 
     with pytest.raises(InputError, match="1 rows of 2 samples"):
         sample_losses(plain.select([0, 1]), model, packs)
+
+
+@pytest.mark.parametrize("made", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_what_needs_data_to_be_made_of_is_refused_by_name(tiny_model_dir, plain, collator, made):
+    adapted = peft.get_peft_model(new_model(tiny_model_dir), peft.LoraConfig(target_modules="all-linear", r=2))
+    adapted.peft_config["default"].init_lora_weights = made
+    with pytest.raises(InputError, match=f"init_lora_weights='{made}' changes the matrices"):
+        sample_losses(plain, adapted, collator)
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "initializer_range": 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["softcap", "scale"])
+def test_losses_are_of_the_models_own_logits(name):
+    torch.manual_seed(0)
+    if name == "softcap":
+        model = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.5))
+    else:
+        model = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0))
+    ids = (torch.arange(6) * 7 % 97).tolist()
+    data = [{"input_ids": ids, "labels": list(ids)} for _ in range(2)]
+    data[1]["labels"][:3] = [-100] * 3
+    batch = default_data_collator(data)
+    with torch.no_grad():
+        losses = shifted_losses(model.eval()(batch["input_ids"]).logits, batch["labels"])
+    expected = losses.sum(1) / torch.tensor([5.0, 3.0])
+    torch.testing.assert_close(sample_losses(data, model, default_data_collator), expected)
+
+
+def test_modules_in_eval_mode_that_are_trained_keep_their_weights(tiny_model_dir, plain):
+    """Dropout may be off in training; without gradients it is an evaluation."""
+    batch = {name: torch.tensor([plain[0][name]]) for name in ("input_ids", "labels")}
+    model = use_weighted_loss(new_model(tiny_model_dir)).eval()
+    batch["sample_weight"] = torch.tensor([0.25])
+    weighted = model(**batch).loss
+    with torch.no_grad():
+        torch.testing.assert_close(weighted, 0.25 * model(**batch).loss, rtol=1e-5, atol=0)

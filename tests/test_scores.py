@@ -1,5 +1,6 @@
 """Scores: right numbers, right file after a kill, and refused where they do not belong."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ from flow_finetune.errors import InputError
 from flow_finetune.journal import Journal
 from flow_finetune.methods import make_weights
 from flow_finetune.models import load_model
+from flow_finetune.processes import Processes
 from flow_finetune.scores import read_metadata, read_scores, score, scoring_fingerprints
 from processes import kill_when, run_python, spawn_two
 
@@ -301,3 +303,35 @@ def test_effective_sample_size_is_that_of_the_weights(scored):
     assert weights.effective_sample_size == pytest.approx(
         float(flow_kernels.effective_sample_size(weights.per_sample)), rel=1e-6
     )
+
+
+def test_records_are_on_the_disk_and_of_any_number_of_processes(tmp_path, monkeypatch):
+    header = {"fingerprints": {}, "settings": {"tokens": False}}
+    for index in (1, 12):
+        (tmp_path / f"s.parquet.journal-{index}").write_text(f'{json.dumps(header)}\n{{"samples": [{index}]}}\n')
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_size), sync(file)))
+    journal = Journal(tmp_path / "s.parquet", header, False, Processes(torch.device("cpu")))
+    journal.append({"samples": [0]})
+    assert synced[-1] == journal.path.stat().st_size
+    assert [record["samples"] for record in journal.read()] == [[0], [1], [12]]
+    journal.remove()
+    assert not os.listdir(tmp_path)
+
+
+def test_scores_of_another_precision_or_backend_are_others(scored):
+    config, lm, tokenizer, samples, path = scored
+    for change, message in (({"precision": "bf16"}, "its precision is full, this one's bf16"),
+                            ({"backend": "reference"}, "backend is auto")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            score(lm, tokenizer, samples, path, model_config=dataclasses.replace(config, **change), tokens=True)
+
+
+def test_extremes_are_in_order(scored):
+    *_, samples, path = scored
+    found = read_metadata(path)
+    loss = read_scores(path, samples, found["fingerprints"]).loss.numpy()
+    order = np.argsort(loss)
+    for name, indices in (("easiest", order[:5]), ("hardest", order[::-1][:5])):
+        assert [e["id"] for e in found["extremes"][name]] == [samples.samples[i].id for i in indices]
+        assert [e["loss"] for e in found["extremes"][name]] == loss[indices].tolist()

@@ -208,3 +208,9 @@ def test_blank_answers_are_named_with_shots_as_without(tiny, paths, tmp_path):
     for options in ({}, {"num_shots": 1, "shots_source": paths["solved"]}):
         with pytest.raises(InputError, match=r"none of the|no target token"):
             run(tiny, [qa_task(blank, **options)], tmp_path / "out")
+
+
+def test_answers_after_shots_end_at_another_question():
+    shots = {"num_shots": 2, "shots_source": "s"}
+    for template, expected in ((None, "Question:"), ("Q: {prompt}\nA:", "Q:"), ("{prompt}\nA:", "\n\n")):
+        assert stop_texts(TaskConfig("qa", "q", template=template, **shots)) == [expected]

@@ -8,6 +8,7 @@ import pytest
 from flow_finetune.errors import InputError
 from flow_finetune.storage import (
     atomic_path,
+    exclusive,
     fingerprint,
     is_used,
     require_disk_space,
@@ -88,3 +89,64 @@ def test_what_a_killed_call_had_begun_to_write_does_not_count_as_used(tmp_path):
 def test_fingerprints_keep_parts_apart():
     assert fingerprint([b"ab", b"c"]) != fingerprint([b"a", b"bc"])
     assert fingerprint([b"ab"]) == fingerprint([bytearray(b"ab")])
+
+
+def test_what_is_written_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    """A crash of the machine leaves the old file or the new one, whole: content, then name, then the names beside it."""
+    done, sync, replace = [], os.fsync, os.replace
+
+    def note(file):
+        done.append(os.readlink(f"/proc/self/fd/{file}").removeprefix(str(tmp_path)))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    write_json(tmp_path / "a", 1)
+    assert done == ["/.a.partial", "replace", ""]
+    done.clear()
+    with atomic_path(tmp_path / "d") as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("x")
+    assert done == ["/.d.partial", "/.d.partial/weights", "replace", ""]
+
+
+def test_what_lies_beside_a_file_is_not_opened(tmp_path):
+    """A link to nothing, as editors leave them, would raise after all was written; a pipe would be waited for."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.#notes.txt").symlink_to("nobody@nowhere:1")
+    os.mkfifo(tmp_path / "other/pipe")
+    write_json(tmp_path / "a.json", 1)
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+def test_what_a_killed_call_had_begun_is_not_in_what_the_next_writes(tmp_path):
+    for name in ("file", "directory"):
+        (tmp_path / f".{name}.partial").mkdir()
+        (tmp_path / f".{name}.partial/half").write_text("half")
+    write_json(tmp_path / "file", 1)
+    with atomic_path(tmp_path / "directory") as temporary:
+        temporary.mkdir()
+    assert (tmp_path / "file").read_text() == "1\n"
+    assert not list((tmp_path / "directory").iterdir())
+
+
+def test_what_is_no_number_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a", {"loss": float("nan")})
+    assert not os.listdir(tmp_path)
+
+
+def test_a_directory_that_another_process_has_made_is_not_removed(tmp_path, monkeypatch):
+    """Both saw that there was none."""
+    path = tmp_path / "out"
+    with exclusive(path):
+        monkeypatch.setattr(Path, "exists", lambda self: False)
+        with pytest.raises(InputError, match="another process works in"), exclusive(path):
+            pass
+        monkeypatch.undo()
+        assert path.is_dir()
+    assert not path.exists()
+    path.mkdir()
+    with exclusive(path):
+        pass
+    assert path.is_dir()

@@ -80,8 +80,8 @@ static inline float max_of(const float* z, int64_t n) {
   return largest;
 }
 
-// How an exponential is kept: as fp32, as fp16 times 2^15 (relative error 2^-12 down to 2e-9 of the largest, far below
-// bf16's 2^-9), or as a byte, the root of its ratio to the largest of its row and tile: exact for the largest, relative
+// How an exponential is kept: as fp32, as fp16 times 2^15 (relative error 2^-11 down to 2e-9 of the largest, far below
+// bf16's 2^-8), or as a byte, the root of its ratio to the largest of its row and tile: exact for the largest, relative
 // error at most 2^-8 sqrt(largest / it), so that what matters within a tile is kept nearly as well as bf16 keeps it.
 constexpr float kept_scale = 32768.0f;
 constexpr float kept_steps = 255.0f;

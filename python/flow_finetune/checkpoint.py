@@ -85,7 +85,10 @@ class TrainDirectory:
         if is_used(self.path):
             if not identity.is_file():
                 raise used_error(self.path)
-            found = differences(self._read_identity(), self._identity)
+            stored = self._read_identity()
+            # Trainings of before did not say what their weights were.
+            wanted = {k: v for k, v in self._identity.items() if k != "scores" or k in stored}
+            found = differences(stored, wanted)
             if overwrite:
                 shutil.rmtree(self.path)
             elif found:

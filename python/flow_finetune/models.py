@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -324,7 +325,14 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint of what a tokenizer does to text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    if backend is None:
+        rules = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    else:
+        # A file may hold how its last user padded and cut; the first call without either takes that away.
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        rules = backend.to_str()
     specials = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
     return fingerprint([rules.encode(), json.dumps(specials, sort_keys=True).encode()])
 

@@ -4,7 +4,7 @@ With theta the trained parameters, n their number and theta0 what they were befo
 
     L2 penalty    lambda / n * sum (theta - theta0)^2      gradient 2 lambda / n * (theta - theta0)
     L1 penalty    lambda / n * sum |theta - theta0|        gradient lambda / n * sign(theta - theta0)
-    SFA           theta <- beta * theta0 + (1 - beta) * theta, every so many steps and at the end (arXiv 2501.05559)
+    SFA           theta <- beta * theta0 + (1 - beta) * theta, after each full share of the steps (arXiv 2501.05559)
     distance      sqrt(sum (theta - theta0)^2)
 
 The gradients are added to those of the loss, so no second model and no second graph is held. Everything goes bucket

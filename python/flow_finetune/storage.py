@@ -37,7 +37,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
                     raise InputError(f"{path} is a directory, which is not replaced by a file; choose another name")
                 shutil.rmtree(path)
             os.replace(temporary, path)
-            _sync(path.parent)
+            _sync_entry(path.parent)
     finally:
         _remove(temporary)
 
@@ -107,8 +107,9 @@ def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
     """
     lock, is_new = DirectoryLock(), not path.exists()
     path.mkdir(parents=True, exist_ok=True)
+    # Not in the try: a directory that another process has locked, which may have made it meanwhile, is not ours to remove.
+    lock.take(path, wait=wait)
     try:
-        lock.take(path, wait=wait)
         yield
     finally:
         # Before the lock goes: another process would lock a directory that is being removed.
@@ -184,12 +185,18 @@ def fingerprint(parts: Iterable[bytes]) -> str:
 
 
 def _sync(path: Path) -> None:
+    """Sync a file, or a directory that was made here with all that is in it."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_entry(entry)
+
+
+def _sync_entry(path: Path) -> None:
+    """Sync one file, or the names in one directory: what else lies there is others'."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -30,6 +30,7 @@ from flow_finetune.pretrained import averaging_steps, distance_steps, make_copy
 from flow_finetune.processes import make_accelerator
 from flow_finetune.progress import say, track
 from flow_finetune.scores import read_scores, scoring_fingerprints
+from flow_finetune.storage import fingerprint
 from flow_finetune.train_checks import (
     check_dtype,
     check_grad_filter,
@@ -152,9 +153,12 @@ def train(
     # Of online weights: the score file's temperature, where there is a file.
     asks_file = method.online and found is not None and method.temperature is None
     temperature = temperature_of(method, found.loss) if asks_file else None
+    values = [] if not needs_scores(method) else weights.per_token or [weights.per_sample]
     identity = {
         "method": method,
         "train": config,
+        # Scores of another precision, backend or batch have the same fingerprints and other weights.
+        **({"scores": fingerprint(value.numpy().tobytes() for value in values)} if values else {}),
         **({"temperature": temperature} if temperature is not None else {}),
         "precision": {"dtype": model_config.dtype, "precision": model_config.precision},
         "fingerprints": fingerprints,
