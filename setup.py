@@ -36,13 +36,21 @@ def why_not() -> str | None:
         return f"torch could not be imported at build time ({error}); install with --no-build-isolation"
     if os.name != "nt" and not any(shutil.which(c) for c in (COMPILER, "g++")):
         return f"no C++ compiler ({COMPILER} and g++ are not on the PATH)"
+    # One that is named is the one that is meant; "ccache g++" is a program with an argument.
+    if os.name != "nt" and "CXX" in os.environ and not shutil.which((COMPILER.split() or [""])[0]):
+        return f"no C++ compiler: CXX={COMPILER} is not on the PATH"
     return None
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    """What a program says, in whatever encoding."""
+    return subprocess.run(command, capture_output=True, text=True, errors="replace")
 
 
 def compiler_version() -> str:
     """The first line of what the compiler says of itself."""
     try:
-        return subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+        return run([COMPILER, "--version"]).stdout.splitlines()[0]
     except (OSError, IndexError):
         return COMPILER
 
@@ -74,7 +82,7 @@ def cuda_archs() -> list[tuple[str, bool]]:
     ]
     if archs:
         return archs
-    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = run(["nvcc", "--list-gpu-arch"]).stdout
     numbers = [arch.replace(".", "") for arch in CUDA_ARCHS.split(";")]
     numbers = [number for number in numbers if f"compute_{number}" in known.split()] or numbers[:2]
     return [(number, number == numbers[-1]) for number in numbers]
@@ -121,7 +129,7 @@ class BuildKernels(build_ext):
         for stale in report.parent.glob("_cpu*.so"):
             stale.unlink()
         print(f"flow-kernels: pure-Python install: {reason}")
-        report.write_text(reason + "\n")
+        report.write_text(reason + "\n", encoding="utf-8")
 
     def run_cuda(self) -> None:
         folder = Path(self.get_ext_fullpath("flow_kernels._cpu")).parent
@@ -131,7 +139,7 @@ class BuildKernels(build_ext):
         if reason is None:
             # Under another name first: a process may have the old file loaded.
             fresh = folder / "_cuda.so.new"
-            done = subprocess.run(nvcc_command(fresh), capture_output=True, text=True)
+            done = run(nvcc_command(fresh))
             if done.returncode == 0:
                 fresh.replace(built)
                 report.unlink(missing_ok=True)
@@ -145,7 +153,7 @@ class BuildKernels(build_ext):
             raise SystemExit(f"flow-kernels: {reason}")
         # Of an earlier build: it would be loaded beside a report that says there is none.
         built.unlink(missing_ok=True)
-        report.write_text(reason + "\n")
+        report.write_text(reason + "\n", encoding="utf-8")
 
     def compile(self) -> None:
         import torch
@@ -156,6 +164,8 @@ class BuildKernels(build_ext):
         # at::parallel_for is serial without -fopenmp. It is not given to the linker: the runtime must be the one inside
         # torch, or torch.set_num_threads would not reach it.
         flags = ["-O3", "-g0", "-fopenmp", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
+        # For ninja, which compiles again where the command differs: another torch's headers may be older than the objects.
+        flags += [f"-DFLOW_KERNELS_TORCH={torch.__version__}"]
         extension = CppExtension(
             "flow_kernels._cpu",
             SOURCES,

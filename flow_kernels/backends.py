@@ -93,8 +93,6 @@ def status(backend: str, device_type: str, dtype: torch.dtype | None = None, ope
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
 
 
-# Constant under torch.compile: what is compiled and which machine this is do not change while a program runs.
-@torch.compiler.assume_constant_result
 def resolve(backend: str, device_type: str, dtype: torch.dtype | None = None, operator: str | None = None) -> str:
     """The name of the backend that serves a call on `device_type` with input of `dtype`.
 
@@ -116,6 +114,11 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype | None = None, op
             f"backend='auto' would use {resolve('auto', device_type, dtype, operator)!r}"
         )
     return backend
+
+
+# Constant under torch.compile: what is compiled and which machine this is do not change while a program runs. This is all
+# that torch.compiler.assume_constant_result does beside importing torch._dynamo and with it triton, for 2 seconds.
+resolve._dynamo_marked_constant = True
 
 
 def implementation(backend: str) -> ModuleType:

@@ -26,6 +26,10 @@ HERE = Path(__file__).parent
 REPORT = HERE / "build_report.txt"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATORS = (
+    "kernel_names", "cross_entropy_fwd", "cross_entropy_bwd", "cross_entropy_fwd_bwd", "cross_entropy_score",
+    "linear_cross_entropy_fwd", "linear_cross_entropy_bwd", "linear_cross_entropy_fwd_bwd", "linear_cross_entropy_score",
+)  # fmt: skip
 
 _is_loaded = False
 
@@ -47,10 +51,12 @@ def why_not() -> str | None:
         reason = compiled.load(
             library_path(),
             REPORT,
+            namespace="flow_kernels_cpu",
+            operators=OPERATORS,
             kernels="CPU kernels",
-            how_to_build="pip install --no-build-isolation -e . compiles them where a C++ compiler is",
-            how_to_mend="they belong to the torch they were compiled with: "
-            "build them again with pip install --no-build-isolation -e .",
+            how_to_build="in the sources, pip install --no-build-isolation -e . compiles them where a C++ compiler is",
+            how_to_mend="they belong to the torch and the sources they were compiled with: "
+            "build them again, in the sources, with pip install --no-build-isolation -e .",
         )
         if reason is not None:
             return reason

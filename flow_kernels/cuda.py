@@ -42,6 +42,8 @@ def load() -> str | None:
     reason = compiled.load(
         LIBRARY,
         REPORT,
+        namespace="flow_kernels_cuda",
+        operators=OPERATORS,
         kernels="CUDA kernels",
         how_to_build="FLOW_KERNELS_BUILD=cuda pip install --no-build-isolation -e . compiles them where nvcc is",
         how_to_mend="they need torch 2.10 or newer: build them again",

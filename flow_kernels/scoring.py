@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -45,6 +45,16 @@ class TokenEntropies(NamedTuple):
     entropy: Tensor  # fp32, nats
 
 
+@overload
+def score_tokens(
+    input: Tensor, target: Tensor, *, return_entropy: Literal[False] = False, cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100, softcap: float | None = None, shift: bool = False, backend: str = "auto",
+) -> TokenScores: ...  # fmt: skip
+@overload
+def score_tokens(
+    input: Tensor, target: Tensor, *, return_entropy: Literal[True], cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100, softcap: float | None = None, shift: bool = False, backend: str = "auto",
+) -> TokenEntropies: ...  # fmt: skip
 @torch.no_grad()
 def score_tokens(
     input: Tensor,
@@ -82,6 +92,18 @@ def _in_shape(rows: Rows, *scores: Tensor) -> TokenScores | TokenEntropies:
     return kind(*(values.reshape(rows.shape) for values in scores))
 
 
+@overload
+def linear_score_tokens(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_entropy: Literal[False] = False,
+    linear_bias: Tensor | None = None, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
+    softcap: float | None = None, shift: bool = False, chunk_size: int | None = None, backend: str = "auto",
+) -> TokenScores: ...  # fmt: skip
+@overload
+def linear_score_tokens(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_entropy: Literal[True],
+    linear_bias: Tensor | None = None, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
+    softcap: float | None = None, shift: bool = False, chunk_size: int | None = None, backend: str = "auto",
+) -> TokenEntropies: ...  # fmt: skip
 @torch.no_grad()
 def linear_score_tokens(
     input: Tensor,

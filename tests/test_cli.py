@@ -1,6 +1,7 @@
 """The command line: every input that cannot be used is a message with exit code 2, and nothing is half-written."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 from flow_finetune.cli import app
@@ -163,3 +164,17 @@ def test_help_shows_examples(call):
         code, output = call(f"{command} --help")
         assert code == 0
         assert f"flow-finetune {command}" in output
+
+
+def test_the_version_is_the_packages(call):
+    assert call("--version") == (0, f"flow-kernels {version('flow-kernels')}")
+
+
+def test_an_interruption_is_told(call, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flow_finetune.scores.score", interrupt)
+    code, output = call(f"score -m MODEL -d DATA -o s.parquet {FIELDS}")
+    assert code == 130
+    assert "interrupted; what was finished is kept" in output

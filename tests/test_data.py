@@ -327,3 +327,24 @@ def test_a_template_that_writes_the_day_writes_the_same_one_every_day(tokenizer,
     other.chat_template = other.chat_template.replace("strftime_now('", "strftime_now('' ~ '")
     first, second = (load_samples(DataConfig(str(path), template="chat"), other).fingerprints for _ in range(2))
     assert first["template"] != second["template"] != asked["template"]
+
+
+@pytest.mark.parametrize("name", ["data[1]/d.jsonl", "q?.jsonl", "part*.jsonl"])
+def test_a_path_is_no_pattern(tmp_path, name):
+    """As a pattern each matches its neighbour, and some of them not themselves."""
+    for other in (name, name.replace("[1]", "1").replace("?", "1").replace("*", "9")):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / other, [{"from": other}])
+    assert read_rows(str(tmp_path / name))["from"] == [name]
+
+
+def test_two_colons_are_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=r"a::b.jsonl has :: in its name"):
+        read_rows(write_rows(tmp_path / "a::b.jsonl", [{"a": 1}]))
+
+
+@pytest.mark.parametrize("cache", ["~/.cache/huggingface/datasets", "HERE/a.jsonl/datasets"])
+def test_without_a_home_it_says_what_to_set(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache.replace("HERE", str(tmp_path)))
+    with pytest.raises(InputError, match="set HF_HOME to a directory that can"):
+        read_rows(write_rows(tmp_path / "a.jsonl", [{"a": 1}]))

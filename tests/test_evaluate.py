@@ -3,6 +3,9 @@
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -264,3 +267,16 @@ def test_what_tells_tasks_apart(tiny, files, tmp_path):
     (task,) = prepare([qa_task(files["qa"], num_generate=2, max_new_tokens=8)], tiny[1])
     assert task.settings() == {"answer_pattern": task.config.answer_pattern, "max_new_tokens": 8, "num_generate": 2,
                                "until": ["### Instruction:"]}  # fmt: skip
+
+
+def test_generations_are_written_in_any_locale(tmp_path):
+    """Latin-1 has no letter for what a model may say."""
+    program = (
+        "import sys; from pathlib import Path; import numpy as np; from flow_finetune.evaluation_files import write_evaluation; "
+        "from flow_finetune.statistics import Items; one = np.ones(1); items = Items(['0'], one, one); "
+        "write_evaluation(Path(sys.argv[1]), 'm', {}, [], [('t', 'nats', items)], [{'text': '\\ufffd \\u03c4'}])"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "generations.jsonl").read_text(encoding="utf-8")) == {"text": "\ufffd \u03c4"}

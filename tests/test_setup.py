@@ -8,10 +8,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from flow_finetune.commands.messages import messages
 
-from flow_kernels import cpu
+from flow_kernels import backends, cpu
 from flow_kernels.__main__ import describe
 
 ROOT = Path(__file__).parents[1]
@@ -100,3 +101,42 @@ def test_kernels_that_do_not_load_are_described_and_told_as_an_error(tmp_path, m
     with pytest.raises(typer.Exit), messages():
         cpu.why_not()
     assert "do not load" in capfd.readouterr().err
+
+
+def test_a_compiler_that_is_named_and_not_there_is_named(tmp_path):
+    done = build(tmp_path, "cpu", CXX="clang++-99")
+    assert done.returncode != 0
+    assert "no C++ compiler: CXX=clang++-99 is not on the PATH" in done.stderr
+
+
+def test_kernels_of_other_sources_are_told_by_what_they_lack(tmp_path, monkeypatch):
+    empty = tmp_path / "_cpu.so"
+    subprocess.run(["cc", "-x", "c", "-shared", "-o", empty, "-"], input=b"int x;", check=True)
+    monkeypatch.setattr(cpu, "_is_loaded", False)
+    monkeypatch.setattr(cpu, "library_path", lambda: empty)
+    assert cpu.why_not() is None  # the operators of the installed file are there
+    monkeypatch.setattr(cpu, "_is_loaded", False)
+    monkeypatch.setattr(cpu, "OPERATORS", (*cpu.OPERATORS, "of_tomorrow"))
+    with pytest.raises(ImportError, match=r"lack of_tomorrow, so they are of another version; .*build them again"):
+        cpu.why_not()
+
+
+def test_the_linkers_words_are_told(tmp_path, monkeypatch):
+    source = b"int missing_in_torch(void); int call(void) { return missing_in_torch(); }"
+    broken = tmp_path / "_cpu.so"
+    command = ["cc", "-x", "c", "-shared", "-fPIC", "-Wl,-z,now", "-o", broken, "-"]
+    subprocess.run(command, input=source, check=True)
+    monkeypatch.setattr(cpu, "_is_loaded", False)
+    monkeypatch.setattr(cpu, "library_path", lambda: broken)
+    with pytest.raises(ImportError, match="undefined symbol: missing_in_torch"):
+        cpu.why_not()
+
+
+def test_the_import_is_light():
+    """torch.compile's own modules take seconds, and an imported triton takes no TRITON_INTERPRET any more."""
+    program = "import sys, flow_kernels; print([m for m in ('torch._dynamo', 'triton', 'sympy') if m in sys.modules])"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked).items() <= vars(backends.resolve).items()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import flow_kernels
 from flow_finetune.commands.evaluate import evaluate
 from flow_finetune.commands.report import report
 from flow_finetune.commands.run import run
@@ -22,6 +25,21 @@ app = typer.Typer(
 # In the order in which --help lists them.
 for _command in (score, train, wise_ft, evaluate, report, run):
     app.command()(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flow-kernels {flow_kernels.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """Options of no command."""
 
 
 def main() -> None:

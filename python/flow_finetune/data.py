@@ -7,6 +7,7 @@ turn of the tokenizer's chat template. Only the response's tokens are targets.
 from __future__ import annotations
 
 import datetime
+import glob
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flow_finetune.config import DataConfig, TaskConfig
 from flow_finetune.errors import InputError
-from flow_finetune.storage import fingerprint
+from flow_finetune.storage import fingerprint, require_writable
 
 # Chat templates that write the day (Llama 3's) get this one, theirs where they are told none: scores, training and
 # evaluation of different days are of the same tokens.
@@ -94,6 +95,7 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
     split = "+".join(part.strip() for part in split.split("+"))
     suffixes = [s for s in path.suffixes if s != ".gz"]
     datasets.disable_progress_bars()
+    _require_cache(Path(datasets.config.HF_DATASETS_CACHE))
     try:
         if path.is_file():
             if not suffixes or suffixes[-1] not in _FORMATS:
@@ -107,7 +109,11 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
             if not path.stat().st_size:
                 raise InputError(f"{source} is empty")
             options = _csv_as_text(path) if _FORMATS[suffixes[-1]] == "csv" else {}
-            rows = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split=split, **options)
+            # datasets takes a path for a pattern, and what follows :: for another place.
+            if "::" in str(path):
+                raise InputError(f"{source} has :: in its name, which datasets takes for two places; rename it")
+            files = glob.escape(str(path))
+            rows = datasets.load_dataset(_FORMATS[suffixes[-1]], data_files=files, split=split, **options)
         elif not path.is_dir() and is_local(source):
             raise InputError(f"no such file: {source}")
         else:
@@ -119,6 +125,19 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
     if len(rows) == 0:
         raise InputError(f"{source} is empty" if split == DataConfig.split else f"{source} has no rows in {split}")
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _require_cache(cache: Path) -> None:
+    """Raise `InputError` where `datasets` could not keep what it reads: it does so with local files too."""
+    try:
+        # What stands for the home directory stays as it is where there is none.
+        if not cache.is_absolute():
+            raise InputError(f"{cache} is no place")
+        require_writable(cache)
+    except (InputError, OSError) as error:
+        raise InputError(
+            f"the cache of data sets cannot be kept ({error}); set HF_HOME to a directory that can"
+        ) from error
 
 
 def _csv_as_text(path: Path) -> dict:

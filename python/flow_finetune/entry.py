@@ -14,4 +14,6 @@ def main() -> None:
             f"flow-finetune needs the package {error.name!r}; install its requirements with the extra [train], as in "
             'pip install --no-build-isolation ".[train,report]"'
         )
+    except KeyboardInterrupt:
+        sys.exit(130)
     command_line()

@@ -118,7 +118,8 @@ def write_evaluation(
     (output / GENERATIONS_FILE).unlink(missing_ok=True)
     if generations:
         with atomic_path(output / GENERATIONS_FILE) as temporary:
-            temporary.write_text("".join(json.dumps(g, ensure_ascii=False) + "\n" for g in generations))
+            lines = "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in generations)
+            temporary.write_text(lines, encoding="utf-8")
     table = pa.table(
         {
             "task": pa.array([task for task, _, items in columns for _ in items.ids], pa.string()),

@@ -26,6 +26,9 @@ def messages() -> Iterator[None]:
         yield
     except (InputError, BackendUnavailable, backends.CompiledFileError) as error:
         _stop(str(error))
+    except KeyboardInterrupt:
+        console.print("interrupted; what was finished is kept, and the same command continues where it can")
+        raise typer.Exit(130) from None
     except OSError as error:
         if error.filename is None or not (isinstance(error, _OF_A_PLACE) or error.errno in _ERRNOS_OF_A_PLACE):
             raise

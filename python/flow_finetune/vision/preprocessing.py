@@ -15,7 +15,7 @@ def processor_file(source: str, revision: str | None) -> dict:
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     for name in ("processor_config.json", "preprocessor_config.json"):
         path = cached_file(source, name, revision=revision, **options)
-        found = json.loads(Path(path).read_text()) if path else {}
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         found = found.get("image_processor", {}) if name == "processor_config.json" else found
         if found:
             return found
