@@ -9,6 +9,10 @@
 #endif
 
 #include <cmath>
+#include <cstdint>
+#include <fstream>
+#include <sstream>
+#include <string>
 
 namespace flow_kernels {
 
@@ -136,14 +140,41 @@ KeptRows keep_rows(const at::Tensor& target, const std::optional<at::Tensor>& sc
   return rows;
 }
 
+#ifdef __linux__
+namespace {
+
+constexpr uintptr_t huge_page = uintptr_t{2} << 20;
+
+// Bytes of free memory that lie in blocks of a huge page and more; all there can be where Linux does not say. What the
+// zones of small addresses have free is kept back for devices.
+uintptr_t free_huge_bytes() {
+  std::ifstream file("/proc/buddyinfo");
+  if (!file) return UINTPTR_MAX;
+  uintptr_t total = 0;
+  for (std::string line; std::getline(file, line);) {
+    // "Node 0, zone Normal 12 7 ...": the number of free blocks of 1, 2, 4 ... pages of 4 KiB.
+    std::istringstream words(line);
+    std::string word;
+    for (int i = 0; i < 4; ++i) words >> word;
+    if (word.compare(0, 3, "DMA") == 0) continue;
+    uintptr_t block = 4096;
+    for (uintptr_t count; words >> count; block *= 2) total += block >= huge_page ? block * count : 0;
+  }
+  return total;
+}
+
+}  // namespace
+#endif
+
 at::Tensor with_huge_pages(at::Tensor tensor) {
 #ifdef __linux__
   // Above 32 MiB malloc always maps memory for one block and unmaps it again, so the advice stays with this tensor.
-  constexpr uintptr_t page = uintptr_t{2} << 20;
   const auto size = static_cast<uintptr_t>(tensor.nbytes());
   if (size <= (uintptr_t{32} << 20)) return tensor;
-  const auto begin = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + size) / page * page;
+  // Where others have left memory in small pieces, Linux would first put pieces together, each fault waiting for it.
+  if (free_huge_bytes() / 3 * 2 < size) return tensor;
+  const auto begin = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + huge_page - 1) / huge_page * huge_page;
+  const auto end = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + size) / huge_page * huge_page;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return tensor;
