@@ -71,12 +71,12 @@ def speed_tables() -> list[str]:
         parts.append(f"### {head}, {case}: N={n}, D={d}, V={v}, {dtype}")
         parts.append(harness.markdown(table, list(dict.fromkeys(c for row in table for c in row))))
         parts += [
-            f"Not timed: {r['implementation']} ({r['reason']})" for r in find("head_left_out", head=head, case=case)
+            f"Not timed: {r['implementation']} ({r['reason']})" for r in find("head_left_out", head=head, case=case, N=n)
         ]
         parts += [
             f"In a run that was made again since: {r['implementation']} in {r['median_s']} s, {r['over_flow']} of ours "
             f"({r['repetitions']} repetitions, commit {r['commit']})"
-            for r in find("head_slower", head=head, case=case)
+            for r in find("head_slower", head=head, case=case, N=n)
         ]
         parts += sorted({f"Commit {row['commit']}: `{row['command']}`" for row in rows})
     return parts
