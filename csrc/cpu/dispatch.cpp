@@ -172,7 +172,8 @@ at::Tensor with_huge_pages(at::Tensor tensor) {
   const auto size = static_cast<uintptr_t>(tensor.nbytes());
   if (size <= (uintptr_t{32} << 20)) return tensor;
   // Where others have left memory in small pieces, Linux would first put pieces together, each fault waiting for it.
-  if (free_huge_bytes() / 3 * 2 < size) return tensor;
+  // Four times as much: what is there is not all for this process.
+  if (free_huge_bytes() / 4 < size) return tensor;
   const auto begin = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + huge_page - 1) / huge_page * huge_page;
   const auto end = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + size) / huge_page * huge_page;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
