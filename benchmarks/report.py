@@ -71,7 +71,8 @@ def speed_tables() -> list[str]:
         parts.append(f"### {head}, {case}: N={n}, D={d}, V={v}, {dtype}")
         parts.append(harness.markdown(table, list(dict.fromkeys(c for row in table for c in row))))
         parts += [
-            f"Not timed: {r['implementation']} ({r['reason']})" for r in find("head_left_out", head=head, case=case, N=n)
+            f"Not timed: {r['implementation']} ({r['reason']})"
+            for r in find("head_left_out", head=head, case=case, N=n)
         ]
         parts += [
             f"In a run that was made again since: {r['implementation']} in {r['median_s']} s, {r['over_flow']} of ours "

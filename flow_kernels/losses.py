@@ -194,14 +194,17 @@ def check_options(
     rows: Rows, num_classes: int, weight: Tensor | None, label_smoothing: float, softcap: float | None, z_loss: float
 ) -> Tensor | None:
     """Check the options of a loss; returns the class weights in the accumulation dtype."""
-    for name, value in {"label_smoothing": label_smoothing, "softcap": softcap or 0.0, "z_loss": z_loss}.items():
-        if not isinstance(value, Real):
+    cap = 0.0 if softcap is None else softcap
+    for name, value in {"label_smoothing": label_smoothing, "softcap": cap, "z_loss": z_loss}.items():
+        # A 0-d tensor or array is as good as its number.
+        if not isinstance(value, Real) and getattr(value, "shape", None) != ():
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if softcap is not None and not 0.0 < softcap < float("inf"):
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
-    if softcap is not None and not 2.0**-126 <= softcap <= 2.0**126:
+    in_fp32 = accumulation_dtype(rows.input.dtype) == torch.float32
+    if softcap is not None and in_fp32 and not 2.0**-126 <= softcap <= 2.0**126:
         raise ValueError(f"softcap={softcap} and its inverse are not both fp32 numbers, in which logits are capped")
     if not 0.0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")

@@ -55,6 +55,11 @@ def score_tokens(
     input: Tensor, target: Tensor, *, return_entropy: Literal[True], cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, softcap: float | None = None, shift: bool = False, backend: str = "auto",
 ) -> TokenEntropies: ...  # fmt: skip
+@overload
+def score_tokens(
+    input: Tensor, target: Tensor, *, return_entropy: bool, cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100, softcap: float | None = None, shift: bool = False, backend: str = "auto",
+) -> TokenScores | TokenEntropies: ...  # fmt: skip
 @torch.no_grad()
 def score_tokens(
     input: Tensor,
@@ -104,6 +109,12 @@ def linear_score_tokens(
     linear_bias: Tensor | None = None, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
     softcap: float | None = None, shift: bool = False, chunk_size: int | None = None, backend: str = "auto",
 ) -> TokenEntropies: ...  # fmt: skip
+@overload
+def linear_score_tokens(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_entropy: bool,
+    linear_bias: Tensor | None = None, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
+    softcap: float | None = None, shift: bool = False, chunk_size: int | None = None, backend: str = "auto",
+) -> TokenScores | TokenEntropies: ...  # fmt: skip
 @torch.no_grad()
 def linear_score_tokens(
     input: Tensor,
@@ -247,7 +258,7 @@ def weigh_samples(
     rows = flatten(loss.unsqueeze(-1), target, cu_seqlens, ignore_index, shift)
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
-    if not isinstance(temperature, Tensor | Real):
+    if not isinstance(temperature, Tensor | Real) and getattr(temperature, "shape", None) != ():
         raise TypeError(f"temperature must be a number or a 0-d tensor, got {type(temperature).__name__}")
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < float("inf"):

@@ -96,6 +96,7 @@ SHARED = {
     "softcap negative": ({"softcap": -30.0}, ValueError, "softcap must be positive and finite, or None, got -30.0"),
     "softcap tiny": ({"softcap": 1e-46}, ValueError, "softcap=1e-46 and its inverse are not both fp32 numbers"),
     "softcap huge": ({"softcap": 1e39}, ValueError, "softcap=1e+39 and its inverse are not both fp32 numbers"),
+    "softcap empty": ({"softcap": ""}, TypeError, "softcap must be a number, got str"),
     "softcap text": ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
     "z_loss None": ({"z_loss": None}, TypeError, "z_loss must be a number, got NoneType"),
     "softcap NaN": ({"softcap": NAN}, ValueError, "softcap must be positive and finite, or None, got nan"),

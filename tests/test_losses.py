@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -382,3 +383,11 @@ def test_autocast_leaves_fp64():
         found = linear_cross_entropy(x, w, torch.arange(7), linear_bias=b)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, F.cross_entropy(F.linear(x, w, b), torch.arange(7)), rtol=1e-12, atol=0)
+
+
+def test_options_may_be_0d_and_fp64_has_its_own_range():
+    logits, target = torch.randn(4, 5, dtype=torch.float64), torch.arange(4)
+    for number in (torch.tensor(2.0), np.array(2.0), np.float32(2.0)):
+        assert torch.equal(cross_entropy(logits, target, softcap=number), cross_entropy(logits, target, softcap=2.0))
+        assert torch.equal(cross_entropy(logits, target, z_loss=number), cross_entropy(logits, target, z_loss=2.0))
+    torch.testing.assert_close(cross_entropy(logits, target, softcap=1e39), F.cross_entropy(logits, target))

@@ -146,21 +146,23 @@ namespace {
 constexpr uintptr_t huge_page = uintptr_t{2} << 20;
 
 // Bytes of free memory that lie in blocks of a huge page and more; all there can be where Linux does not say. What the
-// zones of small addresses have free is kept back for devices.
+// zones of small addresses have free is kept back, but on a machine that has no others.
 uintptr_t free_huge_bytes() {
   std::ifstream file("/proc/buddyinfo");
   if (!file) return UINTPTR_MAX;
-  uintptr_t total = 0;
+  uintptr_t total = 0, low = 0;
+  bool has_more = false;
   for (std::string line; std::getline(file, line);) {
     // "Node 0, zone Normal 12 7 ...": the number of free blocks of 1, 2, 4 ... pages of 4 KiB.
     std::istringstream words(line);
     std::string word;
     for (int i = 0; i < 4; ++i) words >> word;
-    if (word.compare(0, 3, "DMA") == 0) continue;
+    const bool is_low = word.compare(0, 3, "DMA") == 0;
+    has_more = has_more || !is_low;
     uintptr_t block = 4096;
-    for (uintptr_t count; words >> count; block *= 2) total += block >= huge_page ? block * count : 0;
+    for (uintptr_t count; words >> count; block *= 2) (is_low ? low : total) += block >= huge_page ? block * count : 0;
   }
-  return total;
+  return has_more ? total : low;
 }
 
 }  // namespace
