@@ -192,6 +192,7 @@ def tiny_experiment(tmp_path):
 def no_sync(monkeypatch):
     """Whether files outlive a power cut is test_storage's question; waiting for the disk would take most of the time."""
     monkeypatch.setattr("flow_finetune.storage._sync", lambda path: None)
+    monkeypatch.setattr("flow_finetune.storage._sync_entry", lambda path: None)
 
 
 @pytest.fixture(scope="module")

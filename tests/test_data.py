@@ -343,8 +343,11 @@ def test_two_colons_are_refused_by_name(tmp_path):
         read_rows(write_rows(tmp_path / "a::b.jsonl", [{"a": 1}]))
 
 
-@pytest.mark.parametrize("cache", ["~/.cache/huggingface/datasets", "HERE/a.jsonl/datasets"])
+@pytest.mark.parametrize("cache", ["~nobody-here/.cache/huggingface/datasets", "HERE/a.jsonl/datasets"])
 def test_without_a_home_it_says_what_to_set(tmp_path, monkeypatch, cache):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache.replace("HERE", str(tmp_path)))
     with pytest.raises(InputError, match="set HF_HOME to a directory that can"):
         read_rows(write_rows(tmp_path / "a.jsonl", [{"a": 1}]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "relative/datasets")
+    assert read_rows(str(tmp_path / "a.jsonl"))["a"] == [1]

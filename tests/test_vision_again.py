@@ -86,6 +86,8 @@ def test_a_killed_training_continues_to_the_same_bits(name, image_run, tmp_path,
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     logs = [(tmp_path / d / "train/log.jsonl").read_text() for d in ("whole", "killed")]
     assert logs[0] == logs[1]
+    # The time of the call that was killed counts.
+    assert continued["seconds"] > checkpoint["seconds"] > 0
     timed = {"seconds", "images_per_second"}
     assert {k: v for k, v in whole.items() if k not in timed} == {k: v for k, v in continued.items() if k not in timed}
     assert sorted(p.name for p in (tmp_path / "killed/train").iterdir()) == [

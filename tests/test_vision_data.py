@@ -1,5 +1,6 @@
 """Labelled images: folders, Parquet and the hub agree, bytes are decoded once, and what is no image is counted."""
 
+import dataclasses
 import io
 import os
 import struct
@@ -360,11 +361,19 @@ def test_numbers_with_zeros_before_them_have_an_order(images, tmp_path):
 def test_a_cache_that_another_process_fills_is_waited_for(images, tmp_path):
     path = tiny_images.write_parquet(tmp_path / "a.parquet", *images)
     config, done = ImageDataConfig(str(path), cache=str(tmp_path / "cache")), []
-    with exclusive(tmp_path / "cache"):
+    load_images(config, 16)
+    (stored,) = (tmp_path / "cache").glob("*.npy")
+    for file in list((tmp_path / "cache").iterdir()):
+        file.unlink()
+    with exclusive(tmp_path / "cache" / f".{stored.stem}.lock"):
         thread = threading.Thread(target=lambda: done.append(load_images(config, 16)))
         thread.start()
         time.sleep(0.5)
         assert not done
-        assert not list((tmp_path / "cache").iterdir())
+        assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
     thread.join(60)
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".npy"]
+    # A run may keep its cache in its own directory, which it has locked.
+    with exclusive(tmp_path / "run"):
+        load_images(dataclasses.replace(config, cache=str(tmp_path / "run")), 16)
     assert done[0].fingerprint == load_images(ImageDataConfig(str(path)), 16).fingerprint

@@ -138,6 +138,8 @@ def test_classes_may_have_their_number_alone(vit, tmp_path):
         ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, 1.0),
         ({"size": {"height": 224, "width": 224}}, 1.0),
         ({"size": 224}, 1.0),
+        ({"size": 256, "crop_size": [224, 224]}, 0.875),
+        ({"size": [224, 224], "crop_pct": 0.875}, 0.875),
         ({}, 1.0),
     ],
 )

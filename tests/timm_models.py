@@ -98,9 +98,11 @@ def test_weights_that_layers_share_are_saved_once(untrained, tmp_path):
 
 def test_what_cannot_be_served_is_named(untrained, tmp_path):
     narrow, _ = _directory(tmp_path / "narrow", "test_vit", embed_dim=32)
+    gelu, _ = _directory(tmp_path / "gelu", act_layer="gelu")  # no shape tells
     twice, _ = _directory(tmp_path / "twice")  # its model_args name what transformers gives itself
     for source, message in {
         f"timm:local-dir:{narrow}": "is test_vit with options of its own",
+        f"timm:local-dir:{gelu}": "is test_resnet with options of its own",
         str(twice): r"the weights of .*twice cannot be loaded: .*multiple values for keyword argument 'num_classes'",
         "timm:deit_tiny_distilled_patch16_224": "with its head apart",
         "timm:resnetv2_50": "has no linear head over its 1000 classes",

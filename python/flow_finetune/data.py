@@ -131,7 +131,8 @@ def _require_cache(cache: Path) -> None:
     """Raise `InputError` where `datasets` could not keep what it reads: it does so with local files too."""
     try:
         # What stands for the home directory stays as it is where there is none.
-        if not cache.is_absolute():
+        cache = Path(os.path.expanduser(cache))
+        if str(cache).startswith("~"):
             raise InputError(f"{cache} is no place")
         require_writable(cache)
     except (InputError, OSError) as error:

@@ -71,16 +71,16 @@ class DirectoryLock:
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
-    def take(self, path: Path, *, wait: bool = False) -> None:
+    def take(self, path: Path, *, wait: bool = False) -> bool:
         """Lock the directory `path`, in place of what was locked before; `InputError` if another process has it.
 
-        With `wait` it is waited for.
+        With `wait` it is waited for; returns whether that process had removed it, so that it was made again.
         """
         self.release()
         try:
             import fcntl
         except ImportError:  # Windows
-            return
+            return False
         descriptor = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,8 +89,14 @@ class DirectoryLock:
             raise InputError(f"another process works in {path}; wait for it, or choose another directory") from None
         except OSError:  # a file system without locks
             os.close(descriptor)
-            return
+            return False
         self._descriptor = descriptor
+        # Whoever had it may have removed the directory, and another may stand in its place by now.
+        if wait and not (path.is_dir() and os.path.samestat(os.fstat(descriptor), path.stat())):
+            path.mkdir(parents=True, exist_ok=True)
+            self.take(path, wait=True)
+            return True
+        return False
 
     def release(self) -> None:
         """Let others in."""
@@ -108,12 +114,12 @@ def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
     lock, is_new = DirectoryLock(), not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     # Not in the try: a directory that another process has locked, which may have made it meanwhile, is not ours to remove.
-    lock.take(path, wait=wait)
+    is_new = lock.take(path, wait=wait) or is_new
     try:
         yield
     finally:
         # Before the lock goes: another process would lock a directory that is being removed.
-        if is_new and not any(path.iterdir()):
+        if is_new and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
         lock.release()
 

@@ -303,8 +303,8 @@ def _decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, lis
     )
     path = Path(config.cache).expanduser() / f"{key}.npy"
     bad_path = path.with_suffix(".json")
-    # Runs that share a cache would write to one temporary file.
-    with exclusive(path.parent, wait=True):
+    # Runs that share a cache would write to one temporary file. The cache's directory may be locked by a run of its own.
+    with exclusive(path.with_name(f".{key}.lock"), wait=True):
         if not bad_path.is_file():
             require_disk_space(path, int(np.prod(shape)))
             with atomic_path(path) as temporary:

@@ -298,12 +298,12 @@ def _from_timm(name: str) -> tuple[nn.Module, Description]:
     except Exception as error:
         raise InputError(f"timm cannot give {name!r}: {error}") from error
     wanted = network.pretrained_cfg
-    # What is saved is built again without the place that it came from.
-    is_place = ":" in name
-    architecture = wanted["architecture"] if is_place else name
+    # What is saved is built again without the directory that it came from.
+    is_directory = name.startswith("local-dir:")
+    architecture = wanted["architecture"] if is_directory else name
     mean, std = (tuple(255.0 * v for v in wanted[key]) for key in ("mean", "std"))
     description = Description("timm", architecture, wanted["input_size"][-1], mean, std, network.num_classes)
-    if is_place and _shapes(_empty(description)) != _shapes(network):
+    if is_directory and not _is_built_alike(_empty(description), network.eval(), description.size):
         raise InputError(
             f"timm:{name} is {architecture} with options of its own, which a saved model would not be built with; "
             "save it in transformers' form (TimmWrapperForImageClassification) and give that directory"
@@ -311,8 +311,15 @@ def _from_timm(name: str) -> tuple[nn.Module, Description]:
     return network, description
 
 
-def _shapes(network: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+@torch.no_grad()
+def _is_built_alike(other: nn.Module, network: nn.Module, size: int) -> bool:
+    """Whether `other` is `network` with its weights: options may leave every shape as it is."""
+    state = network.state_dict()
+    if {k: t.shape for k, t in other.state_dict().items()} != {k: t.shape for k, t in state.items()}:
+        return False
+    other.load_state_dict(state)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.allclose(other.eval()(images), network(images), rtol=1e-4, atol=1e-5)
 
 
 def _from_transformers(source: str, revision: str | None) -> tuple[nn.Module, Description, bool, dict]:

@@ -7,8 +7,8 @@
     DIR/<method>/           a fine-tuned model, its log and its evaluation
     DIR/report/report.md
 
-A run that was killed continues: finished parts are not made again, an unfinished one is started again. The parts can
-be called alone: `prepare` once, then `train_and_evaluate` for one method and seed at a time.
+A run that was killed continues: finished parts are not made again, an unfinished one is started again, or
+from `checkpoint_every`'s last checkpoint. The parts can be called alone: `prepare` once, then `train_and_evaluate` for one method and seed at a time.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def train_and_evaluate(
     Args:
         prepared: what `prepare` returned.
         method: a method, or a WiSE-FT row whose `of` names a finished sibling of `directory`.
-        directory: a finished one of the same configuration is left alone, an unfinished one is started again.
+        directory: a finished one of the same configuration is left alone, an unfinished one is continued.
         train: in place of the run's, for another seed or learning rate.
     """
     train = train or prepared.config.train

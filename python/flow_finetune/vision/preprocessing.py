@@ -53,16 +53,18 @@ def preprocessing(source: str, found: dict, config) -> tuple[int, tuple, tuple, 
 def _of_timm(config) -> dict:
     """What timm's models on the hub say in config.json in place of an image processor's file."""
     found = getattr(config, "pretrained_cfg", None)
-    if not found:
-        return {}
-    return {"size": found["input_size"], "image_mean": found["mean"], "image_std": found["std"]}
+    names = {"input_size": "size", "mean": "image_mean", "std": "image_std"}
+    return {names[key]: found[key] for key in names if (found or {}).get(key)}
+
+
+def _side(size):
+    size = (size.get("shortest_edge") or size.get("height")) if isinstance(size, dict) else size
+    return size[-1] if isinstance(size, list | tuple) and size else size
 
 
 def share_seen(found: dict) -> float:
     """The side of the central square that an image processor sees, as a share of the short side."""
-    size, crop = found.get("size"), found.get("crop_size")
-    short = (size.get("shortest_edge") or size.get("height")) if isinstance(size, dict) else size
-    side = crop.get("height") if isinstance(crop, dict) else crop
+    short, side = _side(found.get("size")), _side(found.get("crop_size"))
     if found.get("crop_pct") and (short or 0) < 384:  # ConvNeXt's and ResNet's, which enlarge by it before they crop
         return float(found["crop_pct"])
     if found.get("do_center_crop") is False or not side or not isinstance(short, int):

@@ -207,8 +207,8 @@ def fine_tune(
             weights_of.made = state["made"]
         generator.set_state(state["augment"])
         torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
     with track(f"training {method.name}", len(steps)) as tracker:
         tracker.advance(first)
         for step, indices in enumerate(steps[first:], start=first + 1):
@@ -242,7 +242,7 @@ def fine_tune(
                         "losses": interval.losses, "weights": interval.weights,
                         "made": getattr(weights_of, "made", []), "augment": generator.get_state(),
                         "rng": torch.get_rng_state(),
-                        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                     }
                 )  # fmt: skip
             tracker.advance(note=f"loss {line.get('loss', math.nan):.3f}")

@@ -69,6 +69,7 @@ class _Directory:
         self.path, self._identity = Path(path), json.loads(json.dumps(identity))
         self._train = self.path / "train"
         self._lock = DirectoryLock()
+        self._started, self._earlier = time.perf_counter(), 0.0
 
     def open(self, *, overwrite: bool = False) -> dict | None:
         """Claim the directory; returns the summary if it is finished already, else leaves only a checkpoint of it.
@@ -85,6 +86,7 @@ class _Directory:
                 require_same_run(self.path, json.loads(identity.read_text()), self._identity)
                 if (self._train / "summary.json").is_file():
                     say(f"{self.path} holds this run already, finished")
+                    self._checkpoint.unlink(missing_ok=True)  # of a call that was killed before it removed it
                     return json.loads((self._train / "summary.json").read_text())
             if overwrite or not self._checkpoint.is_file():
                 shutil.rmtree(self.path)
@@ -92,6 +94,10 @@ class _Directory:
         self._lock.take(self.path)  # a new one, where there was none or the old one was removed
         write_json(identity, self._identity)
         return None
+
+    def seconds(self) -> float:
+        """Spent on this training, by the calls before a checkpoint too."""
+        return self._earlier + time.perf_counter() - self._started
 
     def close(self) -> None:
         """Let other processes work in the directory."""
@@ -110,7 +116,7 @@ class _Directory:
         """Replace the checkpoint by this one of fine-tuning."""
         require_disk_space(self._train, sum(t.nbytes for t in state["model"].values()) * 3)
         with atomic_path(self._checkpoint) as temporary:
-            torch.save(state, temporary)
+            torch.save({**state, "seconds": self.seconds()}, temporary)
 
     def restore(self) -> dict | None:
         """The checkpoint of an earlier try, to which the log is cut back; None without one."""
@@ -118,6 +124,7 @@ class _Directory:
             return None
         # weights_only: a checkpoint cannot run code.
         state = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
+        self._earlier, self._started = state["seconds"], time.perf_counter()
         path = self._train / "log.jsonl"
         lines = path.read_text().splitlines()[: state["num_lines"]] if path.is_file() else []
         with atomic_path(path) as temporary:
@@ -154,7 +161,6 @@ def train_method(
         summary = run.open(overwrite=overwrite)
         if summary is not None:
             return summary
-        start = time.perf_counter()
         classifier = prepared.load(prepared.probed)
         summary = {
             **identity, "method": dataclasses.asdict(method), "train": dataclasses.asdict(config),
@@ -164,7 +170,7 @@ def train_method(
         }  # fmt: skip
         if method.train == "all":
             summary |= _stages_1_and_2(prepared, method, config, classifier, run)
-        summary["seconds"] = time.perf_counter() - start
+        summary["seconds"] = run.seconds()
         return run.finish(classifier, summary)
 
 
@@ -173,9 +179,9 @@ def _stages_1_and_2(
 ) -> dict:
     images, size, labels = prepared.images, prepared.size, torch.from_numpy(prepared.labels)
     weights_of, describe = _weights(prepared, method, labels)
-    start = time.perf_counter()
+    start = run.seconds()
     last = fine_tune(classifier, images.pixels, labels, size, weights_of, method, config, run)
-    rate = len(labels) * config.epochs / (time.perf_counter() - start)
+    rate = len(labels) * config.epochs / (run.seconds() - start)
     features = extract_features(classifier, images.pixels, size, prepared.config.batch_size)
     head_loss = train_head(classifier, features, labels, config)
     return {
