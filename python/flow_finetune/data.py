@@ -6,11 +6,9 @@ turn of the tokenizer's chat template. Only the response's tokens are targets.
 
 from __future__ import annotations
 
-import datetime
 import glob
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flow_finetune.chat_template import render_chat
 from flow_finetune.config import DataConfig, TaskConfig
 from flow_finetune.errors import InputError
 from flow_finetune.storage import fingerprint, require_writable
 
-# Chat templates that write the day (Llama 3's) get this one, theirs where they are told none: scores, training and
-# evaluation of different days are of the same tokens.
-_DAY = datetime.datetime(2024, 7, 26)
-_STRFTIME = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 # The instruction template without input field of Stanford Alpaca, which the paper uses.
 ALPACA_TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -228,18 +223,10 @@ def render_prompts(prompts: Sequence[str], template: str, tokenizer: PreTrainedT
     if template == "chat":
         if tokenizer.chat_template is None:
             raise InputError("this tokenizer has no chat template; use another template, for example alpaca")
-        return [_chat(tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True) for p in prompts]
+        return [render_chat(tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True) for p in prompts]
     text = template_text(template)
     # Not str.format: prompts and templates hold braces of their own.
     return [text.replace("{prompt}", p) for p in prompts]
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict], **options) -> str:
-    """The turns as the chat template writes them, on the same day every day."""
-    if "strftime_now" in str(tokenizer.chat_template):
-        text = tokenizer.get_chat_template()
-        options["chat_template"] = _STRFTIME.sub(lambda call: json.dumps(_DAY.strftime(call["format"])), text)
-    return tokenizer.apply_chat_template(turns, tokenize=False, **options)
 
 
 def template_text(template: str) -> str:
@@ -268,7 +255,7 @@ def end_of_response(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
     prompt, response = "qzx prompt qzx", "qzx response qzx"
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     try:
-        rendered = _chat(tokenizer, turns)
+        rendered = render_chat(tokenizer, turns)
     except Exception:  # one that takes no answers; one that takes no prompts either is met where they are rendered
         return tokenizer.eos_token_id
     between, after = rendered.partition(prompt)[2].partition(response)[::2]
