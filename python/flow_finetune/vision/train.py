@@ -244,13 +244,12 @@ def wise_ft_method(prepared: Prepared, method: MethodConfig, directory: Path) ->
         summary = run.open()
         if summary is not None:
             return summary
-        start = time.perf_counter()
         classifier = prepared.load(prepared.probed)
         average_state(classifier, prepared.load(tuned / "model").state_dict(), method.wise_ft)
         summary = {
             **of, **identity, "method": dataclasses.asdict(method), "num_steps": 0, "mean_weight": None,
             "effective_sample_size": None, "temperature": None, "final_loss": None, "head_loss": None,
-            "seconds": time.perf_counter() - start,
+            "seconds": run.seconds(),
         }  # fmt: skip
         return run.finish(classifier, summary)
 
