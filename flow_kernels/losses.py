@@ -271,10 +271,18 @@ def check_grad_filter_eps(grad_filter_eps: float, label_smoothing: float) -> flo
     return float(grad_filter_eps)
 
 
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# Constant under torch.compile, as `backends.resolve` is: the Dynamo of torch 2.11 cannot trace the question.
+_has_autocast._dynamo_marked_constant = True
+
+
 def cast_for_autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, cast as `F.linear` does: every floating tensor but fp64 to the autocast dtype."""
     tensors = (input, *others)
-    if not isinstance(input, Tensor) or not torch.amp.is_autocast_available(input.device.type):
+    if not isinstance(input, Tensor) or not _has_autocast(input.device.type):
         return tensors
     if not torch.is_autocast_enabled(input.device.type):
         return tensors
