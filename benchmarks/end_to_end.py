@@ -3,6 +3,7 @@
     python benchmarks/end_to_end.py score --model MODEL --samples 512 --part 1/4     (2/4, 3/4, 4/4: minutes each)
     python benchmarks/end_to_end.py train --model MODEL --steps 2
     python benchmarks/end_to_end.py exact --model MODEL --samples 16
+    python benchmarks/end_to_end.py train --model MODEL --device cuda --batch-tokens 16384
 
 Both sides are `flow_finetune`'s own scoring and training steps on the same batches, in turn, in one process; only the
 loss differs. The baseline is what `AutoModelForCausalLM` does with labels: logits of every position, in the body's
@@ -32,7 +33,7 @@ from torch import Tensor
 
 import flow_kernels
 
-KEYS = ("program", "baseline", "model", "samples", "batch_tokens")
+KEYS = ("program", "device", "baseline", "model", "samples", "batch_tokens")
 
 
 class EagerCausalLM(CausalLM):
@@ -63,6 +64,13 @@ class EagerCausalLM(CausalLM):
         return flow_kernels.TokenScores(losses, torch.zeros_like(losses, dtype=torch.bool))
 
 
+def _clock(device: torch.device) -> float:
+    """Seconds, when all that has been asked of `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _sample_means(scores: flow_kernels.TokenScores, batch: Batch) -> Tensor:
     sums = flow_kernels.sum_samples(scores, batch.target, batch.cu_seqlens)
     return sums.loss_sum / sums.num_targets
@@ -72,21 +80,21 @@ def bench_score(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
     """Every batch of the part through both, the order swapped from batch to batch."""
     number, parts = (int(word) for word in arguments.part.split("/"))
     batches = token_batches([len(s.input_ids) for s in samples], arguments.batch_tokens)[number - 1 :: parts]
-    sides = [("flow", lm), ("transformers", eager)]
+    sides, device = [("flow", lm), ("transformers", eager)], next(lm.parameters()).device
     for _, side in sides:  # warm: thread pools, kernels made for the shapes
-        with autocast(torch.device("cpu"), "bf16"):
-            side.score(collate([samples[i] for i in batches[-1]], 0))
+        with autocast(device, "bf16"):
+            side.score(collate([samples[i] for i in batches[-1]], 0).to(device))
     seconds, differences, num_tokens, num_targets = dict.fromkeys(dict(sides), 0.0), [], 0, 0
     for number, indices in enumerate(batches):
-        batch = collate([samples[i] for i in indices], 0)
+        batch = collate([samples[i] for i in indices], 0).to(device)
         means = {}
         for name, side in sides if number % 2 else sides[::-1]:
-            started = time.perf_counter()
-            with autocast(torch.device("cpu"), "bf16"):
+            started = _clock(device)
+            with autocast(device, "bf16"):
                 scores = side.score(batch)
             means[name] = _sample_means(scores, batch)
-            seconds[name] += time.perf_counter() - started
-        differences.append(means["flow"] - means["transformers"])
+            seconds[name] += _clock(device) - started
+        differences.append((means["flow"] - means["transformers"]).cpu())
         num_tokens += int(batch.attention_mask.sum())
         num_targets += len(batch.target)
     return _part(num_tokens, num_targets, seconds, torch.cat(differences))
@@ -100,7 +108,8 @@ def bench_train(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
     config = TrainConfig(micro_batch_tokens=arguments.batch_tokens, learning_rate=1e-5)
     weights = Weights(torch.linspace(0.2, 0.6, len(samples)), None, None, 0.4, float(len(samples)))
     model_config = ModelConfig("", precision="bf16")
-    accelerator = Accelerator(cpu=True)
+    device = next(lm.parameters()).device
+    accelerator = Accelerator(cpu=device.type == "cpu")
     sides = {"flow": lm.train(), "transformers": eager.train()}
     optimizers = {name: make_optimizer(side, config, config.learning_rate) for name, side in sides.items()}
     seconds, losses = dict.fromkeys(sides, 0.0), {name: [] for name in sides}
@@ -112,12 +121,12 @@ def bench_train(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
     for number, indices in enumerate(plan):
         for name in list(sides)[:: 1 if number % 2 else -1]:
             side, meter = sides[name], Meter()
-            started = time.perf_counter()
+            started = _clock(device)
             accumulate_gradients(side, samples, indices, weights, accelerator, config, model_config, meter)
             torch.nn.utils.clip_grad_norm_(side.parameters(), config.max_grad_norm)
             optimizers[name].step()
             optimizers[name].zero_grad()
-            seconds[name] += time.perf_counter() - started
+            seconds[name] += _clock(device) - started
             losses[name].append(float(meter.weighted_sum) / meter.num_targets)
         num_tokens += sum(len(samples[i].input_ids) for i in indices)
         num_targets += sum(samples[i].num_targets for i in indices)
@@ -189,9 +198,9 @@ def total(parts: list[dict]) -> dict:
     }
 
 
-def load(model: str, data: str, limit: int) -> tuple[CausalLM, list[Sample]]:
-    """The model on the CPU and the first `limit` samples of a file of questions and answers."""
-    lm, tokenizer = load_model(ModelConfig(model, device="cpu"))
+def load(model: str, data: str, limit: int, device: str = "cpu") -> tuple[CausalLM, list[Sample]]:
+    """The model and the first `limit` samples of a file of questions and answers."""
+    lm, tokenizer = load_model(ModelConfig(model, device=device))
     config = DataConfig(data, prompt_field="question", response_field="answer", limit=limit)
     return lm, load_samples(config, tokenizer).samples
 
@@ -207,8 +216,13 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--grad-filter-eps", type=float, default=0.0, help="train: of our loss")
     parser.add_argument("--baseline", choices=("all", "targets"), default="all", help="positions it makes logits of")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--results", type=Path, help="folder of the records; benchmarks/results if not given")
     arguments = parser.parse_args()
-    lm, samples = load(arguments.model, arguments.data, arguments.samples)
+    if arguments.program == "exact" and arguments.device != "cpu":
+        parser.error("exact compares with fp64 on the CPU; leave --device out")
+    harness.RESULTS = arguments.results or harness.RESULTS
+    lm, samples = load(arguments.model, arguments.data, arguments.samples, arguments.device)
     lm.grad_filter_eps = arguments.grad_filter_eps
     # Scoring shares the weights; training changes them, so each side has its own.
     eager = EagerCausalLM(copy.deepcopy(lm.model) if arguments.program == "train" else lm.model).eval()
@@ -218,6 +232,7 @@ def main() -> None:
         return
     about = {
         "program": arguments.program + (f", grad_filter_eps {lm.grad_filter_eps:.1e}" if lm.grad_filter_eps else ""),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "baseline": arguments.baseline, "model": Path(arguments.model).name,
         "samples": len(samples), "batch_tokens": arguments.batch_tokens, "part": arguments.part,
     }  # fmt: skip

@@ -137,7 +137,9 @@ def _growth() -> list[dict]:
 def _end_to_end() -> list[dict]:
     lines = []
     for program, limit in (("score", 1.8), ("train", 1.5)):
-        if row := next(iter(find("end_to_end", program=program, baseline="all", model="gemma-3-270m.gguf")), None):
+        if row := next(
+            iter(find("end_to_end", program=program, device="cpu", baseline="all", model="gemma-3-270m.gguf")), None
+        ):
             what = f"{program}, Gemma 3 270M, GSM8K"
             lines.append(_line(f"{what}: tokens/s over transformers' loss", float(row["ratio"]), limit, False))
             lines.append(_line(f"{what}: difference of the mean losses", float(row["mean_loss_difference"]), 1e-3))

@@ -95,6 +95,7 @@ class Case:
     constants: dict
     num_blocks: int = 1
     rows: str = "aligned"
+    max_registers: int = 0
 
     @property
     def name(self) -> str:
@@ -136,12 +137,14 @@ class Case:
         helpers = [f.src for f in vars(softmax_row).values() if isinstance(f, triton.JITFunction)]
         code = (self.kernel.src, *(helpers if self.kernel.__module__.startswith("flow_kernels") else ()))
         launch = (sorted(self.constants.items(), key=str), self.threads, self.num_classes, self.dtype, self.rows)
+        launch += (self.max_registers,) if self.max_registers else ()
         parts = (code, launch, triton.__version__, COUNTING)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     def compile(self, target: GPUTarget) -> Binary:
         """Compile for `target` and read the machine code."""
-        options = {"num_warps": self.threads // target.warp_size, "enable_fp_fusion": True}
+        config = configs.Config(self.block, self.threads, max_registers=self.max_registers)
+        options = config.compiler_options(target.warp_size, target.backend == "cuda")
         compiled = triton.compile(self.source(), target=target, options=options)
         return read_cuda(compiled) if target.backend == "cuda" else read_amd(compiled)
 
@@ -196,10 +199,10 @@ def our_cases(target_name: str) -> list[Case]:
         if table is configs.ONE_PASS and rows == "unaligned":
             table = configs.ONE_PASS_UNALIGNED
         for (largest, config), options in itertools.product(table[dtype.itemsize].items(), ("plain", "all")):
-            if kernel is kernels.cross_entropy_fwd_bwd_kernel and not configs.one_pass(
-                dtype, largest, options == "all", rows != "unaligned"
-            ):
-                continue
+            if kernel is kernels.cross_entropy_fwd_bwd_kernel:
+                config = configs.one_pass(dtype, largest, options == "all", rows != "unaligned")
+                if config is None:
+                    continue
             # Short rows never get here: they fit in registers.
             if kernel is kernels.cross_entropy_walk_kernel and largest != configs.MAX_CLASSES:
                 continue
@@ -218,7 +221,7 @@ def our_cases(target_name: str) -> list[Case]:
             cases.append(
                 Case(
                     kernel, dtype, num_classes, config.block_v, config.threads, options,
-                    constants | config.constants, max(config.num_blocks, 1), rows,
+                    constants | config.constants, max(config.num_blocks, 1), rows, config.max_registers,
                 )
             )  # fmt: skip
     for packed, normalized in itertools.product((False, True), (False, True)):

@@ -7,26 +7,35 @@ from torch import Tensor
 
 
 def takes_out_dtype(tensor: Tensor) -> bool:
-    """Whether `torch.addmm` adds a product of 16-bit factors to fp32 without rounding it: CUDA, and not ROCm.
+    """Whether `torch.mm` and `torch.addmm` give an fp32 product of 16-bit factors: CUDA from torch 2.8, and not ROCm.
 
-    ROCm builds register the overload too and have been reported to refuse it when it is called.
+    ROCm builds register the overloads too and have been reported to refuse them when they are called.
     """
     return tensor.is_cuda and torch.version.hip is None and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b` in the dtype of `total`, fp32 or wider than the factors'.
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` in `dtype`, fp32 or wider than the factors'.
 
     Where torch cannot do it with 16-bit factors they are widened: slower, but a total of many products is no worse than
     one of few.
     """
+    if a.dtype != dtype and takes_out_dtype(a):
+        try:
+            return torch.mm(a, b, out_dtype=dtype)
+        except RuntimeError:
+            pass  # refused for this GPU or these dtypes
+    return a.to(dtype) @ b.to(dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += wide_product(a, b, total.dtype)`, in place and without another matrix of its size where torch can."""
     if a.dtype != total.dtype and takes_out_dtype(a):
         try:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
             return
         except RuntimeError:
-            # Refused for this GPU or these dtypes. The reference takes this way by default, and no GPU has tried it.
-            pass
+            pass  # refused for this GPU or these dtypes
     total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
@@ -38,6 +47,4 @@ def rounded_product(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype not in (torch.bfloat16, torch.float16) or not takes_out_dtype(a):
         return a @ b
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-    add_product(total, a, b)
-    return total.to(a.dtype)
+    return wide_product(a, b, torch.float32).to(a.dtype)

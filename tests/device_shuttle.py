@@ -63,6 +63,9 @@ def serve_the_cpu_from(device: str, name: str) -> None:
         if backend != name:
             return module
         operators = {n: f for n, f in vars(module).items() if n in ops.SCHEMAS}
-        return types.SimpleNamespace(**{n: checked(n, shuttled(f, device)) for n, f in operators.items()})
+        found = types.SimpleNamespace(**{n: checked(n, shuttled(f, device)) for n, f in operators.items()})
+        if name == "triton":
+            found.scale_ = module.scale_  # backward passes use it, on the device's own tensors only
+        return found
 
     backends.status, backends.implementation = device_status, device_implementation

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flow_kernels
-from flow_kernels import cuda, ops, reference
+from flow_kernels import backends, cuda, ops, reference
 
 # Where there is a compiler for them, kernels that did not compile are a failure.
 pytestmark = pytest.mark.skipif(
@@ -68,3 +68,47 @@ def test_a_training_call_on_a_stream_of_its_own():
     stream.synchronize()
     expected = flow_kernels.cross_entropy(logits.double(), target, sample_weight=row_weight, backend="reference")
     torch.testing.assert_close(loss.detach().cpu().double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_auto_chooses():
+    has_clusters = torch.cuda.get_device_capability() >= backends.CLUSTER_CAPABILITY
+    chosen = {
+        name: backends.resolve("auto", "cuda", torch.bfloat16, name)
+        for name in ("cross_entropy_fwd", "cross_entropy_fwd_bwd", "cross_entropy_bwd", "linear_cross_entropy_fwd_bwd")
+    }
+    assert chosen.pop("cross_entropy_fwd_bwd") == ("cuda" if has_clusters else "triton")
+    assert set(chosen.values()) == {"triton"}
+    assert backends.resolve("auto", "cuda", torch.float64, "cross_entropy_fwd_bwd") == "reference"
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("backend", ["cuda", "reference"])
+def test_an_upstream_gradient_is_multiplied(backend, factor):
+    logits, target, _, _ = batch(64, 1000, torch.bfloat16, False)
+    wide = logits.double().requires_grad_()
+    (factor * flow_kernels.cross_entropy(wide, target, backend="reference")).backward()
+    logits = logits.cuda().requires_grad_()
+    (factor * flow_kernels.cross_entropy(logits, target.cuda(), backend=backend)).backward()
+    torch.testing.assert_close(logits.grad.cpu().double(), wide.grad, rtol=2**-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_classes", [50257, 262144])
+def test_a_head_of_several_chunks(num_classes, has_bias):
+    """Chunks as they are by default; a V that is no multiple of 16 has a buffer that goes on behind it."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(5000, 64, device="cuda"), torch.randn(num_classes, 64, device="cuda") / 8]
+    tensors += [torch.randn(num_classes, device="cuda")] if has_bias else []
+    target = torch.randint(num_classes, (5000,), device="cuda")
+    target[::7] = -100
+    sample_weight = torch.rand(5000, device="cuda")
+    results = []
+    for dtype, backend in ((torch.bfloat16, "auto"), (torch.float64, "reference")):
+        own = [t.bfloat16().to(dtype).requires_grad_() for t in tensors]
+        loss = flow_kernels.linear_cross_entropy(
+            *own[:2], target, linear_bias=own[2] if has_bias else None, sample_weight=sample_weight, backend=backend
+        )
+        loss.backward()
+        results.append([loss.detach(), *(t.grad for t in own)])
+    for found, exact in zip(*results, strict=True):
+        assert float((found.double() - exact).norm() / exact.norm()) < 4e-3

@@ -340,6 +340,23 @@ def test_old_gpus_are_refused(capability, available, monkeypatch):
             backends.resolve("cuda", "cuda")
 
 
+def test_auto_prefers_the_cuda_kernels_where_there_are_clusters(monkeypatch):
+    """For training on given logits; they and Triton's have run on NVIDIA's GPUs, so AMD's keep the reference."""
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, expected in (((9, 0), ("cuda", "triton", "reference")), ((8, 6), ("triton", "reference"))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert backends._candidates("cuda", "cross_entropy_fwd_bwd") == expected
+        assert backends._candidates("cuda", "cross_entropy_fwd") == ("triton", "reference")
+        assert backends._candidates("cuda", None) == ("triton", "reference")
+    monkeypatch.setattr(cuda, "why_not", lambda: "not built")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert backends._candidates("cuda", "cross_entropy_fwd_bwd") == ("triton", "reference")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backends._candidates("cuda", "cross_entropy_fwd_bwd") == ("reference",)
+    assert backends._candidates("cpu", "cross_entropy_fwd_bwd") == ("cpu", "reference")
+
+
 def test_no_driver_is_named(monkeypatch):
     monkeypatch.setattr(cuda, "load", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")

@@ -1,6 +1,7 @@
 """The Triton kernels and launchers against the reference in fp64; without a GPU they run in Triton's interpreter."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,9 +306,22 @@ def test_head_of_no_rows():
 
 
 def test_chunk_size_follows_the_budget():
-    assert linear_cross_entropy.default_chunk_size(262144, 2) == 512
-    assert linear_cross_entropy.default_chunk_size(10**6, 2) == linear_cross_entropy.MIN_CHUNK_ROWS
-    assert linear_cross_entropy.default_chunk_size(0, 4) >= linear_cross_entropy.MIN_CHUNK_ROWS
+    size, least, most = linear_cross_entropy.default_chunk_size, 2**28, 2**30
+    assert [size(262144, 2, rows, most) for rows in (1024, 2048)] == [1024, 2048]
+    assert [size(262144, 2, rows, least) for rows in (1024, 2048)] == [512, 512]  # a GPU of 16 GB
+    assert size(49152, 2, 2048, most) == 2560  # 256 MiB are 2730
+    assert size(262144, 4, 2048, most) == 1024
+    assert size(10**6, 2, 2048, most) == 512
+    assert size(10**8, 2, 2048, most) == 256
+    assert size(0, 4, 1024, least) >= 1024
+
+
+def test_the_buffer_follows_the_memory_of_the_device(monkeypatch):
+    for memory, mib in ((8, 256), (24, 384), (40, 640), (80, 1024), (192, 1024)):
+        properties = SimpleNamespace(total_memory=memory * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert linear_cross_entropy.buffer_limit(torch.device("cuda", 0)) == mib * 2**20
+    assert linear_cross_entropy.buffer_limit(torch.device("cpu")) == 256 * 2**20
 
 
 def test_products_are_added_in_fp32_where_torch_can(monkeypatch):
@@ -315,26 +329,37 @@ def test_products_are_added_in_fp32_where_torch_can(monkeypatch):
     calls = []
 
     def addmm(total, a, b, *, out_dtype, out):
-        calls.append(out_dtype)
+        calls.append(("addmm", out_dtype))
         return torch.add(total, a.float() @ b.float(), out=out)
+
+    def mm(a, b, *, out_dtype):
+        calls.append(("mm", out_dtype))
+        return a.float() @ b.float()
 
     if DEVICE == "cpu":
         monkeypatch.setattr(products, "takes_out_dtype", lambda tensor: True)
         monkeypatch.setattr(products.torch, "addmm", addmm)
+        monkeypatch.setattr(products.torch, "mm", mm)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(8, 8, generator=generator).bfloat16().to(DEVICE) for _ in range(2))
+    exact = a.float() @ b.float()
     total = torch.full((8, 8), 1e-3, device=DEVICE)
     products.add_product(total, a, b)
-    torch.testing.assert_close(total, a.float() @ b.float() + 1e-3)
-    assert torch.equal(products.rounded_product(a, b), (a.float() @ b.float()).bfloat16())
+    torch.testing.assert_close(total, exact + 1e-3)
+    torch.testing.assert_close(products.wide_product(a, b, torch.float32), exact)
+    assert products.wide_product(a, b, torch.float32).dtype == torch.float32
+    torch.testing.assert_close(products.rounded_product(a, b), exact.bfloat16(), rtol=2**-7, atol=0)
 
     def refuse(*_, **__):
         raise RuntimeError("gemm input type at::BFloat16 and output type float is not supported")
 
     monkeypatch.setattr(products.torch, "addmm", refuse)
+    monkeypatch.setattr(products.torch, "mm", refuse)
     products.add_product(total, a, b)
-    torch.testing.assert_close(total, 2 * (a.float() @ b.float()) + 1e-3)
-    assert calls == ([torch.float32] * 2 if DEVICE == "cpu" else [])
+    torch.testing.assert_close(total, 2 * exact + 1e-3)
+    torch.testing.assert_close(products.wide_product(a, b, torch.float32), exact)
+    expected = [("addmm", torch.float32), *[("mm", torch.float32)] * 3]
+    assert calls == (expected if DEVICE == "cpu" else [])
 
 
 def samples():

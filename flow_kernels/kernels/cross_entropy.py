@@ -284,12 +284,11 @@ def launch(kernel, config, grid, tensors, sizes, options, aligned, **flags):
 
     No parameter of a kernel may be called `options`: Triton's launcher has one of that name.
     """
-    device = tensors[0].device
     flags = flags or {"HAS_SMOOTHING": options[1] > 0, "HAS_SOFTCAP": options[2] > 0}
     with torch.cuda.device_of(tensors[0]):
         kernel[grid](
-            *tensors, sizes, options, **flags, ALIGNED=aligned,
-            **config.constants, num_warps=config.num_warps(configs.warp_size(device)), enable_fp_fusion=True,
+            *tensors, sizes, options, **flags, ALIGNED=aligned, **config.constants,
+            **config.compiler_options(configs.warp_size(tensors[0].device), torch.version.hip is None),
         )  # fmt: skip
 
 

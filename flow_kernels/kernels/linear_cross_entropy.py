@@ -30,31 +30,54 @@ from flow_kernels.kernels.cross_entropy import (
     with_padding,
     with_sum,
 )
-from flow_kernels.products import add_product, rounded_product
+from flow_kernels.products import add_product, rounded_product, wide_product
 
-# The buffer of logits. 256 MiB are 512 rows of 262144 in bf16. By the roofline of an H100 (about 240 flops in the time of
-# a byte) the products that read `linear_weight` are bound by arithmetic then (R flops a byte), and that of its gradient by
-# memory (its fp32 sum is read and written once a chunk, R / 4 flops a byte, whatever D is): a larger `chunk_size` trades
-# memory for speed there. Not measured on a GPU.
-LOGITS_BUFFER_BYTES = 256 * 2**20
-# Fewer rows than this leave a matmul waiting for `linear_weight`, which each chunk reads again: R flops per byte of it,
-# where an H100 does about 300 flops in the time of one byte.
-MIN_CHUNK_ROWS = 256
+# Rows of logits held at a time. Each chunk reads `linear_weight` once more, and training also reads and writes the fp32
+# sum of its gradient (R / 4 flops a byte for R rows, whatever D is, where an H100 makes 260 in the time of a byte).
+# Measured there (8192 rows, bf16, milliseconds), and what a buffer of 256 MiB would hold in brackets:
+#
+#     rows                        256    512   1024   2048   4096   8192
+#     train, V 262144, D 640     39.2  [26.1]  19.7   17.9   17.7   17.0
+#     train, V 151936, D 1024    33.1  [21.0]  16.0   14.3   14.5   14.0
+#     train, V 128256, D 4096    97.6   61.1  [47.3]  42.1   41.7   40.6
+#     score, V 262144, D 640      7.5   [6.5]   5.9    6.2    6.0    5.9
+SCORING_ROWS, TRAINING_ROWS = 1024, 2048
+# A short vocabulary takes more rows: V 49152, D 576 train in 3.2 ms by 2048 of them, in 2.9 by 4096.
+WANTED_BUFFER_BYTES = 512 * 2**20
+# The most that the buffer takes, by the memory of the device: a 64th of it between these two.
+LIMITS = (256 * 2**20, 2**30)
+MEMORY_SHARE = 64
+ROW_STEP = 256
+# Where the gradient of a bias is wanted, this much of the logits' gradient is held in fp32.
+WIDE_BUFFER_BYTES = 128 * 2**20
 
 
-def default_chunk_size(num_classes: int, itemsize: int) -> int:
-    """Rows of logits held at a time when `chunk_size` is 0."""
-    rows = LOGITS_BUFFER_BYTES // (itemsize * max(num_classes, 1))
-    return max(MIN_CHUNK_ROWS, rows // MIN_CHUNK_ROWS * MIN_CHUNK_ROWS)
+def buffer_limit(device: torch.device) -> int:
+    """Bytes that the logits may take on `device`."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return min(max(memory // MEMORY_SHARE, LIMITS[0]), LIMITS[1])
+
+
+def default_chunk_size(num_rows: int, num_classes: int, itemsize: int, wanted_rows: int, limit: int) -> int:
+    """Rows of logits held at a time when `chunk_size` is 0: `wanted_rows` or more in `limit` bytes, in equal chunks."""
+    row_bytes = itemsize * max(num_classes, 1)
+    most = min(max(wanted_rows, WANTED_BUFFER_BYTES // row_bytes), limit // row_bytes)
+    most = max(ROW_STEP, most // ROW_STEP * ROW_STEP)
+    num_chunks = -(-num_rows // most)
+    return min(most, -(-num_rows // max(num_chunks, 1) // ROW_STEP) * ROW_STEP or most)
 
 
 class Chunks:
     """One buffer of logits, filled chunk by chunk."""
 
-    def __init__(self, input: Tensor, linear_weight: Tensor, chunk_size: int) -> None:
+    def __init__(self, input: Tensor, linear_weight: Tensor, chunk_size: int, wanted_rows: int) -> None:
         num_rows, num_classes = input.shape[0], linear_weight.shape[0]
         self.input, self.linear_weight = input, linear_weight
-        self.size = min(chunk_size or default_chunk_size(num_classes, input.element_size()), max(num_rows, 1))
+        if not chunk_size:
+            chunk_size = default_chunk_size(
+                num_rows, num_classes, input.element_size(), wanted_rows, buffer_limit(input.device)
+            )
+        self.size = min(chunk_size, max(num_rows, 1))
         # Rows that start at multiples of 16 elements: the fast path of cuBLAS, and 16-byte accesses in the row kernel, which
         # reads -inf between V and the end and writes what it likes.
         self.end = padded(num_classes) if num_classes % ROW_ALIGNMENT else None
@@ -79,26 +102,46 @@ class _HeadGradients:
         self.need_dinput, self.need_dlinear_weight, self.need_dlinear_bias = needs
         self.linear_bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
         self.dinput = input.new_empty(input.shape if self.need_dinput else (0,))
-        shape = linear_weight.shape if self.need_dlinear_weight else (0,)
-        self.dlinear_weight = linear_weight.new_zeros(shape, dtype=torch.float32)
+        self.dlinear_weight = None  # the first product makes it
         num_classes = linear_weight.shape[0] if self.need_dlinear_bias else 0
         self.dlinear_bias = linear_weight.new_zeros(num_classes, dtype=torch.float32)
+
+    def parts(self, logits: Tensor):
+        """`(rows, dlogits)` of a chunk: which of its rows, and where the caller is to write their gradient.
+
+        That is over the logits, but where their sum over rows is wanted: 16-bit gradients that cancel do not when each
+        has been rounded, so some rows at a time are made in fp32, summed and then rounded.
+        """
+        num_rows, num_classes = logits.shape
+        if not self.need_dlinear_bias:
+            yield slice(None), logits
+            return
+        num_wide = min(num_rows, max(WIDE_BUFFER_BYTES // (4 * max(num_classes, 1)), 1))
+        wide = logits.new_empty(num_wide, padded(num_classes), dtype=torch.float32)[:, :num_classes]
+        for start in range(0, num_rows, num_wide):
+            rows = slice(start, min(start + num_wide, num_rows))
+            dlogits = wide[: rows.stop - start]
+            yield rows, dlogits
+            self.dlinear_bias += dlogits.sum(0)
+            logits[rows] = dlogits
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         if self.need_dinput:
             self.dinput[rows] = rounded_product(dlogits, self.linear_weight)
         if self.need_dlinear_weight:
             kept_input = torch.where(self.keep[rows, None], self.input[rows], 0)
-            add_product(self.dlinear_weight, dlogits.T, kept_input)
-        if self.need_dlinear_bias:
-            self.dlinear_bias += dlogits.sum(0, dtype=torch.float32)
+            if self.dlinear_weight is None:
+                self.dlinear_weight = wide_product(dlogits.T, kept_input, torch.float32)
+            else:
+                add_product(self.dlinear_weight, dlogits.T, kept_input)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            self.dinput,
-            self.dlinear_weight.to(self.linear_weight.dtype),
-            self.dlinear_bias.to(self.linear_bias_dtype),
-        )
+        dlinear_weight = self.dlinear_weight
+        if dlinear_weight is None:
+            dlinear_weight = self.linear_weight.new_zeros(
+                self.linear_weight.shape if self.need_dlinear_weight else (0,)
+            )
+        return self.dinput, dlinear_weight.to(self.linear_weight.dtype), self.dlinear_bias.to(self.linear_bias_dtype)
 
 
 def linear_cross_entropy_fwd(
@@ -107,7 +150,7 @@ def linear_cross_entropy_fwd(
 ):  # fmt: skip
     """`reference.linear_cross_entropy_fwd`; holds one chunk of logits and stores none."""
     options = (ignore_index, label_smoothing, softcap, z_loss)
-    chunks = Chunks(input, linear_weight, chunk_size)
+    chunks = Chunks(input, linear_weight, chunk_size, SCORING_ROWS)
     check_rows(chunks.buffer, target, ignore_index)
     target, linear_bias, class_weight = target.contiguous(), with_padding(linear_bias), with_sum(class_weight)
     loss = input.new_empty(input.shape[0], dtype=torch.float32)
@@ -131,9 +174,13 @@ def linear_cross_entropy_bwd(
     keep = (target != ignore_index) & (dloss != 0)
     grads = _HeadGradients(input, linear_weight, linear_bias, keep, needs)
     linear_bias, class_weight = with_padding(linear_bias), with_sum(class_weight)
-    chunks = Chunks(input, linear_weight, chunk_size)
+    chunks = Chunks(input, linear_weight, chunk_size, TRAINING_ROWS)
     for rows, logits in chunks:
-        launch_bwd(dloss[rows], logits, target[rows], lse[rows], linear_bias, class_weight, logits, options, chunks.end)
+        for part, dlogits in grads.parts(logits):
+            launch_bwd(
+                dloss[rows][part], logits[part], target[rows][part], lse[rows][part], linear_bias, class_weight,
+                dlogits, options, chunks.end,
+            )  # fmt: skip
         grads.add(rows, logits)
     return grads.result()
 
@@ -146,7 +193,7 @@ def linear_cross_entropy_fwd_bwd(
     """`reference.linear_cross_entropy_fwd_bwd`; each chunk's gradient is made in place on its logits."""
     options = (ignore_index, label_smoothing, softcap, z_loss)
     needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
-    chunks = Chunks(input, linear_weight, chunk_size)
+    chunks = Chunks(input, linear_weight, chunk_size, TRAINING_ROWS)
     check_rows(chunks.buffer, target, ignore_index)
     row_weight, target = row_weight.float().contiguous(), target.contiguous()
     keep = (target != ignore_index) & (row_weight != 0)
@@ -154,8 +201,10 @@ def linear_cross_entropy_fwd_bwd(
     linear_bias, class_weight = with_padding(linear_bias), with_sum(class_weight)
     loss = input.new_empty(input.shape[0], dtype=torch.float32)
     for rows, logits in chunks:
-        launch_fwd_bwd(
-            logits, target[rows], row_weight[rows], linear_bias, class_weight, loss[rows], logits, options, chunks.end
-        )  # fmt: skip
+        for part, dlogits in grads.parts(logits):
+            launch_fwd_bwd(
+                logits[part], target[rows][part], row_weight[rows][part], linear_bias, class_weight,
+                loss[rows][part], dlogits, options, chunks.end,
+            )  # fmt: skip
         grads.add(rows, logits)
     return (row_weight * loss).sum(), loss, *grads.result()
