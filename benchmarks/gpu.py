@@ -3,7 +3,6 @@
     python benchmarks/gpu.py                                   every case, into benchmarks/results/gpu.csv
     python benchmarks/gpu.py --case train --shape 4096x65536   one case of one shape
     python benchmarks/gpu.py --require                         exit code 2 and the reason where there is no GPU to measure
-    python benchmarks/gpu.py --report                          gpu.md from gpu.csv, on any machine
 
 Every implementation's losses and gradients are compared with the reference in fp32 first; one that is wrong is not
 timed, and the errors stand beside the speed. Then it runs between CUDA events, with the L2 cache overwritten before

@@ -203,6 +203,8 @@ def our_cases(target_name: str) -> list[Case]:
                 config = configs.one_pass(dtype, largest, options == "all", rows != "unaligned")
                 if config is None:
                     continue
+            if table is configs.WALK:
+                config = configs.walk(dtype, largest, options == "all" and "HAS_SMOOTHING" in kernel.arg_names)
             # Short rows never get here: they fit in registers.
             if kernel is kernels.cross_entropy_walk_kernel and largest != configs.MAX_CLASSES:
                 continue

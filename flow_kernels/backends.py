@@ -20,8 +20,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # By device type, best first. `reference` runs on every device that torch runs on.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
-# Given logits in training, where clusters of blocks hold a row in shared memory: on an H100 the CUDA kernels reach 87 to
-# 99 % of a copy's bandwidth at any V, Triton's 99 % to V = 65536 and 65 % beyond (benchmarks/results/gpu.md).
+# Given logits in training, where clusters of blocks hold a row in shared memory: on an H100 whole calls by the CUDA kernels
+# reach 81 to 88 % of a copy's bandwidth at any V, by Triton's 82 to 87 % to V = 65536 and 60 to 62 % beyond. With a
+# soft-cap, whose tanh the CUDA kernels make exactly and twice, it is 36 % to Triton's 54 (benchmarks/results/gpu.md).
 CUDA_FIRST = {"cross_entropy_fwd_bwd"}
 CLUSTER_CAPABILITY = (9, 0)
 
@@ -95,7 +96,7 @@ def status(backend: str, device_type: str, dtype: torch.dtype | None = None, ope
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
 
 
-def _candidates(device_type: str, operator: str | None) -> tuple[str, ...]:
+def _candidates(device_type: str, operator: str | None, has_softcap: bool = False) -> tuple[str, ...]:
     """Backends for "auto", best first."""
     candidates = PREFERENCE.get(device_type, ("reference",))
     if device_type != "cuda":
@@ -103,24 +104,32 @@ def _candidates(device_type: str, operator: str | None) -> tuple[str, ...]:
     # The kernels have run on NVIDIA's GPUs alone; for AMD's they have been compiled.
     if torch.version.hip is not None:
         return ("reference",)
-    if operator in CUDA_FIRST and cuda.why_not() is None and torch.cuda.get_device_capability() >= CLUSTER_CAPABILITY:
+    prefers_cuda = operator in CUDA_FIRST and not has_softcap and cuda.why_not() is None
+    if prefers_cuda and torch.cuda.get_device_capability() >= CLUSTER_CAPABILITY:
         return ("cuda", *candidates)
     return candidates
 
 
-def resolve(backend: str, device_type: str, dtype: torch.dtype | None = None, operator: str | None = None) -> str:
+def resolve(
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    operator: str | None = None,
+    has_softcap: bool = False,
+) -> str:
     """The name of the backend that serves a call on `device_type` with input of `dtype`.
 
     Args:
         operator: the one of `flow_kernels.ops` that the call needs in the end: where a gradient is wanted that is not
             made in the forward pass, the backward one.
+        has_softcap: whether the call has a soft-cap, of which "auto" takes notice.
 
     Raises:
         ValueError: `backend` is not a known name.
         BackendUnavailable: the named backend cannot serve the device, dtype or operator.
     """
     if backend == "auto":
-        candidates = _candidates(device_type, operator)
+        candidates = _candidates(device_type, operator, has_softcap)
         return next(name for name in candidates if status(name, device_type, dtype, operator).available)
     found = status(backend, device_type, dtype, operator)
     if not found.available:

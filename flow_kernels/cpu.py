@@ -3,7 +3,7 @@
 fp32, bf16 and fp16 are compiled; fp64, which only tests of exactness use, runs the reference's eager code.
 The kernels walk tiles of the vocabulary and hold no row of logits. What `chunk_size` bounds here is the memory of the
 one-pass operator: the exponentials that it keeps for its gradients are those that fit in the memory of the weight's own
-gradient, which is written after them, and beside it those of `chunk_size` rows (by default what fits in 208 MiB); the
+gradient, which is written after them, and beside it those of `chunk_size` rows (by default what fits in 204 MiB); the
 others are made again by a fourth matrix product. bf16 keeps two bytes of each, or by default one where two do not fit
 for all: the probabilities that are largest within a row's tile stay exact, the others within 2^-8 sqrt(largest / p).
 Beside that, training holds N x D fp32 for the gradient of the input in each thread, which on many cores is the most of

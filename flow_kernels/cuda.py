@@ -1,8 +1,8 @@
 """The compiled CUDA backend: `cross_entropy` of given logits by the kernels of csrc/cuda, each logit read and written once.
 
 It holds the forward pass and the forward pass with gradient, for fp32, bf16 and fp16. The backward pass from a saved
-lse (`reduction="none"`), the linear head and fp64 are not among its kernels. No GPU has run it yet, so `auto` does not
-choose it.
+lse (`reduction="none"`), the linear head and fp64 are not among its kernels. `auto` chooses it for training from compute
+capability 9.0 on, where it has run (an H100), unless there is a soft-cap: see `backends.CUDA_FIRST`.
 
 Unlike the reference it does not look at the targets on the host, which would synchronise: a target outside
 [0, V) that is not `ignore_index` gives NaN for the loss and the gradient of its row.

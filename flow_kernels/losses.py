@@ -95,7 +95,7 @@ def cross_entropy(
     _forbid_forward_mode(input, sample_weight)
     needs_grad = torch.is_grad_enabled() and rows.input.requires_grad
     kind = _kind(needs_grad, reduction, rows.input)
-    backend = backends.resolve(backend, input.device.type, input.dtype, f"cross_entropy_{kind}")
+    backend = backends.resolve(backend, input.device.type, input.dtype, f"cross_entropy_{kind}", bool(softcap))
 
     if reduction == "none":
         _no_normalizer(normalizer)

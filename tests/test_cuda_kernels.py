@@ -347,6 +347,7 @@ def test_auto_prefers_the_cuda_kernels_where_there_are_clusters(monkeypatch):
     for capability, expected in (((9, 0), ("cuda", "triton", "reference")), ((8, 6), ("triton", "reference"))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         assert backends._candidates("cuda", "cross_entropy_fwd_bwd") == expected
+        assert backends._candidates("cuda", "cross_entropy_fwd_bwd", True) == ("triton", "reference")
         assert backends._candidates("cuda", "cross_entropy_fwd") == ("triton", "reference")
         assert backends._candidates("cuda", None) == ("triton", "reference")
     monkeypatch.setattr(cuda, "why_not", lambda: "not built")

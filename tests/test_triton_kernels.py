@@ -306,10 +306,17 @@ def test_head_of_no_rows():
 
 
 def test_chunk_size_follows_the_budget():
-    size, least, most = linear_cross_entropy.default_chunk_size, 2**28, 2**30
+    def size(*arguments, num_rows=8192):
+        return linear_cross_entropy.default_chunk_size(num_rows, *arguments)
+
+    least, most = 2**28, 2**30
     assert [size(262144, 2, rows, most) for rows in (1024, 2048)] == [1024, 2048]
     assert [size(262144, 2, rows, least) for rows in (1024, 2048)] == [512, 512]  # a GPU of 16 GB
-    assert size(49152, 2, 2048, most) == 2560  # 256 MiB are 2730
+    assert size(49152, 2, 2048, most) == 4096  # 512 MiB are 5376 rows: two chunks
+    assert size(49152, 2, 2048, least) == 2048  # 256 MiB are 2560 rows: four
+    assert size(262144, 2, 2048, most, num_rows=5000) == 1792  # three of 1667, in steps of 256
+    assert size(262144, 2, 2048, most, num_rows=100) == 256
+    assert size(262144, 2, 2048, most, num_rows=0) == 2048
     assert size(262144, 4, 2048, most) == 1024
     assert size(10**6, 2, 2048, most) == 512
     assert size(10**8, 2, 2048, most) == 256

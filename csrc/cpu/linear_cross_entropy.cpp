@@ -26,7 +26,7 @@ constexpr int64_t max_stretches = 64;
 // N = 8192; 3 to 4 MiB a thread go to tiles. Not what the threads leave of a budget: which tiles are kept must not depend
 // on their number. A caller who has more memory says so with chunk_size, in rows of logits. bf16 keeps 2 bytes each, or 1
 // where that makes more of them fit.
-constexpr int64_t kept_budget = int64_t{208} << 20;
+constexpr int64_t kept_budget = int64_t{204} << 20;
 // A multiple of the rows whose logits are made at a time.
 constexpr int64_t row_alignment = 64;
 

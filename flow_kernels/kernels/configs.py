@@ -62,7 +62,7 @@ ONE_PASS = {
         2048: Config(1024, 128, 2),
         4096: Config(1024, 128, 4),
         8192: Config(1024, 128, 8),
-        16384: Config(2048, 256, 8, max_registers=64),
+        16384: Config(1024, 128, 16, max_registers=128),
         32768: Config(2048, 256, 16, max_registers=128),
         65536: Config(4096, 512, 16),
     },
@@ -123,6 +123,12 @@ def one_pass(dtype: torch.dtype, num_classes: int, has_options: bool, is_aligned
     config = lookup(ONE_PASS if is_aligned else ONE_PASS_UNALIGNED, dtype, num_classes)
     # Options and single elements need more registers than the limit leaves.
     return replace(config, max_registers=0) if config and (has_options or not is_aligned) else config
+
+
+def walk(dtype: torch.dtype, num_classes: int, has_all_options: bool) -> Config:
+    """The configuration that walks a row; with smoothing and soft-cap together two groups at a time would spill."""
+    config = lookup(WALK, dtype, num_classes)
+    return replace(config, depth=1) if has_all_options else config
 
 
 @functools.cache

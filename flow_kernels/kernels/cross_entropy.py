@@ -299,7 +299,7 @@ def launch_fwd(logits, target, bias, class_weight, loss, lse, correct, options, 
     """
     num_rows, num_classes = logits.shape
     if num_rows:
-        config = configs.lookup(configs.WALK, logits.dtype, num_classes)
+        config = configs.walk(logits.dtype, num_classes, options[1] > 0 and options[2] > 0)
         tensors = (logits, target, bias, class_weight, loss, lse, correct.view(torch.uint8))
         sizes, aligned = (num_classes, end, logits.stride(0)), is_aligned(end or num_classes, logits)
         launch(cross_entropy_fwd_kernel, config, (num_rows,), tensors, sizes, options, aligned)
@@ -314,7 +314,8 @@ def launch_fwd_bwd(logits, target, row_weight, bias, class_weight, loss, dlogits
         kernel = cross_entropy_fwd_bwd_kernel
         config = configs.one_pass(logits.dtype, num_classes, has_options, aligned)
         if config is None:
-            kernel, config = cross_entropy_walk_kernel, configs.lookup(configs.WALK, logits.dtype, num_classes)
+            kernel = cross_entropy_walk_kernel
+            config = configs.walk(logits.dtype, num_classes, options[1] > 0 and options[2] > 0)
         tensors = (logits, target, row_weight, bias, class_weight, loss, dlogits)
         sizes = (num_classes, end, logits.stride(0), dlogits.stride(0))
         launch(kernel, config, (num_rows,), tensors, sizes, options, aligned)

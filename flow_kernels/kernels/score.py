@@ -54,7 +54,7 @@ def _launch_score(logits, target, bias, scores, options, end=None) -> None:
     num_rows, num_classes = logits.shape
     if num_rows:
         loss, correct, entropy = scores
-        config = configs.lookup(configs.WALK, logits.dtype, num_classes)
+        config = configs.walk(logits.dtype, num_classes, has_all_options=False)
         tensors = (logits, target, bias, loss, correct.view(torch.uint8), entropy)
         sizes, aligned = (num_classes, end, logits.stride(0)), is_aligned(end or num_classes, logits)
         launch(
