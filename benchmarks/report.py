@@ -243,7 +243,7 @@ def write_report() -> None:
     machines = sorted({row["machine"] for name in names for row in harness.read_csv(name)})
     text = ["# The head alone", *machines]
     text.append(
-        "Medians of repetitions in turn within one process, which had the machine to itself; every "
+        "Medians of repetitions in turn within one process; every "
         "ratio is within the run that measured the row (a table may name two). The goals were set for CPUs with AMX. Errors are against fp64: the largest of a row's loss, the "
         "relative Frobenius norm of a gradient's, at the largest N that was measured for the implementation (the table of "
         "errors has each N). Peak memory is that of a fresh process, above inputs and results."

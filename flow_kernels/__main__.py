@@ -24,7 +24,10 @@ def describe() -> str:
         f"CUDA {'available' if torch.cuda.is_available() else 'not available'}",
     ]
     for device_type in ("cpu", "cuda"):
-        lines.append(f"{device_type}: auto -> {_answer(lambda d=device_type: backends.resolve('auto', d))}")
+        chosen = _answer(lambda d=device_type: backends.resolve("auto", d))
+        training = _answer(lambda d=device_type: backends.resolve("auto", d, operator="cross_entropy_fwd_bwd"))
+        also = "" if training == chosen else f" (training on given logits without a soft-cap: {training})"
+        lines.append(f"{device_type}: auto -> {chosen}{also}")
         for backend in backends.BACKENDS:
             found = _answer(lambda b=backend, d=device_type: backends.status(b, d))
             if isinstance(found, str):

@@ -1,11 +1,12 @@
 """Which implementation serves a call, and the reason when one cannot.
 
 `auto` takes the first available backend in the order of `PREFERENCE` for the device; a named backend that cannot
-serve the call raises `BackendUnavailable` with the reason. No environment variable changes the choice.
+serve the call raises `BackendUnavailable` with the reason. No environment variable of ours changes the choice.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -65,6 +66,21 @@ def _why_no_triton(device_type: str) -> str:
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < MIN_CUDA_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return _why_no_launch()
+
+
+@functools.cache
+def _why_no_launch() -> str:
+    """Why Triton cannot launch on this machine's GPU, asked once; empty when it can.
+
+    It compiles its launcher on the machine, which needs a C compiler and the headers of Python.
+    """
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as error:
+        return (
+            f"Triton cannot launch here (it needs a C compiler and Python's headers): {type(error).__name__}: {error}"
+        )
     return ""
 
 
@@ -135,7 +151,7 @@ def resolve(
     if not found.available:
         raise BackendUnavailable(
             f"backend={backend!r} cannot serve tensors on {device_type}: {found.reason}; "
-            f"backend='auto' would use {resolve('auto', device_type, dtype, operator)!r}"
+            f"backend='auto' would use {resolve('auto', device_type, dtype, operator, has_softcap)!r}"
         )
     return backend
 

@@ -10,6 +10,7 @@ Unlike the reference it does not look at the targets on the host, which would sy
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def load() -> str | None:
         LIBRARY,
         REPORT,
         namespace="flow_kernels_cuda",
-        operators=OPERATORS,
+        operators=(*OPERATORS, "load_error"),
         kernels="CUDA kernels",
         how_to_build="FLOW_KERNELS_BUILD=cuda pip install --no-build-isolation -e . compiles them where nvcc is",
         how_to_mend="they need torch 2.10 or newer: build them again",
@@ -67,7 +68,20 @@ def why_not() -> str | None:
     if capability < MIN_CAPABILITY:
         found, needed = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
         return f"{torch.cuda.get_device_name()} has compute capability {found}, the kernels need {needed}"
-    return None
+    return _why_no_code()
+
+
+@functools.cache
+def _why_no_code() -> str | None:
+    """The reason why the compiled file has nothing that this machine's GPU can run, asked once; or None."""
+    error = torch.ops.flow_kernels_cuda.load_error()
+    if error == 0:
+        return None
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return (
+        f"the CUDA kernels were compiled for other GPUs than {torch.cuda.get_device_name()} or a newer driver (CUDA error "
+        f"{error}): build them again with TORCH_CUDA_ARCH_LIST={capability} or without it"
+    )
 
 
 def _check(logits) -> None:

@@ -80,8 +80,9 @@ def cross_entropy(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, by name.
-        IndexError: a target outside [0, V), with its row. The Triton and CUDA kernels, which would have to wait for the
-            GPU to look, give NaN for the loss of such a row.
+        IndexError: a target outside [0, V), with its row. The Triton and CUDA kernels, to which "auto" leaves an NVIDIA
+            GPU's tensors, would have to wait for it to look: the loss of such a row is NaN, and so that of its batch;
+            the row's gradient is 0 ("triton") or NaN ("cuda"). `backend="reference"` names the row there.
         flow_kernels.BackendUnavailable: the named backend cannot serve the call.
         RuntimeError: a second derivative. NotImplementedError: forward mode.
 
@@ -95,7 +96,7 @@ def cross_entropy(
     _forbid_forward_mode(input, sample_weight)
     needs_grad = torch.is_grad_enabled() and rows.input.requires_grad
     kind = _kind(needs_grad, reduction, rows.input)
-    backend = backends.resolve(backend, input.device.type, input.dtype, f"cross_entropy_{kind}", bool(softcap))
+    backend = backends.resolve(backend, input.device.type, input.dtype, f"cross_entropy_{kind}", softcap is not None)
 
     if reduction == "none":
         _no_normalizer(normalizer)

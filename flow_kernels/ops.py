@@ -170,14 +170,14 @@ def _cross_entropy_fwd_backward(ctx, dloss, *_):
 cross_entropy_fwd.register_autograd(_cross_entropy_fwd_backward, setup_context=_setup_cross_entropy_fwd)
 
 
-def _scale(grad, dtotal):
+def _scale(grad, dtotal, backend):
     """`grad * dtotal` of a gradient made in the forward pass: as it is where the factor can be seen to be 1, else in place.
 
     The copy of a large head's gradient is a tenth of a training step on a CPU, and its size again in memory. Only a
     plain CPU tensor is looked at: an accelerator would synchronise, and a traced tensor has no value. On a GPU Triton's
-    kernel looks there itself, whichever backend made the gradient: torch multiplies 16-bit values by an fp32 factor
-    one by one, on an H100 in 2.1 ms a GiB, three times what a copy takes. Where the graph is retained the gradient
-    stays here for another backward pass, so what is handed out, which may be written to, is a copy.
+    kernel looks there itself, also at what the CUDA kernels made: torch multiplies 16-bit values by an fp32 factor one
+    by one, on an H100 in 2.1 ms a GiB, three times what a copy takes. Where the graph is retained the gradient stays
+    here for another backward pass, so what is handed out, which may be written to, is a copy.
     """
     # torch's own, as its compiled backward passes ask; an older torch without it copies.
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -185,11 +185,8 @@ def _scale(grad, dtotal):
         return grad * dtotal
     if dtotal.device.type == "cpu":
         return grad if dtotal.item() == 1 else grad.mul_(dtotal)
-    if (
-        dtotal.device.type == "cuda"
-        and grad.is_contiguous()
-        and backends.status("triton", "cuda", grad.dtype).available
-    ):
+    by_triton = backend == "triton" or (backend == "cuda" and backends.status("triton", "cuda", grad.dtype).available)
+    if by_triton and grad.is_contiguous():
         return backends.implementation("triton").scale_(grad, dtotal)
     return grad.mul_(dtotal)
 
@@ -197,6 +194,7 @@ def _scale(grad, dtotal):
 def _setup_cross_entropy_fwd_bwd(ctx, inputs, output):
     # Or autograd would make zeros the size of every gradient among the outputs, to pass them to the backward below.
     ctx.set_materialize_grads(False)
+    ctx.backend = inputs[-1]
     _, loss, dlogits = output
     ctx.mark_non_differentiable(loss, dlogits)
     ctx.save_for_backward(loss, dlogits)
@@ -207,7 +205,7 @@ def _cross_entropy_fwd_bwd_backward(ctx, dtotal, *_):
     if dtotal is None:
         return (None,) * 9
     loss, dlogits = ctx.saved_tensors
-    return _scale(dlogits, dtotal), None, dtotal * loss, *[None] * 6
+    return _scale(dlogits, dtotal, ctx.backend), None, dtotal * loss, *[None] * 6
 
 
 cross_entropy_fwd_bwd.register_autograd(_cross_entropy_fwd_bwd_backward, setup_context=_setup_cross_entropy_fwd_bwd)
@@ -236,6 +234,7 @@ linear_cross_entropy_fwd.register_autograd(_linear_fwd_backward, setup_context=_
 
 def _setup_linear_fwd_bwd(ctx, inputs, output):
     ctx.set_materialize_grads(False)
+    ctx.backend = inputs[-1]
     _, loss, *grads = output
     ctx.mark_non_differentiable(loss, *grads)
     ctx.save_for_backward(loss, *grads)
@@ -248,7 +247,7 @@ def _linear_fwd_bwd_backward(ctx, dtotal, *_):
     loss, *grads = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     dinput, dlinear_weight, dlinear_bias = (
-        _scale(g, dtotal) if need else None for g, need in zip(grads, needs, strict=True)
+        _scale(g, dtotal, ctx.backend) if need else None for g, need in zip(grads, needs, strict=True)
     )
     return dinput, dlinear_weight, None, dtotal * loss, dlinear_bias, *[None] * 11
 

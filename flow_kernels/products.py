@@ -23,6 +23,8 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype != dtype and takes_out_dtype(a):
         try:
             return torch.mm(a, b, out_dtype=dtype)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             pass  # refused for this GPU or these dtypes
     return a.to(dtype) @ b.to(dtype)
@@ -34,6 +36,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         try:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
             return
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             pass  # refused for this GPU or these dtypes
     total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -258,7 +258,7 @@ def weigh_samples(
     rows = flatten(loss.unsqueeze(-1), target, cu_seqlens, ignore_index, shift)
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
-    if not isinstance(temperature, Tensor | Real) and getattr(temperature, "shape", None) != ():
+    if not isinstance(temperature, (Tensor, Real)) and getattr(temperature, "shape", None) != ():
         raise TypeError(f"temperature must be a number or a 0-d tensor, got {type(temperature).__name__}")
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < float("inf"):

@@ -4,6 +4,7 @@ tests/cuda_host runs the threads of a cluster as fibers, in any order; see host_
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -331,6 +332,7 @@ def test_old_gpus_are_refused(capability, available, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(cuda, "_why_no_code", lambda: None)
     found = backends.status("cuda", "cuda")
     assert found.available == available
     if not available:
@@ -338,6 +340,26 @@ def test_old_gpus_are_refused(capability, available, monkeypatch):
             backends.BackendUnavailable, match=r"a GPU has compute capability 7\.5, the kernels need 8\.0"
         ):
             backends.resolve("cuda", "cuda")
+
+
+def test_kernels_for_other_gpus_are_no_kernels(monkeypatch):
+    """A build for the GPUs of TORCH_CUDA_ARCH_LIST may have nothing for this one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for error, expected in ((209, r"other GPUs than a GPU.*CUDA error 209.*TORCH_CUDA_ARCH_LIST=9\.0"), (0, None)):
+        monkeypatch.setattr(torch.ops.flow_kernels_cuda, "load_error", lambda found=error: found, raising=False)
+        cuda._why_no_code.cache_clear()
+        reason = cuda._why_no_code()
+        assert reason is None if expected is None else re.search(expected, reason)
+    cuda._why_no_code.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_triton_that_cannot_launch_says_so():
+    triton = pytest.importorskip("triton", reason="no Triton for this platform")
+    backends._why_no_launch.cache_clear()
+    assert "Triton cannot launch here" in backends._why_no_launch(), triton.__version__
+    backends._why_no_launch.cache_clear()
 
 
 def test_auto_prefers_the_cuda_kernels_where_there_are_clusters(monkeypatch):

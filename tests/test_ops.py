@@ -258,6 +258,20 @@ def test_fake_cpu_tensors_have_no_values(name):
     assert (out[0] if isinstance(out, tuple) else out).shape == real.shape
 
 
+def test_compiled_with_changing_softcaps(backend):
+    """From the second on the soft-cap is a symbol, which must not reach what the compiler takes for constant."""
+
+    def both(logits, head, target, softcap):
+        given = flow_kernels.cross_entropy(logits, target, softcap=softcap, backend=backend)
+        return given + flow_kernels.linear_cross_entropy(logits, head, target, softcap=softcap, backend=backend)
+
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    logits, head, target = torch.randn(6, 9), torch.randn(5, 9), torch.randint(5, (6,))
+    for softcap in (30.0, 20.0, 10.0):
+        torch.testing.assert_close(compiled(logits, head, target, softcap), both(logits, head, target, softcap))
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_export(backend):
     function, tensors, target, options = batch_of("linear sum")

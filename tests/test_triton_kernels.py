@@ -1,7 +1,6 @@
 """The Triton kernels and launchers against the reference in fp64; without a GPU they run in Triton's interpreter."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 
 import flow_kernels
 import flow_kernels.kernels.flow_weights
-from flow_kernels import kernels, products, reference
-from flow_kernels.kernels import configs, cross_entropy, linear_cross_entropy
+from flow_kernels import kernels, reference
+from flow_kernels.kernels import configs, cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:.*invalid value encountered:RuntimeWarning", "ignore:All-NaN slice")
@@ -303,70 +302,6 @@ def test_head_of_no_rows():
     assert loss.shape == (0,)
     assert dinput.shape == (0, 24)
     assert not dlinear_weight.any()
-
-
-def test_chunk_size_follows_the_budget():
-    def size(*arguments, num_rows=8192):
-        return linear_cross_entropy.default_chunk_size(num_rows, *arguments)
-
-    least, most = 2**28, 2**30
-    assert [size(262144, 2, rows, most) for rows in (1024, 2048)] == [1024, 2048]
-    assert [size(262144, 2, rows, least) for rows in (1024, 2048)] == [512, 512]  # a GPU of 16 GB
-    assert size(49152, 2, 2048, most) == 4096  # 512 MiB are 5376 rows: two chunks
-    assert size(49152, 2, 2048, least) == 2048  # 256 MiB are 2560 rows: four
-    assert size(262144, 2, 2048, most, num_rows=5000) == 1792  # three of 1667, in steps of 256
-    assert size(262144, 2, 2048, most, num_rows=100) == 256
-    assert size(262144, 2, 2048, most, num_rows=0) == 2048
-    assert size(262144, 4, 2048, most) == 1024
-    assert size(10**6, 2, 2048, most) == 512
-    assert size(10**8, 2, 2048, most) == 256
-    assert size(0, 4, 1024, least) >= 1024
-
-
-def test_the_buffer_follows_the_memory_of_the_device(monkeypatch):
-    for memory, mib in ((8, 256), (24, 384), (40, 640), (80, 1024), (192, 1024)):
-        properties = SimpleNamespace(total_memory=memory * 2**30)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
-        assert linear_cross_entropy.buffer_limit(torch.device("cuda", 0)) == mib * 2**20
-    assert linear_cross_entropy.buffer_limit(torch.device("cpu")) == 256 * 2**20
-
-
-def test_products_are_added_in_fp32_where_torch_can(monkeypatch):
-    """`out_dtype` exists on CUDA only; elsewhere a stand-in for it shows how it is called."""
-    calls = []
-
-    def addmm(total, a, b, *, out_dtype, out):
-        calls.append(("addmm", out_dtype))
-        return torch.add(total, a.float() @ b.float(), out=out)
-
-    def mm(a, b, *, out_dtype):
-        calls.append(("mm", out_dtype))
-        return a.float() @ b.float()
-
-    if DEVICE == "cpu":
-        monkeypatch.setattr(products, "takes_out_dtype", lambda tensor: True)
-        monkeypatch.setattr(products.torch, "addmm", addmm)
-        monkeypatch.setattr(products.torch, "mm", mm)
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(8, 8, generator=generator).bfloat16().to(DEVICE) for _ in range(2))
-    exact = a.float() @ b.float()
-    total = torch.full((8, 8), 1e-3, device=DEVICE)
-    products.add_product(total, a, b)
-    torch.testing.assert_close(total, exact + 1e-3)
-    torch.testing.assert_close(products.wide_product(a, b, torch.float32), exact)
-    assert products.wide_product(a, b, torch.float32).dtype == torch.float32
-    torch.testing.assert_close(products.rounded_product(a, b), exact.bfloat16(), rtol=2**-7, atol=0)
-
-    def refuse(*_, **__):
-        raise RuntimeError("gemm input type at::BFloat16 and output type float is not supported")
-
-    monkeypatch.setattr(products.torch, "addmm", refuse)
-    monkeypatch.setattr(products.torch, "mm", refuse)
-    products.add_product(total, a, b)
-    torch.testing.assert_close(total, 2 * exact + 1e-3)
-    torch.testing.assert_close(products.wide_product(a, b, torch.float32), exact)
-    expected = [("addmm", torch.float32), *[("mm", torch.float32)] * 3]
-    assert calls == (expected if DEVICE == "cpu" else [])
 
 
 def samples():

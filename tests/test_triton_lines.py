@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import test_entropy
+import test_triton_head
 import test_triton_kernels as checks
 import test_triton_scale
 import torch
@@ -57,7 +58,11 @@ def test_every_line_of_kernels_and_launchers_is_executed():
             for name in ("plain", "all"):
                 checks.test_linear_operators(name, 103, 8, torch.bfloat16)
             checks.test_linear_operators("plain", 103, 8, torch.float32)
-            checks.test_chunk_size_follows_the_budget()
+            test_triton_head.test_chunk_size_follows_the_budget()
+            test_triton_head.test_the_buffer_follows_the_memory_of_the_device(monkeypatch)
+            checks.test_linear_operators("plain", 103, 0, torch.bfloat16)
+            test_triton_head.test_the_gradient_of_a_bias_in_several_parts(monkeypatch)
+            checks.test_head_of_no_rows()
             checks.test_flow_weights("none")
             checks.test_flow_weights_of_unequal_lengths_and_of_nothing()
             checks.test_flow_weights("simplex")
@@ -65,7 +70,7 @@ def test_every_line_of_kernels_and_launchers_is_executed():
             test_entropy.test_confident_rows_keep_their_precision("triton")
             test_entropy.test_linear_head("triton", 3)
             test_triton_scale.test_nothing_and_any_shape()
-            checks.test_products_are_added_in_fp32_where_torch_can(monkeypatch)
+            test_triton_head.test_products_are_added_in_fp32_where_torch_can(monkeypatch)
             checks.test_a_grid_too_long_names_the_limit_and_the_backend(monkeypatch)
             checks.test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch)
         finally:

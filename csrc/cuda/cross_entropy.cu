@@ -242,6 +242,14 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const Tensor& logits_,
   return {loss, lse, correct};
 }
 
+// CUDA's error where the current device can run none of the kernels, as they were compiled for others; else 0.
+int64_t load_error_cuda() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, fwd_kernel<float>(false, false));
+  cudaGetLastError();  // It is the answer, not an error of a later call.
+  return error;
+}
+
 }  // namespace flow_kernels
 
 #define OPTIONS "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap, float z_loss"
@@ -249,6 +257,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const Tensor& logits_,
 STABLE_TORCH_LIBRARY(flow_kernels_cuda, m) {
   m.def("cross_entropy_fwd(Tensor logits, Tensor target, " OPTIONS ") -> (Tensor, Tensor, Tensor)");
   m.def("cross_entropy_fwd_bwd(Tensor logits, Tensor target, Tensor row_weight, " OPTIONS ") -> (Tensor, Tensor)");
+  m.def("load_error() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flow_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("load_error", TORCH_BOX(&flow_kernels::load_error_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flow_kernels_cuda, CUDA, m) {

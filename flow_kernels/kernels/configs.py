@@ -126,9 +126,9 @@ def one_pass(dtype: torch.dtype, num_classes: int, has_options: bool, is_aligned
 
 
 def walk(dtype: torch.dtype, num_classes: int, has_all_options: bool) -> Config:
-    """The configuration that walks a row; with smoothing and soft-cap together two groups at a time would spill."""
+    """The configuration that walks a row. In 16 bits with smoothing and soft-cap two groups at a time would spill."""
     config = lookup(WALK, dtype, num_classes)
-    return replace(config, depth=1) if has_all_options else config
+    return replace(config, depth=1) if has_all_options and dtype.itemsize == 2 else config
 
 
 @functools.cache

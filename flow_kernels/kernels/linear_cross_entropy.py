@@ -1,7 +1,7 @@
 """Cross-entropy of a linear head: chunks of rows, the vendor's matmul, and the row kernels on the chunk's logits.
 
 N rows, V vocabulary entries, D hidden, R rows a chunk. Only one [R, V] buffer of logits exists; it is ours, so the row
-kernel writes the gradient over it. Matrix products of 2 N V D flops each:
+kernel writes the gradient over it (where a bias trains, by way of up to 128 MiB of fp32). Matrix products of 2 N V D flops each:
 
     linear_cross_entropy_fwd        1, nothing is stored
     linear_cross_entropy_fwd_bwd    3, the row weights being known: logits, dinput, dlinear_weight
@@ -39,13 +39,13 @@ from flow_kernels.products import add_product, rounded_product, wide_product
 
 # Rows of logits held at a time. Each chunk reads `linear_weight` once more, and training also reads and writes the fp32
 # sum of its gradient (R / 4 flops a byte for R rows, whatever D is, where an H100 makes 260 in the time of a byte).
-# Measured there (8192 rows, bf16, milliseconds), and what a buffer of 256 MiB would hold in brackets:
+# Measured there (8192 rows, bf16, milliseconds) when each chunk still added to the sum, the first to zeros:
 #
 #     rows                        256    512   1024   2048   4096   8192
-#     train, V 262144, D 640     39.2  [26.1]  19.7   17.9   17.7   17.0
-#     train, V 151936, D 1024    33.1  [21.0]  16.0   14.3   14.5   14.0
-#     train, V 128256, D 4096    97.6   61.1  [47.3]  42.1   41.7   40.6
-#     score, V 262144, D 640      7.5   [6.5]   5.9    6.2    6.0    5.9
+#     train, V 262144, D 640     39.2   26.1   19.7   17.9   17.7   17.0
+#     train, V 151936, D 1024    33.1   21.0   16.0   14.3   14.5   14.0
+#     train, V 128256, D 4096    97.6   61.1   47.3   42.1   41.7   40.6
+#     score, V 262144, D 640      7.5    6.5    5.9    6.2    6.0    5.9
 SCORING_ROWS, TRAINING_ROWS = 1024, 2048
 # A short vocabulary takes more rows: V 49152, D 576 train in 3.2 ms by 2048 of them, in 2.9 by 4096.
 WANTED_BUFFER_BYTES = 512 * 2**20
@@ -195,7 +195,7 @@ def linear_cross_entropy_fwd_bwd(
     ignore_index, label_smoothing, softcap, z_loss, chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias,
     grad_filter_eps=0.0,
 ):  # fmt: skip
-    """`reference.linear_cross_entropy_fwd_bwd`; each chunk's gradient is made in place on its logits."""
+    """`reference.linear_cross_entropy_fwd_bwd`; each chunk's gradient takes the place of its logits."""
     options = (ignore_index, label_smoothing, softcap, z_loss)
     needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
     chunks = Chunks(input, linear_weight, chunk_size, TRAINING_ROWS)

@@ -62,6 +62,9 @@ def use_weighted_loss(
         sequence, or in the shape of the labels, one per label (in the order of `shift_labels` where those are given, and
         so also for packed rows); floating. `loss` is 0-d fp32, in nats per target token.
 
+    A label outside the vocabulary is an IndexError, but on an NVIDIA GPU, where nobody looks, it makes the loss NaN, which
+    Trainer leaves out of its log unless `logging_nan_inf_filter=False`.
+
     Raises:
         InputError: a model whose own loss is not the one described, for weights of 1, or that has the weighted loss
             already. While training: weights or labels did not arrive.
