@@ -78,9 +78,8 @@ def _why_no_launch() -> str:
     try:
         importlib.import_module("triton.runtime").driver.active.get_current_target()
     except Exception as error:
-        return (
-            f"Triton cannot launch here (it needs a C compiler and Python's headers): {type(error).__name__}: {error}"
-        )
+        what = (str(error).splitlines() or [""])[0]
+        return f"Triton cannot launch here (it needs a C compiler and Python's headers): {type(error).__name__}: {what}"
     return ""
 
 

@@ -243,6 +243,7 @@ class TestBackend:
 
     def test_the_interpreter_does_not_serve_a_gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(backends, "_why_no_launch", lambda: "")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         found = backends.status("triton", "cuda")
         assert found.available == (not triton.knobs.runtime.interpret)
@@ -251,6 +252,7 @@ class TestBackend:
     @pytest.mark.parametrize(("capability", "available"), [((7, 5), False), ((8, 0), True), ((10, 0), True)])
     def test_old_gpus_are_refused(self, capability, available, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(backends, "_why_no_launch", lambda: "")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
