@@ -132,6 +132,21 @@ def test_the_peak_memory_is_that_of_a_warm_call(gpu, monkeypatch):
     assert len(result) == 1
 
 
+def test_the_page_is_made_of_the_records():
+    """Fastest first, times over the fastest of ours; and the page that is there is of the records that are."""
+    page = program("gpu_report")
+    common = {"device": "a GPU", "torch": "2", "machine": "a CPU", "copy_GB_s": "1", "matmul_TFLOP_s": "1", "commit": "c",
+              "command": "x", "case": "train", "N": "4", "D": "0", "V": "9", "softcap": "30.0", "dtype": "bfloat16",
+              "percent_of_copy": "50", "loss_error": "0.0", "gradient_error": "0.1", "peak_MiB": "7"}  # fmt: skip
+    rows = [common | {"implementation": name, "ms": ms} for name, ms in (("torch", "6.0"), ("flow cuda", "2.0"))]
+    text = page.report(rows)
+    assert "## train, given logits: N=4, V=9, soft-cap 30, bfloat16" in text
+    lines = [line for line in text.splitlines() if line.startswith(("| torch", "| flow"))]
+    assert lines == ["| flow cuda | 2.0 | 1.00 | 50 | 0.0 | 0.1 | 7 |", "| torch | 6.0 | 3.00 | 50 | 0.0 | 0.1 | 7 |"]
+    results = page.harness.RESULTS
+    assert page.report(page.harness.read_csv("gpu")) == (results / "gpu.md").read_text()
+
+
 def test_tensors_travel_to_the_device_and_back():
     seen = []
 
