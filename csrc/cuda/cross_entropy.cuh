@@ -19,9 +19,9 @@
 // Two exponentials a logit against 16 an SM and clock: H100 (132 SMs, 1.7 GHz) makes 3.6e12 a second and needs 1.7e12
 // at the floor, B200 (148 SMs, 1.8 GHz) 4.3e12 and 4.0e12. So memory is the limit on A100, H100 and H200, and on B200
 // both are; the soft-cap's two tanh a logit make arithmetic the limit everywhere. Those are figures on paper. Measured
-// on an H100 whose copy moves 3.0 TB/s, the kernel alone in bf16, in per cent of the copy: 99 at V = 32768, 91 at 65536
-// (one block a row), 87 at 128256 and 262144 (clusters of 4 and 8); with a soft-cap 36. A variant that held the row in
-// registers, 16 units in each of 256 or 512 threads, reached 95, 94, 82 and 83.
+// on an H100 whose copy moves 3.0 TB/s, the kernel alone in bf16, in per cent of the copy: 99 at V = 32768 (one
+// block a row), 91 at 65536, 87 at 128256 and 262144 (clusters of 2, 4 and 8); a whole call with a soft-cap 36. A
+// variant that held the row in registers, 16 units in each of 256 or 512 threads, reached 95, 94, 82 and 83.
 #pragma once
 
 #include "row.cuh"
