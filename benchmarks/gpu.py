@@ -34,6 +34,8 @@ from cases import CASES, relative_error
 import flow_kernels
 
 DEVICE = "cuda"
+# Given logits are the same numbers for everyone; a head's are rounded to 16 bits by most.
+GIVEN_LOSS_GATE = 1e-3
 KEYS = ("device", "case", "N", "D", "V", "softcap", "dtype", "implementation")
 
 
@@ -229,8 +231,9 @@ def errors(shape: Shape, result, wanted) -> tuple[str | None, dict[str, float]]:
         "loss_error": float(f"{loss_error:.2g}"),
         "gradient_error": float(f"{max(gradient_errors, default=0):.2g}"),
     }
-    # Of given logits too: Liger rounds the losses of single rows to the dtype of the logits, 0.03 at a loss of 11.
-    if not loss_error < harness.LOSS_GATES[shape.dtype_name]:
+    # Liger gives losses in the dtype of the logits: rounded to bf16 one of 11 is off by 0.03.
+    is_exact = not shape.dim and result[0].dtype == torch.float32
+    if not loss_error < (GIVEN_LOSS_GATE if is_exact else harness.LOSS_GATES[shape.dtype_name]):
         return f"loss off by {loss_error:.2g}", found
     worst = [error for error in gradient_errors if not error < harness.GRADIENT_GATES[shape.dtype_name]]
     return (f"a gradient off by {worst[0]:.2g} of its norm" if worst else None), found

@@ -58,6 +58,7 @@ def test_every_line_of_kernels_and_launchers_is_executed():
             for name in ("plain", "all"):
                 checks.test_linear_operators(name, 103, 8, torch.bfloat16)
             checks.test_linear_operators("plain", 103, 8, torch.float32)
+            checks.test_linear_operators("all", 103, 8, torch.float32)
             test_triton_head.test_chunk_size_follows_the_budget()
             test_triton_head.test_the_buffer_follows_the_memory_of_the_device(monkeypatch)
             checks.test_linear_operators("plain", 103, 0, torch.bfloat16)

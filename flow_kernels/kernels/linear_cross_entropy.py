@@ -1,7 +1,8 @@
 """Cross-entropy of a linear head: chunks of rows, the vendor's matmul, and the row kernels on the chunk's logits.
 
 N rows, V vocabulary entries, D hidden, R rows a chunk. Only one [R, V] buffer of logits exists; it is ours, so the row
-kernel writes the gradient over it (where a bias trains, by way of up to 128 MiB of fp32). Matrix products of 2 N V D flops each:
+kernel writes the gradient over it (in 16 bits, where a bias trains, by way of up to 128 MiB of fp32). Matrix products of
+2 N V D flops each:
 
     linear_cross_entropy_fwd        1, nothing is stored
     linear_cross_entropy_fwd_bwd    3, the row weights being known: logits, dinput, dlinear_weight
@@ -118,8 +119,10 @@ class _HeadGradients:
         has been rounded, so some rows at a time are made in fp32, summed and then rounded.
         """
         num_rows, num_classes = logits.shape
-        if not self.need_dlinear_bias:
+        if not self.need_dlinear_bias or logits.dtype == torch.float32:
             yield slice(None), logits
+            if self.need_dlinear_bias:
+                self.dlinear_bias += logits.sum(0)
             return
         num_wide = min(num_rows, max(WIDE_BUFFER_BYTES // (4 * max(num_classes, 1)), 1))
         wide = logits.new_empty(num_wide, padded(num_classes), dtype=torch.float32)[:, :num_classes]
