@@ -14,6 +14,7 @@ needs; benchmarks/results/grad_filter.md has what is saved and lost on a real mo
 
 from __future__ import annotations
 
+import functools
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def why_not() -> str | None:
     return None if kernel_names(torch.float32) else "this CPU has no AVX2 (with FMA and F16C)"
 
 
+@functools.cache
 def kernel_names(dtype: torch.dtype) -> list[str]:
     """The kernels that can multiply `dtype` on this CPU, best first; the first is used. `why_not` has loaded them."""
     # A question about the machine, not a part of what a trace (torch.export) records.

@@ -16,6 +16,8 @@ out what is small of the first two; not every backend makes use of it.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -62,17 +64,82 @@ SCHEMAS = {
 }
 
 
+_LIBRARY = torch.library.Library("flow_kernels", "DEF")
+
+
 def _define(name: str):
-    """Define operator `name`: its kernel calls the function of the same name in the chosen backend's module."""
+    """Define operator `name`: its kernel calls the function of the same name in the chosen backend's module.
+
+    This and `_register_autograd` make what `torch.library.custom_op` makes, without what that does at every call (it asks
+    the schema for each argument's default and looks whether a result is an argument) and at the first one (it imports
+    torch._dynamo, with triton, in a second). An operator of 16 arguments that does nothing takes the host 76
+    microseconds, forward and backward, and took 161; benchmarks/host.py has whole calls.
+    """
 
     def kernel(*args):
         *args, backend = args
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        device_type = next(a for a in args if isinstance(a, Tensor)).device.type
+        function = getattr(backends.implementation(backend), name)
+        if not torch.is_autocast_enabled(device_type):
+            return function(*args)
         # The dtypes of the inputs are the caller's choice; an autocast context must not change them a second time.
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return getattr(backends.implementation(backend), name)(*args)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args)
 
-    return torch.library.custom_op(f"flow_kernels::{name}", kernel, mutates_args=(), schema=SCHEMAS[name])
+    _LIBRARY.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, _hidden_from_dynamo(kernel), "CompositeExplicitAutograd")
+    return getattr(torch.ops.flow_kernels, name).default
+
+
+def _hidden_from_dynamo(function):
+    """`function`, whose frames Dynamo leaves alone once it has been imported and could compile them."""
+    disabled = []
+
+    def hidden(*args):
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    return hidden
+
+
+def _register_fake(*operators):
+    def register(function):
+        for operator in operators:
+            torch.library.register_fake(operator, function, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def _register_autograd(operator, setup_context, backward):
+    """Make `operator` differentiable: `setup_context(ctx, inputs, output)`, then `backward(ctx, *grads)`."""
+    below_autograd, keys_below = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
+
+    def run(keys, args):
+        with below_autograd():
+            return operator.redispatch(keys & keys_below, *args)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            *args, keys = args
+            output = run(keys, args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None
+
+    def autograd(keys, *args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Function.apply(*args, keys)
+        return run(keys, args)
+
+    _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
 
 
 cross_entropy_fwd = _define("cross_entropy_fwd")
@@ -90,36 +157,35 @@ def _rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(like.shape[0], dtype=dtype or accumulation_dtype(like.dtype))
 
 
-@cross_entropy_fwd.register_fake
+@_register_fake(cross_entropy_fwd)
 def _(logits, target, *options):
     return _rows(logits), _rows(logits), _rows(logits, torch.bool)
 
 
-@cross_entropy_score.register_fake
-@linear_cross_entropy_score.register_fake
+@_register_fake(cross_entropy_score, linear_cross_entropy_score)
 def _(input, *rest):
     return _rows(input), _rows(input, torch.bool), _rows(input)
 
 
-@flow_weights.register_fake
+@_register_fake(flow_weights)
 def _(loss, target, temperature, cu_seqlens, *options):
     num_samples = loss.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     mean_loss = loss.new_empty(num_samples, dtype=accumulation_dtype(loss.dtype))
     return mean_loss, torch.empty_like(mean_loss)
 
 
-@cross_entropy_bwd.register_fake
+@_register_fake(cross_entropy_bwd)
 def _(dloss, logits, *rest):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@cross_entropy_fwd_bwd.register_fake
+@_register_fake(cross_entropy_fwd_bwd)
 def _(logits, target, row_weight, *options):
     loss = _rows(logits)
     return loss.new_empty(()), loss, torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@linear_cross_entropy_fwd.register_fake
+@_register_fake(linear_cross_entropy_fwd)
 def _(input, *rest):
     return _rows(input), _rows(input), _rows(input, torch.bool)
 
@@ -134,23 +200,25 @@ def _fake_head_gradients(input, linear_weight, linear_bias, need_dinput, need_dl
     )
 
 
-@linear_cross_entropy_bwd.register_fake
+@_register_fake(linear_cross_entropy_bwd)
 def _(dloss, input, linear_weight, target, lse, linear_bias, *rest):
     return _fake_head_gradients(input, linear_weight, linear_bias, *rest[-5:-2])
 
 
-@linear_cross_entropy_fwd_bwd.register_fake
+@_register_fake(linear_cross_entropy_fwd_bwd)
 def _(input, linear_weight, target, row_weight, linear_bias, *rest):
     loss = _rows(input)
     return loss.new_empty(()), loss, *_fake_head_gradients(input, linear_weight, linear_bias, *rest[-5:-2])
+
+
+_SECOND_DERIVATIVES = "use torch.nn.functional.cross_entropy for second derivatives"
 
 
 def _forbid_create_graph() -> None:
     """Raise where gradients of gradients are recorded: what was made in the forward pass would count as a constant."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "the gradients of flow_kernels' losses are not differentiable themselves (create_graph=True); "
-            "use torch.nn.functional.cross_entropy for second derivatives"
+            f"the gradients of flow_kernels' losses are not differentiable themselves (create_graph=True); {_SECOND_DERIVATIVES}"
         )
 
 
@@ -167,7 +235,7 @@ def _cross_entropy_fwd_backward(ctx, dloss, *_):
     return dlogits, *[None] * 7
 
 
-cross_entropy_fwd.register_autograd(_cross_entropy_fwd_backward, setup_context=_setup_cross_entropy_fwd)
+_register_autograd(cross_entropy_fwd, _setup_cross_entropy_fwd, _cross_entropy_fwd_backward)
 
 
 def _scale(grad, dtotal, backend):
@@ -208,7 +276,7 @@ def _cross_entropy_fwd_bwd_backward(ctx, dtotal, *_):
     return _scale(dlogits, dtotal, ctx.backend), None, dtotal * loss, *[None] * 6
 
 
-cross_entropy_fwd_bwd.register_autograd(_cross_entropy_fwd_bwd_backward, setup_context=_setup_cross_entropy_fwd_bwd)
+_register_autograd(cross_entropy_fwd_bwd, _setup_cross_entropy_fwd_bwd, _cross_entropy_fwd_bwd_backward)
 
 
 def _setup_linear_fwd(ctx, inputs, output):
@@ -229,7 +297,7 @@ def _linear_fwd_backward(ctx, dloss, *_):
     return dinput, dlinear_weight, None, dlinear_bias, *[None] * 8
 
 
-linear_cross_entropy_fwd.register_autograd(_linear_fwd_backward, setup_context=_setup_linear_fwd)
+_register_autograd(linear_cross_entropy_fwd, _setup_linear_fwd, _linear_fwd_backward)
 
 
 def _setup_linear_fwd_bwd(ctx, inputs, output):
@@ -252,4 +320,22 @@ def _linear_fwd_bwd_backward(ctx, dtotal, *_):
     return dinput, dlinear_weight, None, dtotal * loss, dlinear_bias, *[None] * 11
 
 
-linear_cross_entropy_fwd_bwd.register_autograd(_linear_fwd_bwd_backward, setup_context=_setup_linear_fwd_bwd)
+_register_autograd(linear_cross_entropy_fwd_bwd, _setup_linear_fwd_bwd, _linear_fwd_bwd_backward)
+
+
+def _setup_no_derivative(ctx, inputs, output):
+    pass
+
+
+def _no_derivative(ctx, *_):
+    raise RuntimeError(f"this result of flow_kernels has no derivative; {_SECOND_DERIVATIVES}")
+
+
+for _operator in (
+    cross_entropy_bwd,
+    linear_cross_entropy_bwd,
+    cross_entropy_score,
+    linear_cross_entropy_score,
+    flow_weights,
+):
+    _register_autograd(_operator, _setup_no_derivative, _no_derivative)

@@ -6,6 +6,7 @@ the kernels know nothing of reductions, counts or samples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 
@@ -136,7 +137,8 @@ def spread_sample_weight(
     check_same_device(rows.input, sample_weight=sample_weight)
     dtype = accumulation_dtype(rows.input.dtype)
     weight = sample_weight.to(dtype)
-    if reads_values(weight):
+    # The sum of finite weights is finite, or so large that each is looked at.
+    if reads_values(weight) and not math.isfinite(weight.detach().sum().item()):
         bad = (~torch.isfinite(weight)).nonzero()
         if bad.shape[0]:
             index = bad[0].tolist()
@@ -163,7 +165,7 @@ def drop_zero_weight(rows: Rows, weight: Tensor | None) -> Tensor:
     """The target with rows of weight 0 turned into ignored ones, so that they never enter a computation."""
     if weight is None:
         return rows.target
-    return torch.where(weight == 0, rows.ignore_index, rows.target)
+    return rows.target.masked_fill(weight == 0, rows.ignore_index)
 
 
 def row_weights(
@@ -184,7 +186,7 @@ def row_weights(
             raise ValueError("normalizer goes with reduction='mean'; reduction='sum' divides by nothing")
         return weight
     count = _count(rows, weight, class_weight, normalizer)
-    return torch.where(count == 0, 0.0, weight / torch.where(count == 0, 1.0, count))
+    return weight / count.masked_fill(count == 0, math.inf)
 
 
 def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

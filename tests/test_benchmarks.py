@@ -120,6 +120,19 @@ def test_what_bf16_may_be_off_by_is_wrong_in_fp32(mistake, reason):
     assert cases.why_wrong(mistake(right), expected, inputs[2], "float32").startswith(f"{reason} off by")
 
 
+def test_the_hosts_time_is_that_of_losses_that_agree(monkeypatch):
+    import host
+
+    monkeypatch.setattr(host, "CALLS", 2)
+    monkeypatch.setattr(host, "REPETITIONS", 3)
+    times = host.microseconds("cpu")
+    assert len(times) == 8
+    assert all(len(measured) == 3 and min(measured) > 1 for measured in times.values())
+    monkeypatch.setattr(host, "cross_entropy", lambda *args, **options: 2 * F.cross_entropy(*args))
+    with pytest.raises(AssertionError, match="given logits: "):
+        host.microseconds("cpu")
+
+
 def test_parts_of_an_end_to_end_run_are_summed():
     import end_to_end
 

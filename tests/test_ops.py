@@ -312,7 +312,7 @@ def test_nothing_is_differentiated_twice_in_silence(backend):
     logits.requires_grad_()
     loss = partial(cross_entropy, reduction="none", backend=backend)(logits, target).sum()
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"has no derivative.*for second derivatives"):
         gradient.square().sum().backward()
     # A mean's gradient is made in the forward pass, so a graph of it would hold it as a constant: refused at once.
     with pytest.raises(RuntimeError, match="create_graph"):
@@ -320,6 +320,13 @@ def test_nothing_is_differentiated_twice_in_silence(backend):
     head = torch.randn(logits.shape[-1], logits.shape[-1])
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(linear_cross_entropy(logits, head, target, backend=backend), logits, create_graph=True)
+
+
+def test_results_without_a_derivative_say_so(backend):
+    for name in ("cross_entropy_score", "linear_cross_entropy_score"):
+        losses = getattr(ops, name)(*arguments(name, OPTIONS["plain"], backend, requires_grad=True))[0]
+        with pytest.raises(RuntimeError, match="has no derivative"):
+            losses.sum().backward()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

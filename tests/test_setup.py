@@ -132,9 +132,13 @@ def test_the_linkers_words_are_told(tmp_path, monkeypatch):
         cpu.why_not()
 
 
-def test_the_import_is_light():
+def test_the_import_is_light_and_so_is_the_first_call():
     """torch.compile's own modules take seconds, and an imported triton takes no TRITON_INTERPRET any more."""
-    program = "import sys, flow_kernels; print([m for m in ('torch._dynamo', 'triton', 'sympy') if m in sys.modules])"
+    program = (
+        "import sys, torch, flow_kernels; logits = torch.zeros(2, 3, requires_grad=True);"
+        "flow_kernels.cross_entropy(logits, torch.tensor([0, 1])).backward(); assert logits.grad.any();"
+        "print([m for m in ('torch._dynamo', 'triton', 'sympy') if m in sys.modules])"
+    )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
