@@ -11,6 +11,8 @@ from implementations import FLOOR, IMPLEMENTATIONS, REFERENCE
 from shapes import Head
 
 CASES = ("score", "train", "train weighted", "train half ignored", "train frozen head")
+# Training of a head that is held in fp32, under autocast to bf16; on a CPU only.
+AUTOCAST = "train autocast"
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,6 +53,8 @@ def tensors(head: Head, case: str, confident: float | None = None):
         target = target.clone()
         target[torch.randperm(head.num_rows)[: head.num_rows // 2]] = -100
     sample_weight = torch.rand(head.num_rows) + 0.1 if case == "train weighted" else None
+    if case == AUTOCAST:
+        weight = weight.float()
     input = input.detach().requires_grad_(case != "score")
     return input, weight.detach().requires_grad_(case not in ("score", "train frozen head")), target, sample_weight
 
@@ -64,7 +68,8 @@ def call_of(name: str, case: str, head: Head, inputs):
         if case == "score" or name == FLOOR:
             with torch.no_grad():
                 return (function(input, weight, target, None, head.softcap, "none", head.chunks[0]),)
-        loss = function(input, weight, target, sample_weight, head.softcap, "mean", head.chunks[1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=case == AUTOCAST):
+            loss = function(input, weight, target, sample_weight, head.softcap, "mean", head.chunks[1])
         return (loss, *torch.autograd.grad(loss, [t for t in (input, weight) if t.requires_grad]))
 
     return call

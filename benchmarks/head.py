@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
-from cases import CASES, call_of, relative_error, right_calls, tensors
+from cases import AUTOCAST, CASES, call_of, relative_error, right_calls, tensors
 from implementations import DEFAULT_CHUNKS, FLOOR, FLOW, IMPLEMENTATIONS, REFERENCE
 from shapes import HEADS, SWEEPS, Head
 
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument(
         "what", choices=("time", "memory", "sweep", "chunks", "accuracy", "peak", "seconds", "alone", "report", "quick")
     )
-    parser.add_argument("--case", action="append", choices=CASES)
+    parser.add_argument("--case", action="append", choices=(*CASES, AUTOCAST))
     parser.add_argument("--head", default="gemma-3-270m", help=", ".join(HEADS))
     parser.add_argument("--over", choices=tuple(SWEEPS), default="N")
     parser.add_argument("--alone", action="store_true", help="sweep: ours, in processes of its own")

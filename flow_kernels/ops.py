@@ -194,9 +194,7 @@ def _fake_head_gradients(input, linear_weight, linear_bias, need_dinput, need_dl
     return (
         input.new_empty(input.shape if need_dinput else (0,)),
         linear_weight.new_empty(linear_weight.shape if need_dlinear_weight else (0,)),
-        (linear_weight if linear_bias is None else linear_bias).new_empty(
-            linear_weight.shape[0] if need_dlinear_bias else 0
-        ),
+        (input if linear_bias is None else linear_bias).new_empty(linear_weight.shape[0] if need_dlinear_bias else 0),
     )
 
 

@@ -17,6 +17,9 @@ as an eager model does.
 Rows whose target is `ignore_index`, and rows of weight 0, are left out by selection, never by multiplication, so a
 NaN in them reaches nothing. The selection is data-dependent: on an accelerator this backend synchronises.
 `grad_filter_eps`, a permission to leave out small gradients, is not made use of here.
+
+`linear_weight` has the dtype of the 16-bit input or is fp32, as a model's is under autocast: then it is rounded to the
+input's dtype for the products, but by kernels that widen the input instead, and its gradient is not rounded.
 """
 
 from __future__ import annotations
@@ -252,6 +255,7 @@ def linear_cross_entropy_fwd(
     """`cross_entropy_fwd` of `input [N, D] @ linear_weight [V, D].T + linear_bias [V]`, a chunk of logits at a time."""
     num_classes = linear_weight.shape[0]
     check_target(target, num_classes, ignore_index)
+    linear_weight = linear_weight.to(input.dtype)
     loss = input.new_zeros(input.shape[0], dtype=accumulation_dtype(input.dtype))
     lse = torch.zeros_like(loss)
     correct = torch.zeros_like(loss, dtype=torch.bool)
@@ -267,6 +271,7 @@ def linear_cross_entropy_score(input, linear_weight, target, linear_bias, ignore
     """`cross_entropy_score` of `input [N, D] @ linear_weight [V, D].T + linear_bias [V]`, a chunk at a time."""
     num_classes = linear_weight.shape[0]
     check_target(target, num_classes, ignore_index)
+    linear_weight = linear_weight.to(input.dtype)
     return _scores(
         target, ignore_index, softcap, num_classes, chunk_size,
         lambda rows: _logits(input[rows], linear_weight, linear_bias), input,
@@ -274,11 +279,15 @@ def linear_cross_entropy_score(input, linear_weight, target, linear_bias, ignore
 
 
 class _HeadGradients:
-    """The gradients of the head that were asked for, accumulated chunk by chunk in fp32 and rounded once."""
+    """The gradients of the head that were asked for, accumulated chunk by chunk in fp32 and rounded once.
+
+    `linear_weight` is the one that was given; `self.linear_weight`, of the input's dtype, is the one to multiply with.
+    """
 
     def __init__(self, input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias):
         dtype = accumulation_dtype(input.dtype)
-        self.input, self.linear_weight = input, linear_weight
+        self.input, self.linear_weight = input, linear_weight.to(input.dtype)
+        self.linear_weight_dtype = linear_weight.dtype
         self.linear_bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
         num_classes = linear_weight.shape[0]
         # An empty tensor stands for a gradient nobody asked for: custom operators cannot return None.
@@ -303,7 +312,7 @@ class _HeadGradients:
     def result(self):
         return (
             self.dinput,
-            self.dlinear_weight.to(self.linear_weight.dtype),
+            self.dlinear_weight.to(self.linear_weight_dtype),
             self.dlinear_bias.to(self.linear_bias_dtype),
         )
 
@@ -316,7 +325,7 @@ def linear_cross_entropy_bwd(
     """`(dinput, dlinear_weight, dlinear_bias)` for the upstream gradient `dloss [N]`; the logits are made again."""
     grads = _HeadGradients(input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias)
     for rows in _row_chunks((target != ignore_index) & (dloss != 0), linear_weight.shape[0], chunk_size):
-        logits = _logits(input[rows], linear_weight, linear_bias)
+        logits = _logits(input[rows], grads.linear_weight, linear_bias)
         grads.add(
             rows,
             row_gradients(logits, target[rows], lse[rows], dloss[rows], class_weight, label_smoothing, softcap, z_loss),
@@ -335,7 +344,7 @@ def linear_cross_entropy_fwd_bwd(
     loss = input.new_zeros(input.shape[0], dtype=accumulation_dtype(input.dtype))
     grads = _HeadGradients(input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias)
     for rows in _row_chunks((target != ignore_index) & (row_weight != 0), num_classes, chunk_size):
-        logits = _logits(input[rows], linear_weight, linear_bias)
+        logits = _logits(input[rows], grads.linear_weight, linear_bias)
         loss[rows], lse, _ = row_losses(logits, target[rows], class_weight, label_smoothing, softcap, z_loss)
         grads.add(
             rows,

@@ -58,6 +58,20 @@ def test_cases_of_a_head_share_its_tensors_and_differ_as_named():
     assert not cases.tensors(head, "train frozen head")[1].requires_grad
     assert cases.tensors(head, "train weighted")[3].shape == (48,)
     assert not any(t.requires_grad for t in cases.tensors(head, "score")[:3])
+    input, weight = cases.tensors(Head(**HEAD, dtype="bfloat16"), cases.AUTOCAST)[:2]
+    assert (input.dtype, weight.dtype, weight.requires_grad) == (torch.bfloat16, torch.float32, True)
+
+
+def test_a_training_under_autocast_is_right_and_keeps_the_heads_gradient_wide():
+    import cases
+    from shapes import Head
+
+    head = Head(**HEAD, dtype="bfloat16")
+    calls, reasons = cases.right_calls(cases.AUTOCAST, head, ["flow cpu", "eager, fp32 logits"])
+    assert reasons == {}
+    loss, dinput, dweight = calls["flow cpu"]()
+    assert (loss.dtype, dinput.dtype, dweight.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert not torch.equal(dweight, dweight.bfloat16().float())
 
 
 @pytest.mark.parametrize("case", ["score", "train", "train weighted", "train half ignored", "train frozen head"])

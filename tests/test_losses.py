@@ -298,7 +298,9 @@ def test_autocast(backend):
     expected.backward()
     for given, cast in zip(leaves, half, strict=True):
         assert given.grad.dtype == torch.float32
-        torch.testing.assert_close(given.grad, cast.grad.float(), rtol=0, atol=0)
+        # That of the head has not been rounded on its way (test_wide_head).
+        found = given.grad.bfloat16() if given is linear_weight else given.grad
+        torch.testing.assert_close(found.float(), cast.grad.float(), rtol=0, atol=0)
 
 
 def test_the_gradient_of_a_weight_is_its_rows_loss_but_for_weights_of_0(backend):

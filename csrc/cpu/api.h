@@ -14,6 +14,8 @@ namespace flow_kernels {
 
 enum class DType : int { f32, bf16, f16 };
 
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 // The options of the loss; class_weight is [V] or null, mean_class_weight is sum(class_weight) / V or 1.
 struct LossOptions {
   const float* class_weight;
@@ -67,8 +69,8 @@ struct Kept {
 
 struct HeadProblem {
   int64_t num_rows, num_classes, dim;
-  DType dtype;
-  const void* weight;  // [V, D]
+  DType dtype, weight_dtype;  // of the input; and of weight and dweight, which may be fp32 beside a narrower input
+  const void* weight;         // [V, D]
   int64_t weight_stride;
   const float* bias;  // [V] or null
   const uint32_t* rows_a;  // the input, packed as the left operand of the logits
@@ -82,7 +84,7 @@ struct HeadProblem {
   float grad_filter_eps;
   // for gradients; dweight holds kept exponentials during the forward pass
   bool need_dinput;
-  void* dweight;   // [V, D] contiguous in dtype, or null
+  void* dweight;   // [V, D] contiguous in weight_dtype, or null
   float* dbias;    // [V] or null
 };
 
@@ -101,7 +103,7 @@ struct Kernels {
   int64_t (*scratch_bytes)(const HeadProblem&, bool backward);
   // input[index[i]] for i < num_rows, as left operand [num_rows padded, D] and right operand [num_rows, D].
   void (*pack_rows_a)(const void* input, int64_t stride, const int64_t* index, int64_t num_rows, int64_t dim, DType,
-                      uint32_t* out);
+                      DType weight_dtype, uint32_t* out);
   void (*pack_rows_b)(const void* input, int64_t stride, const int64_t* index, int64_t num_rows, int64_t dim, DType,
                       uint32_t* out);
   // Statistics of tiles [first, last) for every row, stats is [N].

@@ -25,8 +25,9 @@ struct Pairs {
   static inline F dot(F c, I a, I b) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+  // 2 W values, rounded.
+  static inline I words(const float* p) { return Vec::bf16_words(Vec::load(p), Vec::load(p + W)); }
 };
-#endif
 
 // The same words, multiplied by oneDNN's brgemm; 64 columns are two pairs of AMX tiles.
 struct MatrixUnit {
@@ -34,7 +35,9 @@ struct MatrixUnit {
   static constexpr int NV = 4;
   static constexpr bool uses_brgemm = true;
   static inline F dot(F c, I, I) { return c; }
+  static inline I words(const float* p) { return Pairs::words(p); }
 };
+#endif
 
 // One fp32 per word.
 struct Singles {
@@ -73,7 +76,7 @@ static inline void store_floats(void* p, F x) {
 }
 
 template <DType T>
-constexpr int element_bytes = T == DType::f32 ? 4 : 2;
+constexpr int element_bytes = static_cast<int>(bytes_of(T));
 
 // The first `count` of `lanes` elements at p, the rest 0, in `buffer` unless all are there.
 template <DType T>
@@ -97,8 +100,13 @@ template <class C, DType T>
 static inline I row_words(const void* p, int64_t count) {
   alignas(64) char buffer[128];
   const void* q = padded_elements<T>(p, count, W * C::group, buffer);
-  if constexpr (C::group == 2) return Vec::load_words(q);
-  return Vec::as_words(load_floats<T>(q));
+  if constexpr (C::group == 2 && T == DType::f32) {
+    return C::words(static_cast<const float*>(q));
+  } else if constexpr (C::group == 2) {
+    return Vec::load_words(q);
+  } else {
+    return Vec::as_words(load_floats<T>(q));
+  }
 }
 
 // Word row k of [K, columns]: elements of `group` consecutive rows side by side; a null row counts as 0.
@@ -106,9 +114,13 @@ template <class C, DType T>
 static inline I column_words(const void* row0, const void* row1, int64_t count) {
   alignas(64) char buffer[64];
   if constexpr (C::group == 2) {
-    I lo = Vec::zero_words(), hi = Vec::zero_words();
-    if (row0 != nullptr) lo = Vec::widen(static_cast<const uint16_t*>(padded_elements<T>(row0, count, W, buffer)));
-    if (row1 != nullptr) hi = Vec::widen(static_cast<const uint16_t*>(padded_elements<T>(row1, count, W, buffer)));
+    const auto bits = [&](const void* row) {
+      if (row == nullptr) return Vec::zero_words();
+      const void* elements = padded_elements<T>(row, count, W, buffer);
+      if constexpr (T == DType::f32) return Vec::bf16_bits(Vec::load(static_cast<const float*>(elements)));
+      return Vec::widen(static_cast<const uint16_t*>(elements));
+    };
+    const I lo = bits(row0), hi = bits(row1);
     return Vec::pair(lo, hi);
   }
   return row0 == nullptr ? Vec::zero_words() : Vec::as_words(load_floats<T>(padded_elements<T>(row0, count, W, buffer)));

@@ -56,8 +56,8 @@ struct Head {
        double softcap, double z_loss, const std::string& kernels_name) {
     TORCH_CHECK_VALUE(input_.dim() == 2 && weight_.dim() == 2 && input_.size(1) == weight_.size(1),
                       "input [N, D] and linear_weight [V, D] do not fit: ", input_.sizes(), " and ", weight_.sizes());
-    TORCH_CHECK_TYPE(input_.scalar_type() == weight_.scalar_type(), "linear_weight is ", weight_.scalar_type(),
-                     " but input is ", input_.scalar_type());
+    TORCH_CHECK_TYPE(input_.scalar_type() == weight_.scalar_type() || weight_.scalar_type() == at::kFloat,
+                     "linear_weight is ", weight_.scalar_type(), " but input is ", input_.scalar_type());
     TORCH_CHECK_VALUE(target.dim() == 1 && target.numel() == input_.size(0), "one target per row is needed");
     const DType dtype = dtype_of(input_.scalar_type(), "input");
     kernels = kernels_for(dtype, kernels_name);
@@ -74,6 +74,7 @@ struct Head {
     problem.num_classes = weight.size(0);
     problem.dim = input.size(1);
     problem.dtype = dtype;
+    problem.weight_dtype = dtype_of(weight.scalar_type(), "linear_weight");
     problem.weight = weight.const_data_ptr();
     problem.weight_stride = weight.stride(0);
     if (bias_.has_value()) {
@@ -100,7 +101,7 @@ struct Head {
     rows_a = bytes(4 * padded_rows() * words());
     problem.rows_a = static_cast<const uint32_t*>(rows_a.const_data_ptr());
     kernels->pack_rows_a(input.const_data_ptr(), input.stride(0), index(), problem.num_rows, problem.dim,
-                         problem.dtype, static_cast<uint32_t*>(rows_a.mutable_data_ptr()));
+                         problem.dtype, problem.weight_dtype, static_cast<uint32_t*>(rows_a.mutable_data_ptr()));
   }
 
   void pack_b() {
@@ -170,7 +171,7 @@ struct Head {
     const int64_t n = problem.num_rows, row_elements = problem.num_tiles * problem.tile;
     const auto budget = [&] { return chunk_size > 0 ? std::min(chunk_size, n) * row_elements * kept.bytes : kept_budget; };
     const auto in_dweight = [&] {
-      const int64_t fit = problem.dweight == nullptr ? 0 : problem.dim * (problem.dtype == DType::f32 ? 4 : 2) / kept.bytes;
+      const int64_t fit = problem.dweight == nullptr ? 0 : problem.dim * bytes_of(problem.weight_dtype) / kept.bytes;
       return fit >= n ? n : fit / row_alignment * row_alignment;
     };
     const auto left = [&] { return (n - kept.in_dweight) * row_elements * kept.bytes; };

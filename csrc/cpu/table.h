@@ -6,7 +6,7 @@
 namespace flow_kernels {
 namespace FLOW_ISA {
 
-// Calls function<C, T>(...) for the dtype at hand. A word of two elements is always two bf16.
+// Calls function<C, T>(...) for the dtype at hand, where a word of two elements holds two bf16 of memory.
 #define FLOW_WITH_DTYPE(dtype, function, ...)                                      \
   if constexpr (C::group == 2) {                                                   \
     function<C, DType::bf16>(__VA_ARGS__);                                         \
@@ -18,14 +18,22 @@ namespace FLOW_ISA {
     }                                                                              \
   }
 
+// Calls function<C, T>(...) for the dtype of linear_weight: words of two bf16 are also made of fp32.
+#define FLOW_WITH_WEIGHT_DTYPE(dtype, function, ...)       \
+  if (C::group == 2 && dtype == DType::f32) {              \
+    function<C, DType::f32>(__VA_ARGS__);                  \
+  } else {                                                 \
+    FLOW_WITH_DTYPE(dtype, function, __VA_ARGS__)          \
+  }
+
 static inline Rows gathered(const void* input, int64_t stride, const int64_t* index, DType dtype) {
-  return {static_cast<const char*>(input), stride * (dtype == DType::f32 ? 4 : 2), index};
+  return {static_cast<const char*>(input), stride * bytes_of(dtype), index};
 }
 
 template <class C>
 static void pack_rows_a(const void* input, int64_t stride, const int64_t* index, int64_t num_rows, int64_t dim,
-                        DType dtype, uint32_t* out) {
-  if (is_narrow<C>(num_rows, dim, dtype)) {
+                        DType dtype, DType weight_dtype, uint32_t* out) {
+  if (is_narrow<C>(num_rows, dim, weight_dtype)) {
     FLOW_WITH_DTYPE(dtype, pack_transposed, gathered(input, stride, index, dtype), num_rows, round_up(num_rows, W), dim,
                     out)
   } else {
@@ -46,12 +54,12 @@ static void pack_rows_b(const void* input, int64_t stride, const int64_t* index,
 
 template <class C>
 static void forward(const HeadProblem& problem, int64_t first, int64_t last, RowStats* stats, char* scratch) {
-  FLOW_WITH_DTYPE(problem.dtype, forward_tiles, problem, first, last, stats, scratch)
+  FLOW_WITH_WEIGHT_DTYPE(problem.weight_dtype, forward_tiles, problem, first, last, stats, scratch)
 }
 
 template <class C>
 static void backward(const HeadProblem& problem, int64_t first, int64_t last, float* dinput, char* scratch) {
-  FLOW_WITH_DTYPE(problem.dtype, backward_tiles, problem, first, last, dinput, scratch)
+  FLOW_WITH_WEIGHT_DTYPE(problem.weight_dtype, backward_tiles, problem, first, last, dinput, scratch)
 }
 
 template <class, DType T>

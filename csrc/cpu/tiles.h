@@ -42,8 +42,8 @@ static int64_t tile_width(int64_t dim) {
 constexpr int64_t narrow_rows = 256;
 
 template <class C>
-static inline bool is_narrow(int64_t num_rows, int64_t dim, DType dtype) {
-  const bool has_words = C::group == 2 ? dim % 2 == 0 : dtype == DType::f32;
+static inline bool is_narrow(int64_t num_rows, int64_t dim, DType weight_dtype) {
+  const bool has_words = C::group == 2 ? weight_dtype == DType::bf16 && dim % 2 == 0 : weight_dtype == DType::f32;
   return !C::uses_brgemm && has_words && num_rows <= narrow_rows && round_up(num_rows, W) <= dim / C::group;
 }
 
@@ -110,7 +110,7 @@ static inline KeptRow kept_row(const HeadProblem& problem, int64_t tile, int64_t
   const Kept& kept = problem.kept;
   if (row < kept.in_dweight) {
     if (!is_full(problem, tile)) return {nullptr, nullptr};
-    const int64_t start = tile * problem.tile * problem.dim * (problem.dtype == DType::f32 ? 4 : 2);
+    const int64_t start = tile * problem.tile * problem.dim * bytes_of(problem.weight_dtype);
     return {static_cast<char*>(problem.dweight) + start + row * problem.tile * kept.bytes,
             kept.dweight_maxima + tile * kept.in_dweight + row};
   }
@@ -126,7 +126,7 @@ static inline bool all_rows_kept(const HeadProblem& problem, int64_t tile) {
 }
 
 static inline Rows tile_of_weight(const HeadProblem& problem, int64_t v0) {
-  const int64_t bytes = problem.dtype == DType::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(problem.weight_dtype);
   return {static_cast<const char*>(problem.weight) + v0 * problem.weight_stride * bytes, problem.weight_stride * bytes,
           nullptr};
 }
@@ -141,7 +141,7 @@ template <class C>
 static void tile_logits(const HeadProblem& problem, const Scratch<C>& s, int64_t row, int64_t count, int64_t v0,
                         int64_t n) {
   const int64_t words = (problem.dim + C::group - 1) / C::group, padded = round_up(n, W);
-  if (is_narrow<C>(problem.num_rows, problem.dim, problem.dtype)) {
+  if (is_narrow<C>(problem.num_rows, problem.dim, problem.weight_dtype)) {
     const int64_t across = round_up(problem.num_rows, W);
     for (int64_t r = 0; r < count; r += W) {
       for (int64_t j = 0; j < padded; j += W) {
@@ -164,7 +164,7 @@ static void tile_logits(const HeadProblem& problem, const Scratch<C>& s, int64_t
 // rows [classes, rows] the products themselves.
 template <class C, DType T>
 static void prepare_logits(const HeadProblem& problem, const Scratch<C>& s, Rows weight, int64_t n) {
-  if (is_narrow<C>(problem.num_rows, problem.dim, problem.dtype)) {
+  if (is_narrow<C>(problem.num_rows, problem.dim, problem.weight_dtype)) {
     narrow_product<C>(weight, n, round_up(problem.num_rows, W), problem.dim / C::group, problem.rows_a,
                       reinterpret_cast<float*>(s.weight_transposed));
   } else {

@@ -83,6 +83,10 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(x)));
 #endif
   }
+#ifdef FLOW_HAS_BF16
+  // 32 values in order, rounded to bf16, as pairs of neighbours.
+  static inline I bf16_words(F first, F second) { return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(second, first)); }
+#endif
   // Two vectors of 16-bit values (low halves) as pairs: `lo` in the low half of each word.
   static inline I pair(I lo, I hi) { return _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)); }
 

@@ -9,6 +9,7 @@ kernel writes the gradient over it (in 16 bits, where a bias trains, by way of u
     linear_cross_entropy_bwd        3, the logits made again and the upstream gradient folded in before the products
 
 `dlinear_weight` is accumulated over chunks in fp32 and rounded once, so its error does not grow with their number.
+An fp32 `linear_weight` beside a 16-bit input is rounded to its dtype first; its gradient is then not rounded.
 Skipping ignored rows in the matmul would need their number on the host, a synchronisation; they cost their flops, and
 the row kernel writes zeros for them. Where a dropped row could reach a sum over rows (0 * NaN), it is selected away.
 `grad_filter_eps` saves nothing here: the products are the vendor's, of whole chunks.
@@ -78,7 +79,7 @@ class Chunks:
 
     def __init__(self, input: Tensor, linear_weight: Tensor, chunk_size: int, wanted_rows: int) -> None:
         num_rows, num_classes = input.shape[0], linear_weight.shape[0]
-        self.input, self.linear_weight = input, linear_weight
+        self.input, self.linear_weight = input, linear_weight.to(input.dtype)
         if not chunk_size:
             chunk_size = default_chunk_size(
                 num_rows, num_classes, input.element_size(), wanted_rows, buffer_limit(input.device)
@@ -101,10 +102,14 @@ class Chunks:
 
 
 class _HeadGradients:
-    """The gradients of the head that were asked for; an empty tensor stands for the others."""
+    """The gradients of the head that were asked for; an empty tensor stands for the others.
+
+    `linear_weight` is the one that was given; `self.linear_weight`, of the input's dtype, is the one to multiply with.
+    """
 
     def __init__(self, input, linear_weight, linear_bias, keep, needs) -> None:
-        self.input, self.linear_weight, self.keep = input, linear_weight, keep
+        self.input, self.linear_weight, self.keep = input, linear_weight.to(input.dtype), keep
+        self.linear_weight_dtype = linear_weight.dtype
         self.need_dinput, self.need_dlinear_weight, self.need_dlinear_bias = needs
         self.linear_bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
         self.dinput = input.new_empty(input.shape if self.need_dinput else (0,))
@@ -149,7 +154,7 @@ class _HeadGradients:
             dlinear_weight = self.linear_weight.new_zeros(
                 self.linear_weight.shape if self.need_dlinear_weight else (0,)
             )
-        return self.dinput, dlinear_weight.to(self.linear_weight.dtype), self.dlinear_bias.to(self.linear_bias_dtype)
+        return self.dinput, dlinear_weight.to(self.linear_weight_dtype), self.dlinear_bias.to(self.linear_bias_dtype)
 
 
 def linear_cross_entropy_fwd(
@@ -182,7 +187,7 @@ def linear_cross_entropy_bwd(
     keep = (target != ignore_index) & (dloss != 0)
     grads = _HeadGradients(input, linear_weight, linear_bias, keep, needs)
     linear_bias, class_weight = with_padding(linear_bias), with_sum(class_weight)
-    chunks = Chunks(input, linear_weight, chunk_size, TRAINING_ROWS)
+    chunks = Chunks(input, grads.linear_weight, chunk_size, TRAINING_ROWS)
     for rows, logits in chunks:
         for part, dlogits in grads.parts(logits):
             launch_bwd(
@@ -201,11 +206,11 @@ def linear_cross_entropy_fwd_bwd(
     """`reference.linear_cross_entropy_fwd_bwd`; each chunk's gradient takes the place of its logits."""
     options = (ignore_index, label_smoothing, softcap, z_loss)
     needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
-    chunks = Chunks(input, linear_weight, chunk_size, TRAINING_ROWS)
-    check_rows(chunks.buffer, target, ignore_index)
     row_weight, target = row_weight.float().contiguous(), target.contiguous()
     keep = (target != ignore_index) & (row_weight != 0)
     grads = _HeadGradients(input, linear_weight, linear_bias, keep, needs)
+    chunks = Chunks(input, grads.linear_weight, chunk_size, TRAINING_ROWS)
+    check_rows(chunks.buffer, target, ignore_index)
     linear_bias, class_weight = with_padding(linear_bias), with_sum(class_weight)
     loss = input.new_empty(input.shape[0], dtype=torch.float32)
     for rows, logits in chunks:
