@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from flow_kernels import backends, ops
+from flow_kernels.autocast import cast_for_autocast, stays_wide
 from flow_kernels.reference import accumulation_dtype
 from flow_kernels.rows import (
     Rows,
@@ -248,7 +249,7 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None)
             raise TypeError(
                 f"{name} is a DTensor; call the loss inside the sharded module or pass {name}.full_tensor()"
             )
-        if tensor.dtype != input.dtype and not (name == "linear_weight" and _stays_wide(tensor, input)):
+        if tensor.dtype != input.dtype and not (name == "linear_weight" and stays_wide(tensor, input)):
             raise TypeError(f"{name} is {tensor.dtype} but input is {input.dtype}; cast one, or use torch.autocast")
 
 
@@ -271,50 +272,6 @@ def check_grad_filter_eps(grad_filter_eps: float, label_smoothing: float) -> flo
             "use one of them"
         )
     return float(grad_filter_eps)
-
-
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-# Constant under torch.compile, as `backends.resolve` is: the Dynamo of torch 2.11 cannot trace the question.
-_has_autocast._dynamo_marked_constant = True
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of an autocast context that the call stands in, or None."""
-    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def _stays_wide(linear_weight: Tensor, input: Tensor) -> bool:
-    """Whether the head stays fp32 beside an input of autocast's 16 bits.
-
-    A copy of a large head and its gradient's way back to fp32 take time and memory: 512 rows of Gemma 3's head, forward,
-    backward and added to the gradient that is there, take 1.46 s and took 2.30 (1024 rows 2.95 and 3.33; medians of 6
-    in turn on 2 Zen 4 cores; with huge pages for torch's own tensors 1.59 and 1.63, 2.94 and 2.93). Scoring 4 rows takes
-    0.05 s and took 0.14, 512 rows 0.47 and 0.62.
-    """
-    is_narrow = input.dtype in (torch.bfloat16, torch.float16) and input.dtype == _autocast_dtype(input.device.type)
-    return is_narrow and linear_weight.dtype == torch.float32
-
-
-def cast_for_autocast(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast, cast as `F.linear` does: floating tensors but fp64 to the autocast dtype, save an fp32 head."""
-    dtype = _autocast_dtype(input.device.type) if isinstance(input, Tensor) else None
-    if dtype is None:
-        return input, linear_weight, linear_bias
-
-    def cast(tensor):
-        castable = (torch.float32, torch.float16, torch.bfloat16)
-        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in castable else tensor
-
-    input = cast(input)
-    stays = isinstance(linear_weight, Tensor) and _stays_wide(linear_weight, input)
-    return input, linear_weight if stays else cast(linear_weight), cast(linear_bias)
 
 
 def _kind(needs_grad: bool, reduction: str, input: Tensor) -> str:

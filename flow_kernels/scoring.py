@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flow_kernels import backends, ops
-from flow_kernels.losses import cast_for_autocast, check_chunk_size, check_head, check_options
+from flow_kernels.autocast import cast_for_autocast
+from flow_kernels.losses import check_chunk_size, check_head, check_options
 from flow_kernels.reference import accumulation_dtype, sum_rows
 from flow_kernels.rows import Rows, check_floating, flatten, scalar
 from flow_kernels.weighting import NORMALIZATIONS
