@@ -65,12 +65,16 @@ def why_not() -> str | None:
     return None if kernel_names(torch.float32) else "this CPU has no AVX2 (with FMA and F16C)"
 
 
-@functools.cache
-def kernel_names(dtype: torch.dtype) -> list[str]:
+def kernel_names(dtype: torch.dtype) -> tuple[str, ...]:
     """The kernels that can multiply `dtype` on this CPU, best first; the first is used. `why_not` has loaded them."""
+    return _kernel_names(dtype, torch.backends.mkldnn.enabled)
+
+
+@functools.cache
+def _kernel_names(dtype: torch.dtype, has_mkldnn: bool) -> tuple[str, ...]:
     # A question about the machine, not a part of what a trace (torch.export) records.
     with _disable_current_modes():
-        return torch.ops.flow_kernels_cpu.kernel_names(dtype)
+        return tuple(torch.ops.flow_kernels_cpu.kernel_names(dtype))
 
 
 def describe() -> str:

@@ -137,15 +137,17 @@ def linear_cross_entropy(
 
     Rows that are ignored or have weight 0 are left out (before the matrix product, but for "triton"); a frozen head
     computes no `linear_weight` gradient and a frozen input no `input` gradient; gradients are accumulated in fp32 and
-    rounded once. For "mean" and "sum" they are made in the forward pass (three matrix products, not four; "cpu" makes
+    rounded once, to the dtype of what they are of. For "mean" and "sum" they are made in the forward pass (three matrix products, not four; "cpu" makes
     again, by a fourth, what does not fit in the memory that it keeps: of 262,144 classes and D 640 what is beyond some
     2,100 rows), but in fp16, where a loss scale must reach them before they are rounded.
 
     Args:
         input: hidden states, `[..., D]`. Under autocast it and `linear_bias` are cast as `F.linear` casts them.
-        linear_weight: `[V, D]`, the dtype of `input`; under autocast fp32 as well, which is then rounded for the products
-            while it is read, and whose gradient is not rounded. The whole head: an adapter around it, a bias, a scale or
-            a soft-cap of the model's logits is not in it.
+        linear_weight: `[V, D]`, the dtype of `input`; under autocast fp32 as well. Its gradient is then fp32 that has not
+            been rounded, and for the products it is rounded to the autocast dtype (by "cpu" while it is read; kernels
+            that multiply in fp32, as those of fp16 and of CPUs without bf16 products, take it as it is). Until the
+            backward pass it must stay as it was, where `reduction="none"` or fp16 needs it again. The whole head: an
+            adapter around it, a bias, a scale or a soft-cap of the model's logits is not in it.
         target: class indices, `[...]`.
         linear_bias: `[V]`.
         chunk_size: rows of logits held at a time (for "cpu", of exponentials kept); each backend has a default.

@@ -20,6 +20,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import get_library_allowing_overwrite
 
 from flow_kernels import backends
 from flow_kernels.reference import accumulation_dtype
@@ -64,7 +65,7 @@ SCHEMAS = {
 }
 
 
-_LIBRARY = torch.library.Library("flow_kernels", "DEF")
+_LIBRARIES = {}
 
 
 def _define(name: str):
@@ -86,13 +87,18 @@ def _define(name: str):
         with torch.autocast(device_type, enabled=False):
             return function(*args)
 
-    _LIBRARY.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _hidden_from_dynamo(kernel), "CompositeExplicitAutograd")
+    # One for each, in place of an older one where this module is loaded again.
+    _LIBRARIES[name] = library = get_library_allowing_overwrite("flow_kernels", name)
+    library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, _hidden_from_dynamo(kernel), "CompositeExplicitAutograd")
     return getattr(torch.ops.flow_kernels, name).default
 
 
 def _hidden_from_dynamo(function):
-    """`function`, whose frames Dynamo leaves alone once it has been imported and could compile them."""
+    """`function`, which Dynamo does not compile once it has been imported and could.
+
+    That is the work; what autograd does around it, Dynamo may compile where it meets an operator that it has not traced.
+    """
     disabled = []
 
     def hidden(*args):
@@ -105,10 +111,14 @@ def _hidden_from_dynamo(function):
     return hidden
 
 
+def _name(operator) -> str:
+    return operator._schema.name.partition("::")[2]
+
+
 def _register_fake(*operators):
     def register(function):
         for operator in operators:
-            torch.library.register_fake(operator, function, lib=_LIBRARY)
+            torch.library.register_fake(operator, function, lib=_LIBRARIES[_name(operator)])
         return function
 
     return register
@@ -122,24 +132,28 @@ def _register_autograd(operator, setup_context, backward):
         with below_autograd():
             return operator.redispatch(keys & keys_below, *args)
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            *args, keys = args
-            output = run(keys, args)
-            setup_context(ctx, args, output)
-            return output
+    def forward(ctx, *args):
+        *args, keys = args
+        output = run(keys, args)
+        setup_context(ctx, args, output)
+        return output
 
-        @staticmethod
-        def backward(ctx, *grads):
-            return *backward(ctx, *grads), None
+    # By its name the node goes into profiles and anomaly reports.
+    function = type(
+        f"flow_kernels_{_name(operator)}_",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None)),
+        },
+    )
 
     def autograd(keys, *args):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Function.apply(*args, keys)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return function.apply(*args, keys)
         return run(keys, args)
 
-    _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
+    _LIBRARIES[_name(operator)].impl(_name(operator), autograd, "Autograd", with_keyset=True)
 
 
 cross_entropy_fwd = _define("cross_entropy_fwd")

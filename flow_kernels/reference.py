@@ -255,7 +255,7 @@ def linear_cross_entropy_fwd(
     """`cross_entropy_fwd` of `input [N, D] @ linear_weight [V, D].T + linear_bias [V]`, a chunk of logits at a time."""
     num_classes = linear_weight.shape[0]
     check_target(target, num_classes, ignore_index)
-    linear_weight = linear_weight.to(input.dtype)
+    linear_weight = head_to_multiply(input, linear_weight)
     loss = input.new_zeros(input.shape[0], dtype=accumulation_dtype(input.dtype))
     lse = torch.zeros_like(loss)
     correct = torch.zeros_like(loss, dtype=torch.bool)
@@ -271,11 +271,19 @@ def linear_cross_entropy_score(input, linear_weight, target, linear_bias, ignore
     """`cross_entropy_score` of `input [N, D] @ linear_weight [V, D].T + linear_bias [V]`, a chunk at a time."""
     num_classes = linear_weight.shape[0]
     check_target(target, num_classes, ignore_index)
-    linear_weight = linear_weight.to(input.dtype)
+    linear_weight = head_to_multiply(input, linear_weight)
     return _scores(
         target, ignore_index, softcap, num_classes, chunk_size,
         lambda rows: _logits(input[rows], linear_weight, linear_bias), input,
     )  # fmt: skip
+
+
+def head_to_multiply(input: Tensor, linear_weight: Tensor) -> Tensor:
+    """`linear_weight` in the dtype of `input`, which it has, or it is fp32 beside 16 bits."""
+    is_wide = linear_weight.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+    if linear_weight.dtype != input.dtype and not is_wide:
+        raise TypeError(f"linear_weight is {linear_weight.dtype} but input is {input.dtype}")
+    return linear_weight.to(input.dtype)
 
 
 class _HeadGradients:
@@ -286,7 +294,7 @@ class _HeadGradients:
 
     def __init__(self, input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias):
         dtype = accumulation_dtype(input.dtype)
-        self.input, self.linear_weight = input, linear_weight.to(input.dtype)
+        self.input, self.linear_weight = input, head_to_multiply(input, linear_weight)
         self.linear_weight_dtype = linear_weight.dtype
         self.linear_bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
         num_classes = linear_weight.shape[0]

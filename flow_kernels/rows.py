@@ -137,8 +137,7 @@ def spread_sample_weight(
     check_same_device(rows.input, sample_weight=sample_weight)
     dtype = accumulation_dtype(rows.input.dtype)
     weight = sample_weight.to(dtype)
-    # The sum of finite weights is finite, or so large that each is looked at.
-    if reads_values(weight) and not math.isfinite(weight.detach().sum().item()):
+    if reads_values(weight) and not _is_finite_at_a_glance(weight):
         bad = (~torch.isfinite(weight)).nonzero()
         if bad.shape[0]:
             index = bad[0].tolist()
@@ -159,6 +158,14 @@ def spread_sample_weight(
     elif len(rows.shape) >= 2:
         allowed.append(f"({rows.shape[0]},) (one per leading index)")
     raise ValueError(f"sample_weight has shape {tuple(weight.shape)}; it must be {' or '.join(allowed)}")
+
+
+def _is_finite_at_a_glance(weight: Tensor) -> bool:
+    """Whether the sum says that all are finite; where it does not, because it is too large as well, each is looked at.
+
+    A tracer (make_fx) refuses the look at a number that the sum takes.
+    """
+    return torch._C._len_torch_dispatch_stack() == 0 and math.isfinite(weight.detach().sum().item())
 
 
 def drop_zero_weight(rows: Rows, weight: Tensor | None) -> Tensor:

@@ -284,6 +284,8 @@ def test_only_sample_weights_train(loss_fn, dtype):
 
 def test_autocast(backend):
     input, linear_weight, target, linear_bias = head(bias=True)
+    # Kernels that multiply in fp32 do not round an fp32 head; this one is bf16 already.
+    linear_weight = linear_weight.bfloat16().float()
     leaves = [t.requires_grad_() for t in (input, linear_weight, linear_bias)]
     half = [t.detach().bfloat16().requires_grad_() for t in leaves]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -377,6 +379,14 @@ def test_one_weight_per_sequence_where_there_are_as_many_as_rows():
     logits, target = torch.randn(2, 5), torch.tensor([1, 3])
     found = cross_entropy(logits, target, sample_weight=torch.tensor([5.0, 2.0]), cu_seqlens=torch.tensor([0, 0, 2]))
     torch.testing.assert_close(found, 2 * F.cross_entropy(logits, target))
+
+
+def test_weights_whose_sum_is_beyond_fp32_are_finite():
+    logits, target = torch.randn(3, 5), torch.arange(3)
+    weight = torch.tensor([3e38, 3e38, 0.0])
+    assert cross_entropy(logits, target, sample_weight=weight, reduction="sum").isinf()
+    with pytest.raises(ValueError, match=r"sample_weight\[1\] is inf"):
+        cross_entropy(logits, target, sample_weight=torch.tensor([3e38, float("inf"), 3e38]))
 
 
 def test_autocast_leaves_fp64():

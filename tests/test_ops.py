@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import flow_kernels
 from flow_kernels import (
@@ -320,6 +321,14 @@ def test_nothing_is_differentiated_twice_in_silence(backend):
     head = torch.randn(logits.shape[-1], logits.shape[-1])
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(linear_cross_entropy(logits, head, target, backend=backend), logits, create_graph=True)
+
+
+def test_a_tracer_on_real_tensors_takes_sample_weights(backend):
+    logits, target = oracle.batch()
+    weight = oracle.sample_weights(len(target))
+    traced = make_fx(lambda x, w: cross_entropy(x, target, sample_weight=w, backend=backend))(logits, weight)
+    expected = cross_entropy(logits, target, sample_weight=weight, backend=backend)
+    torch.testing.assert_close(traced(logits, weight), expected)
 
 
 def test_results_without_a_derivative_say_so(backend):

@@ -132,6 +132,18 @@ def test_the_linkers_words_are_told(tmp_path, monkeypatch):
         cpu.why_not()
 
 
+def test_the_operators_may_be_loaded_again():
+    program = (
+        "import importlib, sys, torch, flow_kernels.ops; importlib.reload(flow_kernels.ops);"
+        "[sys.modules.pop(name) for name in list(sys.modules) if name.startswith('flow_kernels')];"
+        "import flow_kernels; logits = torch.zeros(2, 3, requires_grad=True);"
+        "loss = flow_kernels.cross_entropy(logits, torch.tensor([0, 1])); loss.backward(); assert logits.grad.any();"
+        "print(loss.grad_fn.name())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "flow_kernels_cross_entropy_fwd_bwd_Backward\n"
+
+
 def test_the_import_is_light_and_so_is_the_first_call():
     """torch.compile's own modules take seconds, and an imported triton takes no TRITON_INTERPRET any more."""
     program = (

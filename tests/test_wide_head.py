@@ -116,7 +116,7 @@ def test_opcheck(backend, name):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", NARROW)
-def test_autocast_makes_no_copy_of_the_head(backend, dtype, reduction, monkeypatch):
+def test_autocast_gives_the_operators_the_head_itself(backend, dtype, reduction, monkeypatch):
     input, wide, narrow, target, _ = problem(20, 16, 61, dtype)
     weight = oracle.sample_weights(20)
     seen = []
@@ -138,7 +138,7 @@ def test_autocast_makes_no_copy_of_the_head(backend, dtype, reduction, monkeypat
 
 
 def test_scores_under_autocast(backend):
-    input, wide, narrow, target, _ = problem(20, 16, 61, torch.bfloat16)
+    input, wide, narrow, target, _ = problem(20, 16, 61, torch.bfloat16, is_exact=True)
     with torch.autocast("cpu", torch.bfloat16):
         found = linear_score_tokens(input.float(), wide, target, backend=backend)
     expected = linear_score_tokens(input, narrow, target, backend=backend)
@@ -169,5 +169,11 @@ def test_only_autocast_leaves_it_wide(backend):
         linear_cross_entropy(input, wide, target, backend=backend)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"linear_weight is .*bfloat16 but"):
         linear_cross_entropy(input.double(), narrow, target, backend=backend)
-    with pytest.raises(TypeError, match="linear_weight is"):
-        cpu.linear_cross_entropy_fwd(input.float(), narrow, target, None, *PLAIN, 0)
+    for hidden, weight in (
+        (input.float(), narrow),
+        (input, narrow.half()),
+        (input, narrow.double()),
+        (input.double(), wide),
+    ):
+        with pytest.raises(TypeError, match="linear_weight is"):
+            ops.linear_cross_entropy_fwd(hidden, weight, target, None, *PLAIN, 0, 0.0, backend)

@@ -38,6 +38,7 @@ from flow_kernels.kernels.cross_entropy import (
     with_sum,
 )
 from flow_kernels.products import add_product, rounded_product, wide_product
+from flow_kernels.reference import head_to_multiply
 
 # Rows of logits held at a time. Each chunk reads `linear_weight` once more, and training also reads and writes the fp32
 # sum of its gradient (R / 4 flops a byte for R rows, whatever D is, where an H100 makes 260 in the time of a byte).
@@ -79,7 +80,7 @@ class Chunks:
 
     def __init__(self, input: Tensor, linear_weight: Tensor, chunk_size: int, wanted_rows: int) -> None:
         num_rows, num_classes = input.shape[0], linear_weight.shape[0]
-        self.input, self.linear_weight = input, linear_weight.to(input.dtype)
+        self.input, self.linear_weight = input, head_to_multiply(input, linear_weight)
         if not chunk_size:
             chunk_size = default_chunk_size(
                 num_rows, num_classes, input.element_size(), wanted_rows, buffer_limit(input.device)
@@ -108,7 +109,7 @@ class _HeadGradients:
     """
 
     def __init__(self, input, linear_weight, linear_bias, keep, needs) -> None:
-        self.input, self.linear_weight, self.keep = input, linear_weight.to(input.dtype), keep
+        self.input, self.linear_weight, self.keep = input, head_to_multiply(input, linear_weight), keep
         self.linear_weight_dtype = linear_weight.dtype
         self.need_dinput, self.need_dlinear_weight, self.need_dlinear_bias = needs
         self.linear_bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
