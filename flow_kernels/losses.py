@@ -137,9 +137,9 @@ def linear_cross_entropy(
 
     Rows that are ignored or have weight 0 are left out (before the matrix product, but for "triton"); a frozen head
     computes no `linear_weight` gradient and a frozen input no `input` gradient; gradients are accumulated in fp32 and
-    rounded once, to the dtype of what they are of. For "mean" and "sum" they are made in the forward pass (three matrix products, not four; "cpu" makes
-    again, by a fourth, what does not fit in the memory that it keeps: of 262,144 classes and D 640 what is beyond some
-    2,100 rows), but in fp16, where a loss scale must reach them before they are rounded.
+    rounded once, to the dtype of what they are of. For "mean" and "sum" they are made in the forward pass (three matrix
+    products, not four; "cpu" makes again, by a fourth, what does not fit in the memory that it keeps: of 262,144 classes
+    and D 640 what is beyond some 2,100 rows), but in fp16, where a loss scale must reach them before they are rounded.
 
     Args:
         input: hidden states, `[..., D]`. Under autocast it and `linear_bias` are cast as `F.linear` casts them.

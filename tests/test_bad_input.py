@@ -251,3 +251,11 @@ def test_bad_target_is_refused_in_a_compiled_step(backend, value):
     oracle.assert_close(compiled(logits, TARGET, backend=backend), torch.tensor(5.0).log())
     with pytest.raises(IndexError, match=re.escape(f"the target of row 4 is {value}, outside [0, 5)")):
         compiled(logits, target(value), backend=backend)
+
+
+def test_weights_whose_sum_is_beyond_fp32_are_finite():
+    logits, target = torch.randn(3, 5), torch.arange(3)
+    weight = torch.tensor([3e38, 3e38, 0.0])
+    assert cross_entropy(logits, target, sample_weight=weight, reduction="sum").isinf()
+    with pytest.raises(ValueError, match=r"sample_weight\[1\] is inf"):
+        cross_entropy(logits, target, sample_weight=torch.tensor([3e38, float("inf"), 3e38]))
