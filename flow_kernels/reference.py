@@ -18,8 +18,9 @@ Rows whose target is `ignore_index`, and rows of weight 0, are left out by selec
 NaN in them reaches nothing. The selection is data-dependent: on an accelerator this backend synchronises.
 `grad_filter_eps`, a permission to leave out small gradients, is not made use of here.
 
-`linear_weight` has the dtype of the 16-bit input or is fp32, as a model's is under autocast: then it is rounded to the
-input's dtype for the products, but by kernels that widen the input instead, and its gradient is not rounded.
+`linear_weight` has the dtype of the input, or is fp32 beside 16 bits, as a model's is under autocast. Then it is rounded
+to the input's dtype for the products (kernels that widen the input instead take it as it is), and its gradient is not
+rounded.
 """
 
 from __future__ import annotations
