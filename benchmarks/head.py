@@ -4,7 +4,7 @@ python benchmarks/head.py time --case score --head gemma-3-270m      one case of
 python benchmarks/head.py memory --case train --head gemma-3-270m    peak memory, a fresh process each
 python benchmarks/head.py sweep --case train --over N                8 x range of N, V or D
 python benchmarks/head.py alone --case train --head gemma-3-270m     each implementation in processes of its own, in turn
-python benchmarks/head.py sweep --case train --over N --alone        the sweep of ours, a fresh process for each size
+python benchmarks/head.py sweep --case train --over N --alone        the sweep of ours, the sizes in fresh processes in turn
 python benchmarks/head.py chunks --case train --head gemma-3-270m    chunk sizes of F.linear_cross_entropy
 python benchmarks/head.py accuracy                                   errors against fp64
 python benchmarks/head.py report                                     head.md and plots from the CSV files
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -117,29 +118,32 @@ def peak(case: str, head: Head, name: str) -> None:
     print(round(harness.peak_above(call_of(name, case, head, inputs), result_bytes) / 2**20, 1))
 
 
-def time_alone(case: str, head: Head, names: list[str], rounds: int, csv: str) -> None:
-    """Time each of `names` in `rounds` processes of its own, in turn, and write one row each to <csv>.csv.
+def time_alone(case: str, heads: Sequence[Head], names: list[str], rounds: int, csv: str) -> None:
+    """Time each of `names` on each of `heads` in `rounds` processes of its own, in turn, and write one row each to <csv>.csv.
 
     A call that takes gigabytes leaves the process's memory in another state than it found it in, in which the calls
-    after it are slower: here none comes after another implementation's.
+    after it are slower: here none comes after another implementation's. A round has every size: a machine that is slower
+    for a minute must not look like growth.
     """
-    right, reasons = right_calls(case, head, names)
-    names = list(right)
-    right.clear()
-    for name, reason in reasons.items():
-        print(f"{case}, {name}: not timed: {reason}", flush=True)
-    arguments = [__file__, "seconds", "--case", case, "--head", head.name, "--rows", str(head.num_rows)]
-    times = {name: [] for name in names}
+    times = {}
+    for head in heads:
+        right, reasons = right_calls(case, head, names)
+        times |= {(head, name): [] for name in right}
+        right.clear()
+        for name, reason in reasons.items():
+            print(f"{case}, {head.name}, {name}: not timed: {reason}", flush=True)
     for _ in range(rounds):
-        for name in names:
-            line = harness.in_fresh_process([*arguments, "--implementation", name])
+        for head, name in times:
+            shape = ["--head", head.name, "--rows", str(head.num_rows)]
+            line = harness.in_fresh_process([__file__, "seconds", "--case", case, *shape, "--implementation", name])
             if line.startswith("failed: "):
-                raise SystemExit(f"{case}, {name}, in a process of its own {line}")
-            times[name] += json.loads(line)
-    found = {name: harness.summary(of_name) for name, of_name in times.items()}
+                raise SystemExit(f"{case}, {head.name}, {name}, in a process of its own {line}")
+            times[head, name] += json.loads(line)
+    found = {key: harness.summary(seconds) for key, seconds in times.items()}
     rows = []
-    for name, row in found.items():
-        over = {"over_flow": round(row["median_s"] / found[FLOW]["median_s"], 3)} if FLOW in found else {}
+    for (head, name), row in found.items():
+        ours = found.get((head, FLOW))
+        over = {"over_flow": round(row["median_s"] / ours["median_s"], 3)} if ours else {}
         rows.append(_about(head, case, name) | row | {"processes": rounds} | over | harness.provenance("head.py"))
         print(
             {k: rows[-1][k] for k in ("case", "head", "implementation", "median_s", "q1_s", "q3_s", *over)}, flush=True
@@ -246,13 +250,12 @@ def main() -> None:
     elif options.what == "memory":
         memory(cases, head, [n for n in names if n != FLOOR], "head_memory")
     elif options.what == "alone":
-        time_alone(cases[0], head, names, options.repetitions, "head_alone")
+        time_alone(cases[0], [head], names, options.repetitions, "head_alone")
+    elif options.what == "sweep" and options.alone:
+        time_alone(cases[0], SWEEPS[options.over], [FLOW], options.repetitions, "sweep_alone")
     elif options.what == "sweep":
         for one in SWEEPS[options.over]:
-            if options.alone:
-                time_alone(cases[0], one, [FLOW], options.repetitions, "sweep_alone")
-            else:
-                time_cases(cases[:1], one, names, options.repetitions, options.budget / 4, "sweep")
+            time_cases(cases[:1], one, names, options.repetitions, options.budget / 4, "sweep")
     elif options.what == "chunks":
         chunks(cases, head, *repeated)
     elif options.what == "accuracy":

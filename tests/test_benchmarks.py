@@ -332,9 +332,32 @@ def test_implementations_in_processes_of_their_own_are_timed_in_turn(tmp_path, m
 
     monkeypatch.setattr(harness, "in_fresh_process", in_fresh_process)
     names = ["flow cpu", "eager, fp32 logits"]
-    head.time_alone("score", HEADS["small"], names, 2, "head_alone")
+    head.time_alone("score", [HEADS["small"]], names, 2, "head_alone")
     assert asked == names * 2
     rows = {row["implementation"]: row for row in harness.read_csv("head_alone")}
     assert [float(rows[name]["median_s"]) for name in names] == [2.0, 6.5]
     assert float(rows[names[1]]["over_flow"]) == 3.25
     assert (rows[names[0]]["repetitions"], rows[names[0]]["processes"]) == ("4", "2")
+
+
+def test_the_sizes_of_a_sweep_are_timed_in_turn(tmp_path, monkeypatch):
+    import harness
+    import head
+    from shapes import Head
+
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    asked = []
+
+    def in_fresh_process(arguments):
+        asked.append(int(arguments[arguments.index("--rows") + 1]))
+        # In proportion to the size, on a machine that is slower in the second round.
+        return f"[[{asked[-1] * (1 + (len(asked) - 1) // 3)}, 1]]"
+
+    monkeypatch.setattr(harness, "in_fresh_process", in_fresh_process)
+    sizes = [Head(f"N={n}", n, 32, 500) for n in (2, 4, 8)]
+    head.time_alone("score", sizes, ["flow cpu"], 2, "sweep_alone")
+    assert asked == [2, 4, 8] * 2
+    points = harness.sweeps(name="sweep_alone")["score", "N", "flow cpu"]
+    assert [size for size, _ in points] == [2, 4, 8]
+    assert harness.fit_exponent(points) == pytest.approx(1)
+    assert all(row["over_flow"] == "1.0" for row in harness.read_csv("sweep_alone"))
