@@ -11,7 +11,7 @@ from implementations import FLOOR, IMPLEMENTATIONS, REFERENCE
 from shapes import Head
 
 CASES = ("score", "train", "train weighted", "train half ignored", "train frozen head")
-# Training of a head that is held in fp32, under autocast to bf16; on a CPU only.
+# Training of a head that is held in fp32, under autocast to bf16.
 AUTOCAST = "train autocast"
 
 

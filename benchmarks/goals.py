@@ -98,8 +98,8 @@ def _memory() -> list[dict]:
     for case, limit in (("score", 64), ("train", 256)):
         small, large = _peak(case, 1024), _peak(case, 8192)
         lines.append(_line(f"{case}, gemma-3-270m: peak MiB at N = 1024", small, limit))
-        # Packed rows in bf16 (for dW once more), dH in fp32 for each of two threads; 64 statistics of 12 bytes a row.
-        linear = (8192 - 1024) * (640 * (2 if case == "score" else 2 + 2 + 2 * 4) + 64 * 12) / 2**20
+        # Packed rows in bf16 (for dW once more), dH in fp32 for each of two threads; 64 statistics of 16 bytes a row.
+        linear = (8192 - 1024) * (640 * (2 if case == "score" else 2 + 2 + 2 * 4) + 64 * 16) / 2**20
         growth = None if small is None or large is None else (large - linear) / small
         note = (
             ""

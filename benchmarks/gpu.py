@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
-from cases import CASES, relative_error
+from cases import AUTOCAST, CASES, relative_error
 
 import flow_kernels
 
@@ -144,7 +144,7 @@ def _quack(shape, tensors, target, sample_weight, reduction):
 # Name: function, the package it needs, and whether it takes given logits and a head.
 IMPLEMENTATIONS = {
     "flow triton": (_flow("triton"), "triton", (True, True)),
-    "flow cuda": (_flow("cuda"), "torch", (True, False)),
+    "flow cuda": (_flow("cuda"), "torch", (True, True)),
     "torch, fp32 logits": (_eager, "torch", (True, True)),
     # implementations.py, which cases.py imports, lets it compile for as many shapes as there are.
     "torch.compile, fp32 logits": (torch.compile(_eager, dynamic=False), "torch", (True, True)),
@@ -182,6 +182,8 @@ def problem(shape: Shape, case: str):
     tensors = [torch.randn(size, device=DEVICE, dtype=shape.dtype) for size in sizes]
     if shape.dim:
         tensors[1] /= shape.dim**0.5
+    if case == AUTOCAST:
+        tensors[1] = tensors[1].float()
     target = torch.randint(shape.num_classes, (shape.num_rows,), device=DEVICE)
     if case == "train half ignored":
         target[torch.randperm(shape.num_rows, device=DEVICE)[: shape.num_rows // 2]] = -100
@@ -200,7 +202,8 @@ def call_of(name: str, shape: Shape, case: str, inputs):
         if case == "score":
             with torch.no_grad():
                 return (function(shape, tensors, target, None, "none"),)
-        loss = function(shape, tensors, target, weight, "mean")
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=case == AUTOCAST):
+            loss = function(shape, tensors, target, weight, "mean")
         return (loss, *torch.autograd.grad(loss, [t for t in tensors if t.requires_grad]))
 
     if name == "liger" and not shape.dim and case != "score":
@@ -334,7 +337,7 @@ def measure(shape: Shape, case: str, names: list[str], timer: Timer, copy: float
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=CASES)
+    parser.add_argument("--case", action="append", choices=(*CASES, AUTOCAST))
     parser.add_argument("--shape", action="append", choices=tuple(SHAPES))
     parser.add_argument("--implementation", action="append", choices=tuple(IMPLEMENTATIONS))
     parser.add_argument("--repetitions", type=int, default=30)
@@ -349,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     copy, matmul = device_rates(timer)
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s", flush=True)
     for shape in [SHAPES[name] for name in options.shape or SHAPES]:
-        for case in [c for c in options.case or CASES if shape.dim or c != "train frozen head"]:
+        for case in [c for c in options.case or CASES if shape.dim or c not in ("train frozen head", AUTOCAST)]:
             names = [n for n in names_for(shape) if n in (options.implementation or IMPLEMENTATIONS)]
             if rows := measure(shape, case, names, timer, copy, matmul):
                 harness.update_csv("gpu", rows, KEYS)

@@ -24,7 +24,7 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 # Given logits in training, where clusters of blocks hold a row in shared memory: on an H100 whole calls by the CUDA kernels
 # reach 81 to 88 % of a copy's bandwidth at any V, by Triton's 82 to 87 % to V = 65536 and 60 to 62 % beyond. With a
 # soft-cap, whose tanh the CUDA kernels make exactly and twice, it is 36 % to Triton's 54 (benchmarks/results/gpu.md).
-CUDA_FIRST = {"cross_entropy_fwd_bwd"}
+CUDA_FIRST = {"cross_entropy_fwd_bwd", "linear_cross_entropy_fwd_bwd"}
 CLUSTER_CAPABILITY = (9, 0)
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,7 +83,13 @@ def _why_no_launch() -> str:
     return ""
 
 
-def status(backend: str, device_type: str, dtype: torch.dtype | None = None, operator: str | None = None) -> Status:
+def status(
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    operator: str | None = None,
+    has_bias: bool = False,
+) -> Status:
     """Say whether `backend` can serve tensors on `device_type` (of `dtype`, by `operator`, if given), and why (not)."""
     if backend == "reference":
         return Status(True, "eager torch, every device with fp64, every floating dtype")
@@ -106,8 +112,10 @@ def status(backend: str, device_type: str, dtype: torch.dtype | None = None, ope
         if reason is None and dtype is not None and dtype not in cuda.DTYPES:
             reason = f"the CUDA kernels take fp32, bf16 and fp16, not {dtype}"
         if reason is None and operator is not None and operator not in cuda.OPERATORS:
-            reason = f"the CUDA kernels are {' and '.join(cuda.OPERATORS)}, and this call needs {operator}"
-        return Status(reason is None, reason or "cross_entropy with known row weights, and forward only")
+            reason = f"the CUDA kernels are {', '.join(cuda.OPERATORS)}, and this call needs {operator}"
+        if reason is None and has_bias:
+            reason = "the CUDA kernels have no linear_bias"
+        return Status(reason is None, reason or "training with known row weights, and cross_entropy forward only")
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
 
 
@@ -131,6 +139,7 @@ def resolve(
     dtype: torch.dtype | None = None,
     operator: str | None = None,
     has_softcap: bool = False,
+    has_bias: bool = False,
 ) -> str:
     """The name of the backend that serves a call on `device_type` with input of `dtype`.
 
@@ -138,6 +147,7 @@ def resolve(
         operator: the one of `flow_kernels.ops` that the call needs in the end: where a gradient is wanted that is not
             made in the forward pass, the backward one.
         has_softcap: whether the call has a soft-cap, of which "auto" takes notice.
+        has_bias: whether the head has a bias, which "cuda" cannot serve.
 
     Raises:
         ValueError: `backend` is not a known name.
@@ -145,12 +155,12 @@ def resolve(
     """
     if backend == "auto":
         candidates = _candidates(device_type, operator, has_softcap)
-        return next(name for name in candidates if status(name, device_type, dtype, operator).available)
-    found = status(backend, device_type, dtype, operator)
+        return next(name for name in candidates if status(name, device_type, dtype, operator, has_bias).available)
+    found = status(backend, device_type, dtype, operator, has_bias)
     if not found.available:
         raise BackendUnavailable(
             f"backend={backend!r} cannot serve tensors on {device_type}: {found.reason}; "
-            f"backend='auto' would use {resolve('auto', device_type, dtype, operator, has_softcap)!r}"
+            f"backend='auto' would use {resolve('auto', device_type, dtype, operator, has_softcap, has_bias)!r}"
         )
     return backend
 

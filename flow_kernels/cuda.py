@@ -1,8 +1,9 @@
-"""The compiled CUDA backend: `cross_entropy` of given logits by the kernels of csrc/cuda, each logit read and written once.
+"""The compiled CUDA backend: `cross_entropy` by the kernels of csrc/cuda, each logit read and written once.
 
-It holds the forward pass and the forward pass with gradient, for fp32, bf16 and fp16. The backward pass from a saved
-lse (`reduction="none"`), the linear head and fp64 are not among its kernels. `auto` chooses it for training from compute
-capability 9.0 on, where it has run (an H100), unless there is a soft-cap: see `backends.CUDA_FIRST`.
+It holds, for fp32, bf16 and fp16, the forward pass of given logits, the forward pass with gradient and, around the latter,
+that of a linear head without a bias. The backward pass from a saved lse (`reduction="none"`, a head in fp16), scoring by a
+linear head and fp64 are not among its operators. `auto` chooses it for training from compute capability 9.0 on, where it
+has run (an H100), unless there is a soft-cap: see `backends.CUDA_FIRST`.
 
 Unlike the reference it does not look at the targets on the host, which would synchronise: a target outside
 [0, V) that is not `ignore_index` gives NaN for the loss and the gradient of its row.
@@ -15,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from flow_kernels import compiled
+from flow_kernels import chunks, compiled
 
 HERE = Path(__file__).parent
 REPORT = HERE / "cuda_build_report.txt"
 LIBRARY = HERE / "_cuda.so"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPERATORS = ("cross_entropy_fwd", "cross_entropy_fwd_bwd")
+OPERATORS = ("cross_entropy_fwd", "cross_entropy_fwd_bwd", "linear_cross_entropy_fwd_bwd")
 # cp.async, which every kernel uses, came with compute capability 8.0.
 MIN_CAPABILITY = (8, 0)
 # Column arithmetic is int32 and looks one unit past the row (csrc/cuda/cross_entropy.cu).
@@ -44,7 +45,7 @@ def load() -> str | None:
         LIBRARY,
         REPORT,
         namespace="flow_kernels_cuda",
-        operators=(*OPERATORS, "load_error"),
+        operators=("cross_entropy_fwd", "cross_entropy_fwd_bwd", "cross_entropy_fwd_bwd_in_place", "load_error"),
         kernels="CUDA kernels",
         how_to_build="FLOW_KERNELS_BUILD=cuda pip install --no-build-isolation -e . compiles them where nvcc is",
         how_to_mend="they need torch 2.10 or newer: build them again",
@@ -84,12 +85,12 @@ def _why_no_code() -> str | None:
     )
 
 
-def _check(logits) -> None:
-    if logits.dtype not in DTYPES:
-        raise NotImplementedError(f"the cuda backend takes float32, bfloat16 and float16 logits, got {logits.dtype}")
-    if logits.shape[1] > MAX_CLASSES:
+def _check(dtype: torch.dtype, num_classes: int) -> None:
+    if dtype not in DTYPES:
+        raise NotImplementedError(f"the cuda backend takes float32, bfloat16 and float16 logits, got {dtype}")
+    if num_classes > MAX_CLASSES:
         raise ValueError(
-            f"the CUDA kernels take rows of at most {MAX_CLASSES} logits, got {logits.shape[1]}; "
+            f"the CUDA kernels take rows of at most {MAX_CLASSES} logits, got {num_classes}; "
             "backend='reference' serves any length"
         )
 
@@ -108,14 +109,14 @@ def _absent(operator: str):
 
 def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):
     """See `flow_kernels.reference`, also for the functions below."""
-    _check(logits)
+    _check(logits.dtype, logits.shape[1])
     return torch.ops.flow_kernels_cuda.cross_entropy_fwd(
         logits, target.contiguous(), _unit_stride(class_weight), ignore_index, label_smoothing, softcap, z_loss
     )
 
 
 def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index, label_smoothing, softcap, z_loss):
-    _check(logits)
+    _check(logits.dtype, logits.shape[1])
     loss, dlogits = torch.ops.flow_kernels_cuda.cross_entropy_fwd_bwd(
         logits,
         target.contiguous(),
@@ -129,7 +130,27 @@ def cross_entropy_fwd_bwd(logits, target, row_weight, class_weight, ignore_index
     return (row_weight * loss).sum(), loss, dlogits
 
 
+def linear_cross_entropy_fwd_bwd(
+    input, linear_weight, target, row_weight, linear_bias, class_weight,
+    ignore_index, label_smoothing, softcap, z_loss, chunk_size, need_dinput, need_dlinear_weight, need_dlinear_bias,
+    grad_filter_eps=0.0,
+):  # fmt: skip
+    _check(input.dtype, linear_weight.shape[0])
+    if linear_bias is not None:
+        raise NotImplementedError(
+            "the cuda backend's linear head has no linear_bias; backend='auto' serves it by another"
+        )
+    options = (_unit_stride(class_weight), ignore_index, label_smoothing, softcap, z_loss)
+
+    def write(logits, target, row_weight, loss, dlogits, end):
+        torch.ops.flow_kernels_cuda.cross_entropy_fwd_bwd_in_place(logits, target, row_weight, loss, *options)
+
+    needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
+    return chunks.fwd_bwd(write, input, linear_weight, target, row_weight, None, ignore_index, chunk_size, needs)
+
+
 cross_entropy_bwd = _absent("backward pass from a saved lse")
-linear_cross_entropy_fwd = linear_cross_entropy_bwd = linear_cross_entropy_fwd_bwd = _absent("linear head")
+linear_cross_entropy_fwd = _absent("scoring by a linear head")
+linear_cross_entropy_bwd = _absent("backward pass of a linear head from a saved lse")
 cross_entropy_score = linear_cross_entropy_score = _absent("entropy")
 flow_weights = _absent("sample weights")

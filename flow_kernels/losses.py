@@ -175,7 +175,8 @@ def linear_cross_entropy(
         torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.input, linear_weight, linear_bias)
     ]
     kind = _kind(any(needs), reduction, rows.input)
-    backend = backends.resolve(backend, input.device.type, input.dtype, f"linear_cross_entropy_{kind}")
+    of = (softcap is not None, linear_bias is not None)
+    backend = backends.resolve(backend, input.device.type, input.dtype, f"linear_cross_entropy_{kind}", *of)
 
     if reduction == "none":
         _no_normalizer(normalizer)

@@ -14,10 +14,11 @@ FINETUNE = sorted((ROOT / "python" / "flow_finetune").rglob("*.py"))
 ARROWS = {
     "products": set(),
     "reference": {"products"},
-    "kernels": {"products", "reference", "kernels"},
+    "chunks": {"products", "reference"},
+    "kernels": {"chunks", "reference", "kernels"},
     "compiled": set(),
     "cpu": {"compiled", "reference"},
-    "cuda": {"compiled"},
+    "cuda": {"chunks", "compiled"},
     "backends": {"reference", "kernels", "cpu", "cuda", "compiled"},
     "ops": {"backends", "reference"},
     "rows": {"reference"},

@@ -76,7 +76,10 @@ def test_what_auto_chooses():
         name: backends.resolve("auto", "cuda", torch.bfloat16, name)
         for name in ("cross_entropy_fwd", "cross_entropy_fwd_bwd", "cross_entropy_bwd", "linear_cross_entropy_fwd_bwd")
     }
-    assert chosen.pop("cross_entropy_fwd_bwd") == ("cuda" if has_clusters else "triton")
+    for name in ("cross_entropy_fwd_bwd", "linear_cross_entropy_fwd_bwd"):
+        assert chosen.pop(name) == ("cuda" if has_clusters else "triton")
+        assert backends.resolve("auto", "cuda", torch.bfloat16, name, has_softcap=True) == "triton"
+        assert backends.resolve("auto", "cuda", torch.bfloat16, name, has_bias=True) == "triton"
     assert set(chosen.values()) == {"triton"}
     assert backends.resolve("auto", "cuda", torch.float64, "cross_entropy_fwd_bwd") == "reference"
 
@@ -84,19 +87,22 @@ def test_what_auto_chooses():
 @pytest.mark.parametrize("factor", [1.0, 0.3])  # which 16 bits do not hold
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_an_upstream_gradient_is_multiplied(backend, factor):
-    logits, target, _, _ = batch(64, 1000, torch.bfloat16, False)
+    # Weights of all sizes: gradients of one size would all be rounded the same way.
+    logits, target, weight, _ = batch(1024, 1000, torch.bfloat16, False)
     wide = logits.double().requires_grad_()
-    (factor * flow_kernels.cross_entropy(wide, target, backend="reference")).backward()
+    (factor * flow_kernels.cross_entropy(wide, target, sample_weight=weight.double(), backend="reference")).backward()
     logits = logits.cuda().requires_grad_()
-    (factor * flow_kernels.cross_entropy(logits, target.cuda(), backend=backend)).backward()
+    (
+        factor * flow_kernels.cross_entropy(logits, target.cuda(), sample_weight=weight.cuda(), backend=backend)
+    ).backward()
     found = logits.grad.cpu().double()
     torch.testing.assert_close(found, wide.grad, rtol=2**-7, atol=1e-7)
     assert float(found.norm() / wide.grad.norm()) == pytest.approx(1, abs=3e-4)  # 0.3 rounded is 1.0013 times as much
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("has_bias", "backend"), [(False, "cuda"), (False, "triton"), (True, "auto")])
 @pytest.mark.parametrize("num_classes", [50257, 262144])
-def test_a_head_of_several_chunks(num_classes, has_bias):
+def test_a_head_of_several_chunks(num_classes, has_bias, backend):
     """Chunks as they are by default; a V that is no multiple of 16 has a buffer that goes on behind it."""
     torch.manual_seed(0)
     num_rows = 12000 if num_classes < 100000 else 5000
@@ -106,10 +112,10 @@ def test_a_head_of_several_chunks(num_classes, has_bias):
     target[::7] = -100
     sample_weight = torch.rand(num_rows, device="cuda")
     results = []
-    for dtype, backend in ((torch.bfloat16, "auto"), (torch.float64, "reference")):
+    for dtype, by in ((torch.bfloat16, backend), (torch.float64, "reference")):
         own = [t.bfloat16().to(dtype).requires_grad_() for t in tensors]
         loss = flow_kernels.linear_cross_entropy(
-            *own[:2], target, linear_bias=own[2] if has_bias else None, sample_weight=sample_weight, backend=backend
+            *own[:2], target, linear_bias=own[2] if has_bias else None, sample_weight=sample_weight, backend=by
         )
         loss.backward()
         results.append([loss.detach(), *(t.grad for t in own)])

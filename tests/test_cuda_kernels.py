@@ -4,7 +4,6 @@ tests/cuda_host runs the threads of a cluster as fibers, in any order; see host_
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -28,8 +27,7 @@ from cuda_host.harness import (
     options_of,
 )  # fmt: skip
 
-import flow_kernels
-from flow_kernels import backends, cuda, reference
+from flow_kernels import cuda, reference
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
@@ -161,6 +159,26 @@ def test_thread_orders(host, name, held, cluster_size):
         assert torch.equal(dlogits.view(torch.int16), other.view(torch.int16))
 
 
+@pytest.mark.parametrize(("held", "cluster_size"), [(True, 1), (True, 8), (False, 1)])
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_gradient_in_the_place_of_its_logits(host, offset, dtype, name, held, cluster_size):
+    """The same bits, whatever the order of the threads, and nothing beside the rows."""
+    logits, target, row_weight = batch(4097, dtype, offset)
+    options, plan = options_of(name, 4097), host.shape(4097, dtype.itemsize, held, cluster_size, num_threads=64)
+    for seed in range(4):
+        buffer = torch.full((5, 4112 + offset), 7.0, dtype=dtype)
+        rows = buffer[:, offset : offset + 4097]
+        rows.copy_(logits)
+        loss, dlogits = host.fwd_bwd(rows, target, row_weight, options, plan)
+        found = host.fwd_bwd_in_place(rows, target, row_weight, options, plan, seed)
+        assert torch.equal(found, loss)
+        assert torch.equal(rows, dlogits)
+        assert (buffer[:, :offset] == 7).all()
+        assert (buffer[:, offset + 4097 :] == 7).all()
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_are_found(libraries, mistake):
     """A missing barrier or wait changes the result under at least one of the orders that the right code passes."""
@@ -277,112 +295,37 @@ def test_under_address_sanitizer(libraries):
     assert int(done.stdout.split()[-1]) == 3 * 7 * 2 * 2 * 3 * 5
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_the_reason_is_named():
-    assert "CUDA memory" in backends.status("cuda", "cpu").reason
-    with pytest.raises(backends.BackendUnavailable, match=r"backend='cuda' cannot serve .*; backend='auto' would use"):
-        backends.resolve("cuda", "cuda")
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("num_classes", [1000, 1008])
+def test_a_linear_head_of_several_chunks(host, monkeypatch, num_classes, dtype, name):
+    """The kernels of the host in the place of the compiled ones, the last chunk smaller, rows that do not count."""
+    widths = set()
 
+    def in_place(logits, target, row_weight, loss, *options):
+        widths.add((len(logits), logits.stride(0)))
+        plan = host.shape(logits.shape[1], dtype.itemsize, True, 2, num_threads=64)
+        loss.copy_(host.fwd_bwd_in_place(logits, target, row_weight, Options(*options), plan))
 
-def test_what_the_backend_lacks_is_named():
-    logits, target = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
-    with pytest.raises(NotImplementedError, match=r"takes float32, bfloat16 and float16 logits, got torch\.float64"):
-        cuda.cross_entropy_fwd(logits, target, *Options())
-    with pytest.raises(NotImplementedError, match=r"the cuda backend has no linear head; backend='auto'"):
-        cuda.linear_cross_entropy_fwd(logits, logits, target)
-
-
-@pytest.mark.parametrize(
-    ("call", "operator"),
-    [
-        (lambda z, y, b: flow_kernels.cross_entropy(z, y, reduction="none", backend=b), "cross_entropy_bwd"),
-        (lambda z, y, b: flow_kernels.cross_entropy(z.half(), y, backend=b), "cross_entropy_bwd"),
-        (lambda z, y, b: flow_kernels.linear_cross_entropy(z, z, y, backend=b), "linear_cross_entropy_fwd_bwd"),
-        (lambda z, y, b: flow_kernels.linear_score_tokens(z, z, y, backend=b), "linear_cross_entropy_fwd"),
-        (lambda z, y, b: flow_kernels.score_tokens(z, y, return_entropy=True, backend=b), "cross_entropy_score"),
-        (lambda z, y, b: flow_kernels.weigh_samples(z[:, 0], y, 1.0, backend=b), "flow_weights"),
-    ],
-)
-def test_a_call_that_it_cannot_serve_to_the_end_is_refused_at_its_beginning(call, operator, monkeypatch):
-    """On a machine that has the kernels and a GPU, which the CPU stands in for."""
-    monkeypatch.setattr(cuda, "why_not", lambda: None)
-    status = backends.status
-    monkeypatch.setattr(
-        backends, "status", lambda b, device, *rest: status(b, "cuda" if b == "cuda" else device, *rest)
+    monkeypatch.setattr(torch.ops.flow_kernels_cuda, "cross_entropy_fwd_bwd_in_place", in_place, raising=False)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 24, generator=generator).div(2).to(dtype) for n in (20, num_classes))
+    target = torch.randint(0, num_classes, (20,), generator=generator)
+    row_weight = torch.rand(20, generator=generator)
+    target[3], row_weight[9], hidden[9] = -100, 0.0, float("nan")
+    options = options_of(name, num_classes)
+    needs = (True, True, False)
+    found = cuda.linear_cross_entropy_fwd_bwd(hidden, head, target, row_weight, None, *options, 8, *needs)
+    assert widths == {(8, 1008), (4, 1008)}
+    kept = hidden.nan_to_num()
+    wanted = reference.linear_cross_entropy_fwd_bwd(
+        *wide(kept, head, target, row_weight), None, *wide(*options), 0, *needs
     )
-    logits, target = torch.zeros(3, 3, requires_grad=True), torch.zeros(3, dtype=torch.long)
-    with pytest.raises(backends.BackendUnavailable, match=f"and this call needs {operator}; backend='auto' would use"):
-        call(logits, target, "cuda")
-    assert backends.resolve("cuda", "cpu", torch.float32, "cross_entropy_fwd_bwd") == "cuda"
-
-
-def test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch):
-    monkeypatch.setattr(cuda, "MAX_CLASSES", 9)
-    logits, target = torch.zeros(1, 10), torch.zeros(1, dtype=torch.long)
-    for operator in (cuda.cross_entropy_fwd, lambda z, y, *o: cuda.cross_entropy_fwd_bwd(z, y, torch.ones(1), *o)):
-        with pytest.raises(ValueError, match=r"at most 9 logits, got 10; backend='reference'"):
-            operator(logits, target, *Options())
-
-
-@pytest.mark.parametrize(("capability", "available"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_old_gpus_are_refused(capability, available, monkeypatch):
-    """On a machine that has the kernels and a driver, the GPU's age decides."""
-    monkeypatch.setattr(cuda, "load", lambda: None)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(cuda, "_why_no_code", lambda: None)
-    found = backends.status("cuda", "cuda")
-    assert found.available == available
-    if not available:
-        with pytest.raises(
-            backends.BackendUnavailable, match=r"a GPU has compute capability 7\.5, the kernels need 8\.0"
-        ):
-            backends.resolve("cuda", "cuda")
-
-
-def test_kernels_for_other_gpus_are_no_kernels(monkeypatch):
-    """A build for the GPUs of TORCH_CUDA_ARCH_LIST may have nothing for this one."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    for error, expected in ((209, r"other GPUs than a GPU.*CUDA error 209.*TORCH_CUDA_ARCH_LIST=9\.0"), (0, None)):
-        monkeypatch.setattr(torch.ops.flow_kernels_cuda, "load_error", lambda found=error: found, raising=False)
-        cuda._why_no_code.cache_clear()
-        reason = cuda._why_no_code()
-        assert reason is None if expected is None else re.search(expected, reason)
-    cuda._why_no_code.cache_clear()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_triton_that_cannot_launch_says_so():
-    triton = pytest.importorskip("triton", reason="no Triton for this platform")
-    backends._why_no_launch.cache_clear()
-    assert "Triton cannot launch here" in backends._why_no_launch(), triton.__version__
-    backends._why_no_launch.cache_clear()
-
-
-def test_auto_prefers_the_cuda_kernels_where_there_are_clusters(monkeypatch):
-    """For training on given logits; they and Triton's have run on NVIDIA's GPUs, so AMD's keep the reference."""
-    monkeypatch.setattr(cuda, "why_not", lambda: None)
-    monkeypatch.setattr(torch.version, "hip", None)
-    for capability, expected in (((9, 0), ("cuda", "triton", "reference")), ((8, 6), ("triton", "reference"))):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
-        assert backends._candidates("cuda", "cross_entropy_fwd_bwd") == expected
-        assert backends._candidates("cuda", "cross_entropy_fwd_bwd", True) == ("triton", "reference")
-        assert backends._candidates("cuda", "cross_entropy_fwd") == ("triton", "reference")
-        assert backends._candidates("cuda", None) == ("triton", "reference")
-    monkeypatch.setattr(cuda, "why_not", lambda: "not built")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert backends._candidates("cuda", "cross_entropy_fwd_bwd") == ("triton", "reference")
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert backends._candidates("cuda", "cross_entropy_fwd_bwd") == ("reference",)
-    assert backends._candidates("cpu", "cross_entropy_fwd_bwd") == ("cpu", "reference")
-
-
-def test_no_driver_is_named(monkeypatch):
-    monkeypatch.setattr(cuda, "load", lambda: None)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(backends.BackendUnavailable, match=r"no usable NVIDIA driver.*'auto' would use 'reference'"):
-        backends.resolve("cuda", "cuda")
+    bound = {torch.float32: 1e-5, torch.bfloat16: 6e-3}[dtype]
+    for a, b in zip(found[:4], wanted[:4], strict=True):
+        assert a.dtype == (dtype if a.dim() == 2 else torch.float32)
+        assert float((a.double() - b).norm() / b.norm()) < bound
+    assert found[1][3] == found[1][9] == 0
+    frozen = cuda.linear_cross_entropy_fwd_bwd(hidden, head, target, row_weight, None, *options, 8, True, False, False)
+    assert torch.equal(frozen[2], found[2])
+    assert frozen[3].numel() == 0

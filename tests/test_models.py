@@ -13,6 +13,7 @@ from flow_finetune import choices, generate
 from flow_finetune.config import ModelConfig
 from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
+from flow_finetune.integrations.trainer import use_weighted_loss
 from flow_finetune.models import (
     CausalLM,
     evaluating,
@@ -35,6 +36,9 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+
+import flow_kernels
+from flow_kernels import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -289,3 +293,25 @@ def test_modes_come_back_as_they_were():
         with evaluating(module):
             assert not any(part.training for part in module.modules())
         assert tuple(part.training for part in module.modules()) == modes
+
+
+def test_scoring_and_training_each_have_their_own_backend(tiny_model_dir, monkeypatch):
+    """As on a GPU, where one backend is the first choice for training and has no scoring; by name it is refused at once."""
+    status = backends.status
+
+    def without_scoring(backend, device_type, dtype=None, operator=None, has_bias=False):
+        if backend == "cpu" and operator is not None and not operator.endswith("fwd_bwd"):
+            return backends.Status(False, "it trains only")
+        return status(backend, device_type, dtype, operator, has_bias)
+
+    monkeypatch.setattr(backends, "status", without_scoring)
+    lm, _ = load_model(_config(tiny_model_dir))
+    batch = collate([Sample("", torch.arange(6).int().numpy(), 2, "", "", False)], 0)
+    scores = lm.score(batch)
+    loss = lm(batch, torch.ones(1), float(len(batch.target)))
+    loss.backward()
+    assert float(loss) == pytest.approx(float(scores.loss.mean()), rel=1e-6)
+    with pytest.raises(flow_kernels.BackendUnavailable, match="it trains only"):
+        load_model(_config(tiny_model_dir, backend="cpu"))
+    with pytest.raises(flow_kernels.BackendUnavailable, match="it trains only"):
+        use_weighted_loss(lm.model, backend="cpu")

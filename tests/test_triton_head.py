@@ -1,4 +1,4 @@
-"""What the Triton backend's linear head does around its kernels: chunks and their size, products, a bias in parts."""
+"""What a linear head on a GPU does around its row kernels: chunks and their size, products, a bias in parts."""
 
 from types import SimpleNamespace
 
@@ -8,8 +8,7 @@ import torch
 pytest.importorskip("triton", reason="no Triton for this platform")
 from test_triton_kernels import DEVICE, PLAIN, head
 
-from flow_kernels import kernels, products
-from flow_kernels.kernels import linear_cross_entropy
+from flow_kernels import chunks, kernels, products
 
 
 def test_the_gradient_of_a_bias_in_several_parts(monkeypatch):
@@ -17,7 +16,7 @@ def test_the_gradient_of_a_bias_in_several_parts(monkeypatch):
     input, linear_weight, target, row_weight, linear_bias, _ = head(torch.bfloat16)
     arguments = (input, linear_weight, target, row_weight, linear_bias, None, *PLAIN, 8, True, True, True)
     whole = kernels.linear_cross_entropy_fwd_bwd(*arguments)
-    monkeypatch.setattr(linear_cross_entropy, "WIDE_BUFFER_BYTES", 3 * 4 * linear_weight.shape[0])
+    monkeypatch.setattr(chunks, "WIDE_BUFFER_BYTES", 3 * 4 * linear_weight.shape[0])
     parts = kernels.linear_cross_entropy_fwd_bwd(*arguments)
     for one, other in zip(whole[1:4], parts[1:4], strict=True):
         assert torch.equal(one, other)
@@ -47,7 +46,7 @@ def test_a_lack_of_memory_is_told_and_not_made_worse(monkeypatch):
 
 def test_chunk_size_follows_the_budget():
     def size(*arguments, num_rows=8192):
-        return linear_cross_entropy.default_chunk_size(num_rows, *arguments)
+        return chunks.default_chunk_size(num_rows, *arguments)
 
     least, most = 2**28, 2**30
     assert [size(262144, 2, rows, most) for rows in (1024, 2048)] == [1024, 2048]
@@ -67,8 +66,8 @@ def test_the_buffer_follows_the_memory_of_the_device(monkeypatch):
     for memory, mib in ((8, 256), (24, 384), (40, 640), (80, 1024), (192, 1024)):
         properties = SimpleNamespace(total_memory=memory * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
-        assert linear_cross_entropy.buffer_limit(torch.device("cuda", 0)) == mib * 2**20
-    assert linear_cross_entropy.buffer_limit(torch.device("cpu")) == 256 * 2**20
+        assert chunks.buffer_limit(torch.device("cuda", 0)) == mib * 2**20
+    assert chunks.buffer_limit(torch.device("cpu")) == 256 * 2**20
 
 
 def test_products_are_added_in_fp32_where_torch_can(monkeypatch):

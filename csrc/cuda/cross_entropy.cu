@@ -196,6 +196,23 @@ void launch(CrossEntropyKernel kernel, const Plan& plan, CrossEntropyArgs args, 
   check(cudaLaunchKernelEx(&config.launch, kernel, args), "launch of cross_entropy");
 }
 
+// Losses into `loss` and gradients into `dlogits`, which may be `logits`; both with unit column stride.
+void run_fwd_bwd(const Tensor& logits, const Tensor& target, const Tensor& row_weight,
+                 const std::optional<Tensor>& class_weight, Tensor& loss, Tensor& dlogits, const Options& options) {
+  const int64_t num_rows = logits.size(0), num_classes = logits.size(1);
+  if (num_rows == 0) return;
+  CrossEntropyArgs args = args_of(logits, target, class_weight, options);
+  args.row_weight =
+      static_cast<const float*>(vector_ptr(row_weight, logits, num_rows, ScalarType::Float, "row_weight"));
+  args.dlogits = dlogits.mutable_data_ptr();
+  args.dlogits_row_stride = dlogits.stride(0);
+  args.loss = static_cast<float*>(loss.mutable_data_ptr());
+  const Kernels kernels = kernels_for(logits.scalar_type(), options.softcap > 0, options.label_smoothing > 0);
+  const int device = logits.get_device_index();
+  const Plan plan = plan_for(num_classes, kernels.element_bytes, device, kernels.held);
+  launch(plan.held ? kernels.held : kernels.streamed, plan, args, num_rows, device);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> cross_entropy_fwd_bwd_cuda(const Tensor& logits_, const Tensor& target,
@@ -204,20 +221,23 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd_bwd_cuda(const Tensor& logits_, con
                                                       double label_smoothing, double softcap, double z_loss) {
   const Guard guard(logits_.get_device_index());
   const Tensor logits = readable(logits_);
-  const int64_t num_rows = logits.size(0), num_classes = logits.size(1);
-  Tensor dlogits = torch::stable::new_empty(logits, {num_rows, num_classes});
-  Tensor loss = torch::stable::new_empty(logits, {num_rows}, ScalarType::Float);
-  if (num_rows == 0) return {loss, dlogits};
-  CrossEntropyArgs args = args_of(logits, target, class_weight, {ignore_index, label_smoothing, softcap, z_loss});
-  args.row_weight =
-      static_cast<const float*>(vector_ptr(row_weight, logits, num_rows, ScalarType::Float, "row_weight"));
-  args.dlogits = dlogits.mutable_data_ptr();
-  args.loss = static_cast<float*>(loss.mutable_data_ptr());
-  const Kernels kernels = kernels_for(logits.scalar_type(), softcap > 0, label_smoothing > 0);
-  const int device = logits.get_device_index();
-  const Plan plan = plan_for(num_classes, kernels.element_bytes, device, kernels.held);
-  launch(plan.held ? kernels.held : kernels.streamed, plan, args, num_rows, device);
+  Tensor dlogits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Tensor loss = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float);
+  run_fwd_bwd(logits, target, row_weight, class_weight, loss, dlogits,
+              {ignore_index, label_smoothing, softcap, z_loss});
   return {loss, dlogits};
+}
+
+// The gradient in place of the logits, which no one else needs: those of a linear head.
+void cross_entropy_fwd_bwd_in_place_cuda(Tensor logits, const Tensor& target, const Tensor& row_weight, Tensor loss,
+                                         const std::optional<Tensor>& class_weight, int64_t ignore_index,
+                                         double label_smoothing, double softcap, double z_loss) {
+  const Guard guard(logits.get_device_index());
+  STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) == 1 || logits.stride(1) == 1),
+                  "logits must have shape [N, V] and unit column stride");
+  vector_ptr(loss, logits, logits.size(0), ScalarType::Float, "loss");
+  run_fwd_bwd(logits, target, row_weight, class_weight, loss, logits,
+              {ignore_index, label_smoothing, softcap, z_loss});
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const Tensor& logits_, const Tensor& target,
@@ -257,6 +277,8 @@ int64_t load_error_cuda() {
 STABLE_TORCH_LIBRARY(flow_kernels_cuda, m) {
   m.def("cross_entropy_fwd(Tensor logits, Tensor target, " OPTIONS ") -> (Tensor, Tensor, Tensor)");
   m.def("cross_entropy_fwd_bwd(Tensor logits, Tensor target, Tensor row_weight, " OPTIONS ") -> (Tensor, Tensor)");
+  m.def("cross_entropy_fwd_bwd_in_place(Tensor(a!) logits, Tensor target, Tensor row_weight, Tensor(b!) loss, " OPTIONS
+        ") -> ()");
   m.def("load_error() -> int");
 }
 
@@ -267,4 +289,5 @@ STABLE_TORCH_LIBRARY_IMPL(flow_kernels_cuda, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(flow_kernels_cuda, CUDA, m) {
   m.impl("cross_entropy_fwd", TORCH_BOX(&flow_kernels::cross_entropy_fwd_cuda));
   m.impl("cross_entropy_fwd_bwd", TORCH_BOX(&flow_kernels::cross_entropy_fwd_bwd_cuda));
+  m.impl("cross_entropy_fwd_bwd_in_place", TORCH_BOX(&flow_kernels::cross_entropy_fwd_bwd_in_place_cuda));
 }

@@ -113,6 +113,9 @@ __device__ __forceinline__ RowKind kind_of(int64_t target, float row_weight, con
 // A row whose target is `ignore_index` or whose weight is 0 has loss 0 and gradient 0 and none of its logits is read.
 // A target outside [0, V) gives NaN for the loss and the gradient of its row: nothing is read out of bounds, and the
 // step fails visibly without a synchronisation.
+//
+// `dlogits` may be `logits`: a held row has been read by all blocks of its cluster, each its own slice, before any of it
+// is written; of one that is read twice every element is last read by the thread that then writes it.
 template <class T, bool kHeld, bool kSoftcap, bool kSmoothing>
 __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_bwd_kernel(const CrossEntropyArgs args) {
   const int rank = blockIdx.x % args.cluster_size;
@@ -121,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_bwd_kernel(c
   const float row_weight = load_uniform(args.row_weight + row);
   const Slice<T> slice = slice_of(static_cast<const T*>(args.logits) + row * args.logits_row_stride, args.num_classes,
                                   rank, args.cluster_size);
-  T* const out = static_cast<T*>(args.dlogits) + row * args.num_classes;
+  T* const out = static_cast<T*>(args.dlogits) + row * args.dlogits_row_stride;
   const bool is_writer = rank == 0 && threadIdx.x == 0;
 
   const RowKind kind = kind_of(wide_target, row_weight, args);

@@ -76,7 +76,8 @@ __device__ __forceinline__ Unit pack(const float (&z)[8], __half) {
   return unit;
 }
 
-// Loads through the read-only path: no kernel writes what it reads, and the compiler may move them past stores.
+// Loads through the read-only path: the compiler may move them past stores. Where a kernel writes over what it has read
+// (`dlogits` in the place of `logits`), no thread reads an element after it was written.
 __device__ __forceinline__ Unit load_unit(const void* from) {
   const uint4 x = __ldg(static_cast<const uint4*>(from));
   return {x.x, x.y, x.z, x.w};

@@ -21,11 +21,12 @@ struct CrossEntropyArgs {
   const int64_t* target;      // [N]
   const float* row_weight;    // [N]; forward with gradient only
   const float* class_weight;  // [V] or null
-  void* dlogits;              // [N, V], contiguous; forward with gradient only
+  void* dlogits;              // [N, V], unit column stride, may be logits; forward with gradient only
   float* loss;                // [N]
   float* lse;                 // [N]; forward only
   bool* correct;              // [N]; forward only
   int64_t logits_row_stride;  // in elements
+  int64_t dlogits_row_stride;
   int64_t ignore_index;
   int num_classes;
   int cluster_size;

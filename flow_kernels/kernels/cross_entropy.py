@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from flow_kernels.chunks import ROW_ALIGNMENT, padded
 from flow_kernels.kernels import configs
 from flow_kernels.kernels.softmax_row import (
     accumulate,
@@ -59,9 +60,6 @@ from flow_kernels.kernels.softmax_row import (
     walk_row,
 )
 from flow_kernels.reference import check_target
-
-# Rows that start and end at multiples of so many elements are accessed 16 bytes at a time; Triton looks for no other.
-ROW_ALIGNMENT = 16
 
 
 @triton.jit
@@ -240,22 +238,22 @@ def cross_entropy_bwd_kernel(
         tl.store(dlogits_row_ptr + cols, zeros, mask=is_accessed(cols, width))
 
 
-def check_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """`logits` with unit column stride, checked: a target out of range raises where looking costs no synchronisation."""
-    num_classes = logits.shape[1]
+def check_classes(num_classes: int, target: Tensor, ignore_index: int) -> None:
+    """Raise for rows too long, and for a target out of range where looking costs no synchronisation."""
     if num_classes > configs.MAX_CLASSES:
         raise ValueError(
             f"the Triton kernels take rows of at most {configs.MAX_CLASSES} logits, got {num_classes}; "
             "backend='reference' serves any length"
         )
-    if logits.device.type == "cpu":
+    if target.device.type == "cpu":
         check_target(target, num_classes, ignore_index)
+
+
+def check_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """`logits` with unit column stride, checked."""
+    num_classes = logits.shape[1]
+    check_classes(num_classes, target, ignore_index)
     return logits if logits.stride(1) == 1 or num_classes == 1 else logits.contiguous()
-
-
-def padded(length: int) -> int:
-    """The next multiple of `ROW_ALIGNMENT`."""
-    return -(-length // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def with_padding(values: Tensor | None) -> Tensor | None:

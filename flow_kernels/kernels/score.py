@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from flow_kernels.chunks import SCORING_ROWS, Chunks
 from flow_kernels.kernels import configs
-from flow_kernels.kernels.cross_entropy import check_rows, is_aligned, launch, with_padding
-from flow_kernels.kernels.linear_cross_entropy import SCORING_ROWS, Chunks
+from flow_kernels.kernels.cross_entropy import check_classes, check_rows, is_aligned, launch, with_padding
 from flow_kernels.kernels.softmax_row import load_logits, merge_target, row_entropy, walk_row
 
 
@@ -79,7 +79,7 @@ def cross_entropy_score(logits, target, ignore_index, softcap):
 def linear_cross_entropy_score(input, linear_weight, target, linear_bias, ignore_index, softcap, chunk_size):
     """`reference.linear_cross_entropy_score`; holds one chunk of logits and stores none."""
     chunks = Chunks(input, linear_weight, chunk_size, SCORING_ROWS)
-    check_rows(chunks.buffer, target, ignore_index)
+    check_classes(linear_weight.shape[0], target, ignore_index)
     target, linear_bias, scores = target.contiguous(), with_padding(linear_bias), _empty_scores(input)
     for rows, logits in chunks:
         part = [values[rows] for values in scores]

@@ -222,8 +222,10 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     choose("precision", config.precision, ("bf16", "full"))
     device = resolve_device(config.device)
     try:
-        # Now, not at the first loss: a backend that cannot serve is found before anything is written.
-        backend = backends.resolve(config.backend, device.type, operator="linear_cross_entropy_fwd_bwd")
+        # Now, not at the first loss: a backend that cannot serve is found before anything is written. What "auto" is for
+        # may differ between scoring and training, so each call chooses.
+        for operator in ("linear_cross_entropy_fwd", "linear_cross_entropy_fwd_bwd"):
+            backends.resolve(config.backend, device.type, operator=operator)
     except ValueError as error:
         raise InputError(str(error)) from error
     location, options = _location(config)
@@ -255,7 +257,7 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {config.source!r} has no end-of-sequence token, which ends every response")
     tokenizer.padding_side = "right"
-    lm = CausalLM(model.to(device).eval(), backend)
+    lm = CausalLM(model.to(device).eval(), config.backend)
     lm.check_head()
     return lm, tokenizer
 

@@ -27,7 +27,8 @@ class Args(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("logits", "target", "row_weight", "class_weight")),
         *((name, c_void_p) for name in ("dlogits", "loss", "lse", "correct")),
-        ("logits_row_stride", c_int64), ("ignore_index", c_int64), ("num_classes", c_int), ("cluster_size", c_int),
+        *((name, c_int64) for name in ("logits_row_stride", "dlogits_row_stride", "ignore_index")),
+        ("num_classes", c_int), ("cluster_size", c_int),
         ("label_smoothing", c_float), ("softcap", c_float), ("z_loss", c_float),
     )  # fmt: skip
 
@@ -105,6 +106,7 @@ class Host:
         class_weight = options.class_weight
         args = Args(
             logits=logits.data_ptr(), target=target.data_ptr(), logits_row_stride=logits.stride(0),
+            dlogits_row_stride=pointers["dlogits"].stride(0) if "dlogits" in pointers else 0,
             class_weight=None if class_weight is None else class_weight.data_ptr(), ignore_index=options.ignore_index,
             num_classes=logits.shape[1], cluster_size=plan.cluster_size, label_smoothing=options.label_smoothing,
             softcap=options.softcap, z_loss=options.z_loss, **{k: v.data_ptr() for k, v in pointers.items()},
@@ -121,6 +123,12 @@ class Host:
         dlogits = torch.full(logits.shape, float("nan"), dtype=logits.dtype)
         self._run(logits, target, options, plan, seed, False, row_weight=row_weight, loss=loss, dlogits=dlogits)
         return loss, dlogits
+
+    def fwd_bwd_in_place(self, logits, target, row_weight, options, plan, seed=0) -> Tensor:
+        """`loss [N]`; the gradient takes the place of `logits`."""
+        loss = torch.full(target.shape, float("nan"))
+        self._run(logits, target, options, plan, seed, False, row_weight=row_weight, loss=loss, dlogits=logits)
+        return loss
 
     def fwd(self, logits, target, options, plan, seed=0) -> tuple[Tensor, Tensor, Tensor]:
         """`(loss, lse, correct)`, each `[N]`."""

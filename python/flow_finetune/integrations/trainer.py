@@ -78,9 +78,10 @@ def use_weighted_loss(
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise InputError(f"this {type(model).__name__} is spread over several devices, which the loss cannot follow")
     device = lm.head.weight.device.type
-    # Now, not in the first step.
+    # Now, not in the first step or the first evaluation.
     try:
-        backends.resolve(backend, device, operator="linear_cross_entropy_fwd_bwd")
+        for operator in ("linear_cross_entropy_fwd", "linear_cross_entropy_fwd_bwd"):
+            backends.resolve(backend, device, operator=operator)
     except backends.BackendUnavailable as error:
         if device != "cpu" or backend not in ("triton", "cuda"):
             raise
