@@ -1,7 +1,7 @@
 """Timing, memory and accuracy of one case, the same way for every implementation.
 
 Correctness first: an implementation whose loss is wrong is not timed; the check is its warm-up. Then repetitions in
-turn (A B C A B C ...), medians with the spread between the quartiles. Memory is the peak above inputs and results, in a
+turn (A B C C B A ...), medians with the spread between the quartiles. Memory is the peak above inputs and results, in a
 fresh process per implementation.
 """
 
@@ -78,13 +78,16 @@ def provenance_of_model(program: str, model: str, programs: Sequence[str] = MEAS
 
 
 def interleave(calls: dict, repetitions: int, budget_s: float) -> dict:
-    """Wall and CPU seconds of every (warm) call, `repetitions` times in turn, fewer if `budget_s` runs out after the second round."""
+    """Wall and CPU seconds of every (warm) call, `repetitions` times in turn, fewer if `budget_s` runs out after the second round.
+
+    Every other round goes the other way, so that none always comes after the same one.
+    """
     times = {name: [] for name in calls}
     begin = time.perf_counter()
     for repetition in range(repetitions):
         if repetition >= 2 and time.perf_counter() - begin > budget_s:
             break
-        for name, call in calls.items():
+        for name, call in list(calls.items())[:: -1 if repetition % 2 else 1]:
             started = time.perf_counter(), time.process_time()
             call()
             times[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))

@@ -132,13 +132,16 @@ def time_alone(case: str, heads: Sequence[Head], names: list[str], rounds: int, 
         right.clear()
         for name, reason in reasons.items():
             print(f"{case}, {head.name}, {name}: not timed: {reason}", flush=True)
+    failed = []
     for _ in range(rounds):
-        for head, name in times:
+        for head, name in list(times):
             shape = ["--head", head.name, "--rows", str(head.num_rows)]
             line = harness.in_fresh_process([__file__, "seconds", "--case", case, *shape, "--implementation", name])
-            if line.startswith("failed: "):
-                raise SystemExit(f"{case}, {head.name}, {name}, in a process of its own {line}")
-            times[head, name] += json.loads(line)
+            if line.startswith("failed: "):  # the others go on, and are written
+                failed.append(f"{case}, {head.name}, {name}, in a process of its own {line}")
+                del times[head, name]
+            else:
+                times[head, name] += json.loads(line)
     found = {key: harness.summary(seconds) for key, seconds in times.items()}
     rows = []
     for (head, name), row in found.items():
@@ -149,6 +152,8 @@ def time_alone(case: str, heads: Sequence[Head], names: list[str], rounds: int, 
             {k: rows[-1][k] for k in ("case", "head", "implementation", "median_s", "q1_s", "q3_s", *over)}, flush=True
         )
     harness.update_csv(csv, rows, KEYS)
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def seconds(case: str, head: Head, name: str) -> None:

@@ -26,7 +26,7 @@ def describe() -> str:
     for device_type in ("cpu", "cuda"):
         chosen = _answer(lambda d=device_type: backends.resolve("auto", d))
         training = _answer(lambda d=device_type: backends.resolve("auto", d, operator="cross_entropy_fwd_bwd"))
-        also = "" if training == chosen else f" (training on given logits without a soft-cap: {training})"
+        also = "" if training == chosen else f" (training without a soft-cap or a head's bias: {training})"
         lines.append(f"{device_type}: auto -> {chosen}{also}")
         for backend in backends.BACKENDS:
             found = _answer(lambda b=backend, d=device_type: backends.status(b, d))

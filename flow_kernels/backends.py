@@ -21,9 +21,10 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # By device type, best first. `reference` runs on every device that torch runs on.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
-# Given logits in training, where clusters of blocks hold a row in shared memory: on an H100 whole calls by the CUDA kernels
-# reach 81 to 88 % of a copy's bandwidth at any V, by Triton's 82 to 87 % to V = 65536 and 60 to 62 % beyond. With a
-# soft-cap, whose tanh the CUDA kernels make exactly and twice, it is 36 % to Triton's 54 (benchmarks/results/gpu.md).
+# Training, where clusters of blocks hold a row in shared memory: on an H100 whole calls on given logits reach 81 to 88 % of
+# a copy's bandwidth at any V by the CUDA kernels, 82 to 87 % to V = 65536 and 60 to 62 % beyond by Triton's. A linear
+# head takes 0.95 to 1.00 of the time with them, a frozen one 0.91 to 0.99. With a soft-cap, whose tanh the CUDA kernels
+# make exactly and twice, given logits reach 36 % to Triton's 54 (benchmarks/results/gpu.md).
 CUDA_FIRST = {"cross_entropy_fwd_bwd", "linear_cross_entropy_fwd_bwd"}
 CLUSTER_CAPABILITY = (9, 0)
 
@@ -115,7 +116,9 @@ def status(
             reason = f"the CUDA kernels are {', '.join(cuda.OPERATORS)}, and this call needs {operator}"
         if reason is None and has_bias:
             reason = "the CUDA kernels have no linear_bias"
-        return Status(reason is None, reason or "training with known row weights, and cross_entropy forward only")
+        return Status(
+            reason is None, reason or "training with known row weights (no bias), and cross_entropy forward only"
+        )
     raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
 
 
@@ -127,10 +130,11 @@ def _candidates(device_type: str, operator: str | None, has_softcap: bool = Fals
     # The kernels have run on NVIDIA's GPUs alone; for AMD's they have been compiled.
     if torch.version.hip is not None:
         return ("reference",)
-    prefers_cuda = operator in CUDA_FIRST and not has_softcap and cuda.why_not() is None
-    if prefers_cuda and torch.cuda.get_device_capability() >= CLUSTER_CAPABILITY:
-        return ("cuda", *candidates)
-    return candidates
+    if operator not in CUDA_FIRST or cuda.why_not() is not None:
+        return candidates
+    if torch.cuda.get_device_capability() < CLUSTER_CAPABILITY:  # where they have not run
+        return candidates
+    return ("triton", "cuda", "reference") if has_softcap else ("cuda", "triton", "reference")
 
 
 def resolve(

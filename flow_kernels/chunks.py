@@ -68,9 +68,11 @@ def default_chunk_size(num_rows: int, num_classes: int, itemsize: int, wanted_ro
 
 
 class Chunks:
-    """One buffer of logits, filled chunk by chunk."""
+    """One buffer of logits, filled chunk by chunk; where it `pads`, with -inf between V and the next multiple of 16."""
 
-    def __init__(self, input: Tensor, linear_weight: Tensor, chunk_size: int, wanted_rows: int) -> None:
+    def __init__(
+        self, input: Tensor, linear_weight: Tensor, chunk_size: int, wanted_rows: int, pads: bool = True
+    ) -> None:
         num_rows, num_classes = input.shape[0], linear_weight.shape[0]
         self.input, self.linear_weight = input, head_to_multiply(input, linear_weight)
         if not chunk_size:
@@ -79,8 +81,8 @@ class Chunks:
             )
         self.size = min(chunk_size, max(num_rows, 1))
         # Rows that start at multiples of 16 elements: the fast path of cuBLAS, and 16-byte accesses in the row kernel, which
-        # reads -inf between V and the end and writes what it likes.
-        self.end = padded(num_classes) if num_classes % ROW_ALIGNMENT else None
+        # may read -inf between V and the end, if there is an end, and write there what it likes.
+        self.end = padded(num_classes) if pads and num_classes % ROW_ALIGNMENT else None
         self.buffer, self.rest = input.new_empty(self.size, padded(num_classes)).tensor_split([num_classes], dim=1)
 
     def __iter__(self):
@@ -152,6 +154,7 @@ class HeadGradients:
 
 def fwd_bwd(
     write_loss_and_gradient, input, linear_weight, target, row_weight, linear_bias, ignore_index, chunk_size, needs,
+    pads=True,
 ):  # fmt: skip
     """`reference.linear_cross_entropy_fwd_bwd`; each chunk's gradient takes the place of its logits.
 
@@ -161,7 +164,7 @@ def fwd_bwd(
     row_weight, target = row_weight.float().contiguous(), target.contiguous()
     keep = (target != ignore_index) & (row_weight != 0)
     grads = HeadGradients(input, linear_weight, linear_bias, keep, needs)
-    chunks = Chunks(input, grads.linear_weight, chunk_size, TRAINING_ROWS)
+    chunks = Chunks(input, grads.linear_weight, chunk_size, TRAINING_ROWS, pads)
     loss = input.new_empty(input.shape[0], dtype=torch.float32)
     for rows, logits in chunks:
         for part, dlogits in grads.parts(logits):

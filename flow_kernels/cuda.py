@@ -3,10 +3,11 @@
 It holds, for fp32, bf16 and fp16, the forward pass of given logits, the forward pass with gradient and, around the latter,
 that of a linear head without a bias. The backward pass from a saved lse (`reduction="none"`, a head in fp16), scoring by a
 linear head and fp64 are not among its operators. `auto` chooses it for training from compute capability 9.0 on, where it
-has run (an H100), unless there is a soft-cap: see `backends.CUDA_FIRST`.
+has run (an H100), unless there is a soft-cap or the head has a bias: see `backends.CUDA_FIRST`.
 
 Unlike the reference it does not look at the targets on the host, which would synchronise: a target outside
-[0, V) that is not `ignore_index` gives NaN for the loss and the gradient of its row.
+[0, V) that is not `ignore_index` gives NaN for the loss of its row, and for its gradient NaN or, under a linear head,
+where the gradients of rows are summed, 0.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def linear_cross_entropy_fwd_bwd(
     grad_filter_eps=0.0,
 ):  # fmt: skip
     _check(input.dtype, linear_weight.shape[0])
-    if linear_bias is not None:
+    if linear_bias is not None or need_dlinear_bias:
         raise NotImplementedError(
             "the cuda backend's linear head has no linear_bias; backend='auto' serves it by another"
         )
@@ -145,8 +146,10 @@ def linear_cross_entropy_fwd_bwd(
     def write(logits, target, row_weight, loss, dlogits, end):
         torch.ops.flow_kernels_cuda.cross_entropy_fwd_bwd_in_place(logits, target, row_weight, loss, *options)
 
-    needs = (need_dinput, need_dlinear_weight, need_dlinear_bias)
-    return chunks.fwd_bwd(write, input, linear_weight, target, row_weight, None, ignore_index, chunk_size, needs)
+    needs = (need_dinput, need_dlinear_weight, False)
+    return chunks.fwd_bwd(
+        write, input, linear_weight, target, row_weight, None, ignore_index, chunk_size, needs, pads=False
+    )
 
 
 cross_entropy_bwd = _absent("backward pass from a saved lse")

@@ -83,7 +83,7 @@ def cross_entropy(
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, by name.
         IndexError: a target outside [0, V), with its row. The Triton and CUDA kernels, to which "auto" leaves an NVIDIA
             GPU's tensors, would have to wait for it to look: the loss of such a row is NaN, and so that of its batch;
-            the row's gradient is 0 ("triton") or NaN ("cuda"). `backend="reference"` names the row there.
+            the row's gradient is 0, or NaN by "cuda" on given logits. `backend="reference"` names the row there.
         flow_kernels.BackendUnavailable: the named backend cannot serve the call.
         RuntimeError: a second derivative. NotImplementedError: forward mode.
 
@@ -135,7 +135,7 @@ def linear_cross_entropy(
 
         loss = cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)
 
-    Rows that are ignored or have weight 0 are left out (before the matrix product, but for "triton"); a frozen head
+    Rows that are ignored or have weight 0 are left out (before the matrix product, but for "triton" and "cuda"); a frozen head
     computes no `linear_weight` gradient and a frozen input no `input` gradient; gradients are accumulated in fp32 and
     rounded once, to the dtype of what they are of. For "mean" and "sum" they are made in the forward pass (three matrix
     products, not four; "cpu" makes again, by a fourth, what does not fit in the memory that it keeps: of 262,144 classes

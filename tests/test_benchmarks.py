@@ -361,3 +361,15 @@ def test_the_sizes_of_a_sweep_are_timed_in_turn(tmp_path, monkeypatch):
     assert [size for size, _ in points] == [2, 4, 8]
     assert harness.fit_exponent(points) == pytest.approx(1)
     assert all(row["over_flow"] == "1.0" for row in harness.read_csv("sweep_alone"))
+
+
+def test_a_process_that_fails_leaves_what_the_others_measured(tmp_path, monkeypatch):
+    import harness
+    import head
+    from shapes import Head
+
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "in_fresh_process", lambda words: "failed: no memory" if "4" in words else "[[1, 1]]")
+    with pytest.raises(SystemExit, match=r"^score, N=4, flow cpu, in a process of its own failed: no memory$"):
+        head.time_alone("score", [Head(f"N={n}", n, 32, 500) for n in (2, 4, 8)], ["flow cpu"], 2, "sweep_alone")
+    assert [row["N"] for row in harness.read_csv("sweep_alone")] == ["2", "8"]

@@ -65,6 +65,10 @@ def test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch):
     for operator in (cuda.cross_entropy_fwd, lambda z, y, *o: cuda.cross_entropy_fwd_bwd(z, y, torch.ones(1), *o)):
         with pytest.raises(ValueError, match=r"at most 9 logits, got 10; backend='reference'"):
             operator(logits, target, *Options())
+    with pytest.raises(ValueError, match=r"at most 9 logits, got 10; backend='reference'"):
+        cuda.linear_cross_entropy_fwd_bwd(
+            logits, torch.zeros(10, 10), target, torch.ones(1), None, None, *Options()[1:], 0, True, True, False
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("capability", "available"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
@@ -106,14 +110,16 @@ def test_a_triton_that_cannot_launch_says_so():
 
 
 def test_auto_prefers_the_cuda_kernels_where_there_are_clusters(monkeypatch):
-    """For training on given logits; they and Triton's have run on NVIDIA's GPUs, so AMD's keep the reference."""
+    """For training; they and Triton's have run on NVIDIA's GPUs, so AMD's keep the reference."""
     monkeypatch.setattr(cuda, "why_not", lambda: None)
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, expected in (((9, 0), ("cuda", "triton", "reference")), ((8, 6), ("triton", "reference"))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         assert backends._candidates("cuda", "cross_entropy_fwd_bwd") == expected
         assert backends._candidates("cuda", "linear_cross_entropy_fwd_bwd") == expected
-        assert backends._candidates("cuda", "cross_entropy_fwd_bwd", True) == ("triton", "reference")
+        # With a soft-cap after Triton's: before eager torch, where Triton cannot launch.
+        with_softcap = ("triton", "cuda", "reference") if "cuda" in expected else expected
+        assert backends._candidates("cuda", "cross_entropy_fwd_bwd", True) == with_softcap
         assert backends._candidates("cuda", "cross_entropy_fwd") == ("triton", "reference")
         assert backends._candidates("cuda", None) == ("triton", "reference")
     monkeypatch.setattr(cuda, "why_not", lambda: "not built")
@@ -122,6 +128,31 @@ def test_auto_prefers_the_cuda_kernels_where_there_are_clusters(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert backends._candidates("cuda", "cross_entropy_fwd_bwd") == ("reference",)
     assert backends._candidates("cpu", "cross_entropy_fwd_bwd") == ("cpu", "reference")
+
+
+def test_auto_is_told_of_a_heads_softcap_and_bias(monkeypatch):
+    """On a machine whose kernels can all run: what "auto" takes for a head depends on both."""
+    asked, resolve = [], backends.resolve
+    monkeypatch.setattr(backends, "resolve", lambda *arguments: asked.append(arguments) or resolve(*arguments))
+    hidden, head, target = torch.zeros(2, 3, requires_grad=True), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long)
+    for softcap, bias in ((None, None), (4.0, None), (None, torch.zeros(5))):
+        flow_kernels.linear_cross_entropy(hidden, head, target, linear_bias=bias, softcap=softcap)
+    operator = "linear_cross_entropy_fwd_bwd"
+    assert asked == [
+        ("auto", "cpu", torch.float32, operator, *told) for told in ((False, False), (True, False), (False, True))
+    ]
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(backends, "_why_no_triton", lambda device_type: "")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    told = {
+        words: resolve("auto", "cuda", torch.bfloat16, operator, *words)
+        for words in ((False, False), (True, False), (False, True))
+    }
+    assert list(told.values()) == ["cuda", "triton", "triton"]
+    monkeypatch.setattr(backends, "_why_no_triton", lambda device_type: "it cannot launch")
+    assert resolve("auto", "cuda", torch.bfloat16, operator, True, False) == "cuda"
+    assert resolve("auto", "cuda", torch.bfloat16, operator, False, True) == "reference"
 
 
 def test_no_driver_is_named(monkeypatch):

@@ -296,9 +296,13 @@ def test_under_address_sanitizer(libraries):
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("dtype", "head_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=["float32", "bfloat16", "autocast"],
+)
 @pytest.mark.parametrize("num_classes", [1000, 1008])
-def test_a_linear_head_of_several_chunks(host, monkeypatch, num_classes, dtype, name):
+def test_a_linear_head_of_several_chunks(host, monkeypatch, num_classes, dtype, head_dtype, name):
     """The kernels of the host in the place of the compiled ones, the last chunk smaller, rows that do not count."""
     widths = set()
 
@@ -310,6 +314,7 @@ def test_a_linear_head_of_several_chunks(host, monkeypatch, num_classes, dtype, 
     monkeypatch.setattr(torch.ops.flow_kernels_cuda, "cross_entropy_fwd_bwd_in_place", in_place, raising=False)
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(n, 24, generator=generator).div(2).to(dtype) for n in (20, num_classes))
+    head = head.to(head_dtype)
     target = torch.randint(0, num_classes, (20,), generator=generator)
     row_weight = torch.rand(20, generator=generator)
     target[3], row_weight[9], hidden[9] = -100, 0.0, float("nan")
@@ -322,10 +327,20 @@ def test_a_linear_head_of_several_chunks(host, monkeypatch, num_classes, dtype, 
         *wide(kept, head, target, row_weight), None, *wide(*options), 0, *needs
     )
     bound = {torch.float32: 1e-5, torch.bfloat16: 6e-3}[dtype]
-    for a, b in zip(found[:4], wanted[:4], strict=True):
-        assert a.dtype == (dtype if a.dim() == 2 else torch.float32)
+    for a, b, kind in zip(found[:4], wanted[:4], (torch.float32, torch.float32, dtype, head_dtype), strict=True):
+        assert a.dtype == kind
         assert float((a.double() - b).norm() / b.norm()) < bound
     assert found[1][3] == found[1][9] == 0
-    frozen = cuda.linear_cross_entropy_fwd_bwd(hidden, head, target, row_weight, None, *options, 8, True, False, False)
+    arguments = (hidden, head, target, row_weight, None, *options, 8)
+    frozen = cuda.linear_cross_entropy_fwd_bwd(*arguments, True, False, False)
     assert torch.equal(frozen[2], found[2])
     assert frozen[3].numel() == 0
+    with pytest.raises(NotImplementedError, match="linear head has no linear_bias; backend='auto'"):
+        cuda.linear_cross_entropy_fwd_bwd(*arguments, True, True, True)
+    # A bad target makes the loss NaN, and the gradients are those without its row.
+    target[3] = num_classes
+    bad = cuda.linear_cross_entropy_fwd_bwd(*arguments, *needs)
+    assert bad[1].isnan().nonzero().tolist() == [[3]]
+    assert bad[0].isnan()
+    assert torch.equal(bad[2], found[2])
+    assert torch.equal(bad[3], found[3])

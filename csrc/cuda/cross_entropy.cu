@@ -197,8 +197,10 @@ void launch(CrossEntropyKernel kernel, const Plan& plan, CrossEntropyArgs args, 
 }
 
 // Losses into `loss` and gradients into `dlogits`, which may be `logits`; both with unit column stride.
+// `bad_gradient`: of a row whose target is outside [0, V).
 void run_fwd_bwd(const Tensor& logits, const Tensor& target, const Tensor& row_weight,
-                 const std::optional<Tensor>& class_weight, Tensor& loss, Tensor& dlogits, const Options& options) {
+                 const std::optional<Tensor>& class_weight, Tensor& loss, Tensor& dlogits, float bad_gradient,
+                 const Options& options) {
   const int64_t num_rows = logits.size(0), num_classes = logits.size(1);
   if (num_rows == 0) return;
   CrossEntropyArgs args = args_of(logits, target, class_weight, options);
@@ -206,6 +208,7 @@ void run_fwd_bwd(const Tensor& logits, const Tensor& target, const Tensor& row_w
       static_cast<const float*>(vector_ptr(row_weight, logits, num_rows, ScalarType::Float, "row_weight"));
   args.dlogits = dlogits.mutable_data_ptr();
   args.dlogits_row_stride = dlogits.stride(0);
+  args.bad_gradient = bad_gradient;
   args.loss = static_cast<float*>(loss.mutable_data_ptr());
   const Kernels kernels = kernels_for(logits.scalar_type(), options.softcap > 0, options.label_smoothing > 0);
   const int device = logits.get_device_index();
@@ -223,12 +226,13 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd_bwd_cuda(const Tensor& logits_, con
   const Tensor logits = readable(logits_);
   Tensor dlogits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
   Tensor loss = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float);
-  run_fwd_bwd(logits, target, row_weight, class_weight, loss, dlogits,
+  run_fwd_bwd(logits, target, row_weight, class_weight, loss, dlogits, std::numeric_limits<float>::quiet_NaN(),
               {ignore_index, label_smoothing, softcap, z_loss});
   return {loss, dlogits};
 }
 
-// The gradient in place of the logits, which no one else needs: those of a linear head.
+// The gradient in place of the logits, which no one else needs: those of a linear head. There the gradients of the rows are
+// summed, so one bad target must not make NaN of them all.
 void cross_entropy_fwd_bwd_in_place_cuda(Tensor logits, const Tensor& target, const Tensor& row_weight, Tensor loss,
                                          const std::optional<Tensor>& class_weight, int64_t ignore_index,
                                          double label_smoothing, double softcap, double z_loss) {
@@ -236,7 +240,7 @@ void cross_entropy_fwd_bwd_in_place_cuda(Tensor logits, const Tensor& target, co
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) == 1 || logits.stride(1) == 1),
                   "logits must have shape [N, V] and unit column stride");
   vector_ptr(loss, logits, logits.size(0), ScalarType::Float, "loss");
-  run_fwd_bwd(logits, target, row_weight, class_weight, loss, logits,
+  run_fwd_bwd(logits, target, row_weight, class_weight, loss, logits, 0.0f,
               {ignore_index, label_smoothing, softcap, z_loss});
 }
 

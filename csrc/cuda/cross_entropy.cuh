@@ -81,7 +81,7 @@ __device__ __forceinline__ void write_gradient(T* out, const Slice<T>& slice, co
   const T* const source = kHeld ? reinterpret_cast<const T*>(held) - slice.column(0) : slice.logits;
   const auto read_one = [&](int column) {
     if constexpr (kHeld) return widen(source[column]);
-    else return widen(load_global(source + column));
+    else return widen(reload(source + column));
   };
   write_columns(out, slice.begin, slice.end, [&](int column, auto& z) {
     constexpr int n = sizeof(z) / sizeof(float);
@@ -89,7 +89,7 @@ __device__ __forceinline__ void write_gradient(T* out, const Slice<T>& slice, co
       if constexpr (n == kLanes) {
         Unit raw;
         if constexpr (kHeld) raw = *reinterpret_cast<const Unit*>(source + column);
-        else raw = load_unit(source + column);
+        else raw = reload_unit(source + column);
         unpack(raw, z, T());
       }
     } else {
@@ -111,11 +111,12 @@ __device__ __forceinline__ RowKind kind_of(int64_t target, float row_weight, con
 // Loss [N] and dlogits [N, V] of sum(row_weight * loss). One cluster of `cluster_size` blocks a row.
 //
 // A row whose target is `ignore_index` or whose weight is 0 has loss 0 and gradient 0 and none of its logits is read.
-// A target outside [0, V) gives NaN for the loss and the gradient of its row: nothing is read out of bounds, and the
-// step fails visibly without a synchronisation.
+// A target outside [0, V) gives NaN for the loss of its row and `bad_gradient` for its gradient: nothing is read out of
+// bounds, and the step fails visibly without a synchronisation.
 //
 // `dlogits` may be `logits`: a held row has been read by all blocks of its cluster, each its own slice, before any of it
-// is written; of one that is read twice every element is last read by the thread that then writes it.
+// is written; of one that is read twice every element is last read by the thread that then writes it (the first reading,
+// through the read-only path, ends before the barrier in front of the writing).
 template <class T, bool kHeld, bool kSoftcap, bool kSmoothing>
 __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_bwd_kernel(const CrossEntropyArgs args) {
   const int rank = blockIdx.x % args.cluster_size;
@@ -129,11 +130,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_bwd_kernel(c
 
   const RowKind kind = kind_of(wide_target, row_weight, args);
   if (kind != RowKind::kLive) {
-    const float value = kind == RowKind::kSkipped ? 0.0f : NAN;
+    const float value = kind == RowKind::kSkipped ? 0.0f : args.bad_gradient;
     write_columns(out, slice.begin, slice.end, [&](int, auto& z) {
       for (float& x : z) x = value;
     });
-    if (is_writer) store_global(args.loss + row, value);
+    if (is_writer) store_global(args.loss + row, kind == RowKind::kSkipped ? 0.0f : NAN);
     return;
   }
 

@@ -76,8 +76,7 @@ __device__ __forceinline__ Unit pack(const float (&z)[8], __half) {
   return unit;
 }
 
-// Loads through the read-only path: the compiler may move them past stores. Where a kernel writes over what it has read
-// (`dlogits` in the place of `logits`), no thread reads an element after it was written.
+// Loads through the read-only path: nobody writes what is read so, and the compiler may move them past stores.
 __device__ __forceinline__ Unit load_unit(const void* from) {
   const uint4 x = __ldg(static_cast<const uint4*>(from));
   return {x.x, x.y, x.z, x.w};
@@ -88,6 +87,15 @@ __device__ __forceinline__ T load_global(const T* from) {
 }
 __device__ __forceinline__ int64_t load_global(const int64_t* from) {
   return __ldg(reinterpret_cast<const long long*>(from));
+}
+// Ordinary loads, of what the same thread may write next: the gradient in the place of a row that is read twice.
+__device__ __forceinline__ Unit reload_unit(const void* from) {
+  const uint4 x = *static_cast<const uint4*>(from);
+  return {x.x, x.y, x.z, x.w};
+}
+template <class T>
+__device__ __forceinline__ T reload(const T* from) {
+  return *from;
 }
 // The same address in all lanes of a warp: one access for the warp.
 template <class T>

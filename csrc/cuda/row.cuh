@@ -31,6 +31,7 @@ struct CrossEntropyArgs {
   int num_classes;
   int cluster_size;
   float label_smoothing, softcap, z_loss;
+  float bad_gradient;  // of rows whose target is outside [0, V)
 };
 
 // Statistics of a part of a row, all in fp32; columns other than the target unless said otherwise.

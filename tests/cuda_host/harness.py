@@ -29,7 +29,7 @@ class Args(ctypes.Structure):
         *((name, c_void_p) for name in ("dlogits", "loss", "lse", "correct")),
         *((name, c_int64) for name in ("logits_row_stride", "dlogits_row_stride", "ignore_index")),
         ("num_classes", c_int), ("cluster_size", c_int),
-        ("label_smoothing", c_float), ("softcap", c_float), ("z_loss", c_float),
+        *((name, c_float) for name in ("label_smoothing", "softcap", "z_loss", "bad_gradient")),
     )  # fmt: skip
 
 
@@ -102,14 +102,14 @@ class Host:
         units = -(-(num_classes + lanes - 1) // lanes)
         return Plan(held, cluster_size, num_threads, 1024 + 16 * -(-units // cluster_size) * held)
 
-    def _run(self, logits, target, options, plan, seed, is_forward, **pointers):
+    def _run(self, logits, target, options, plan, seed, is_forward, bad_gradient=float("nan"), **pointers):
         class_weight = options.class_weight
         args = Args(
             logits=logits.data_ptr(), target=target.data_ptr(), logits_row_stride=logits.stride(0),
             dlogits_row_stride=pointers["dlogits"].stride(0) if "dlogits" in pointers else 0,
             class_weight=None if class_weight is None else class_weight.data_ptr(), ignore_index=options.ignore_index,
             num_classes=logits.shape[1], cluster_size=plan.cluster_size, label_smoothing=options.label_smoothing,
-            softcap=options.softcap, z_loss=options.z_loss, **{k: v.data_ptr() for k, v in pointers.items()},
+            softcap=options.softcap, z_loss=options.z_loss, bad_gradient=bad_gradient, **{k: v.data_ptr() for k, v in pointers.items()},
         )  # fmt: skip
         how = HostLaunch(
             element_type=ELEMENT_TYPES[logits.dtype], is_forward=is_forward, is_held=plan.held, seed=seed,
@@ -127,7 +127,8 @@ class Host:
     def fwd_bwd_in_place(self, logits, target, row_weight, options, plan, seed=0) -> Tensor:
         """`loss [N]`; the gradient takes the place of `logits`."""
         loss = torch.full(target.shape, float("nan"))
-        self._run(logits, target, options, plan, seed, False, row_weight=row_weight, loss=loss, dlogits=logits)
+        pointers = {"row_weight": row_weight, "loss": loss, "dlogits": logits}
+        self._run(logits, target, options, plan, seed, False, bad_gradient=0.0, **pointers)
         return loss
 
     def fwd(self, logits, target, options, plan, seed=0) -> tuple[Tensor, Tensor, Tensor]:

@@ -334,6 +334,11 @@ T load_global(const T* from) {
   host_cuda::machine().counters.bytes_loaded += sizeof(T);
   return *from;
 }
+inline Unit reload_unit(const void* from) { return load_unit(from); }
+template <class T>
+T reload(const T* from) {
+  return load_global(from);
+}
 // Counted once a warp.
 template <class T>
 T load_uniform(const T* from) {

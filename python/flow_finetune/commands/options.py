@@ -21,7 +21,7 @@ Precision = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=MODEL_PANEL)]
 Backend = Annotated[
-    str, typer.Option(help="flow_kernels backend: auto, reference, cpu, triton, cuda.", rich_help_panel=MODEL_PANEL)
+    str, typer.Option(help="flow_kernels backend: auto, reference, cpu or triton.", rich_help_panel=MODEL_PANEL)
 ]
 TrustRemoteCode = Annotated[
     bool,
