@@ -220,7 +220,7 @@ def write_end_to_end() -> None:
     rows, parts = harness.read_csv("end_to_end"), harness.read_csv("end_to_end_parts")
     if not rows:
         return
-    columns = ["program", "baseline", "model", "samples", "tokens", "targets", "flow_tokens_per_second",
+    columns = ["program", "device", "baseline", "model", "samples", "tokens", "targets", "flow_tokens_per_second",
                "transformers_tokens_per_second", "ratio", "ratio_of_each_part", "mean_loss_difference",
                "largest_loss_difference"]  # fmt: skip
     text = ["# End to end", *sorted({row["machine"] for row in rows})]
