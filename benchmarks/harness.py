@@ -109,6 +109,16 @@ def summary(times: list) -> dict:
     }  # fmt: skip
 
 
+def paired_ratio(times: list, others: list | None) -> float | str:
+    """The median over rounds of one call's wall clock by another's, "" without the other.
+
+    On a machine that is twice as fast in one minute as in the next, medians of two calls may be of different minutes.
+    """
+    if not others:
+        return ""
+    return round(statistics.median(wall / other for (wall, _), (other, _) in zip(times, others, strict=True)), 3)
+
+
 def peak_above(call, result_bytes) -> int:
     """Bytes by which the resident peak of `call` exceeds what was resident before and what it returns (Linux)."""
     status = Path("/proc/self/status")

@@ -50,7 +50,7 @@ def time_cases(cases: list[str], head: Head, names: list[str], repetitions: int,
     """Time `names` in turn and write one row each to <csv>.csv; of further cases, the first implementation only.
 
     Besides the seconds a row has the ratios of its median to those of the fused kernels, of the product alone and of
-    plain training within the same run. What is left out goes to <csv>_left_out.csv with the reason.
+    plain training within the same run, and of the last also the median of the ratios within each round. What is left out goes to <csv>_left_out.csv with the reason.
     """
     calls, left_out = {}, []
     for case in cases:
@@ -70,6 +70,7 @@ def time_cases(cases: list[str], head: Head, names: list[str], repetitions: int,
             f"over_{label}": round(row["median_s"] / found[key]["median_s"], 3) if key in found else ""
             for label, key in others.items()
         }
+        ratios["paired_first_case"] = harness.paired_ratio(times[case, name], times.get((cases[0], name)))
         rows.append(_about(head, case, name) | row | ratios | source)
         shown = ("case", "head", "implementation", "median_s", "q1_s", "q3_s", *ratios, "repetitions")
         print({k: rows[-1][k] for k in shown}, flush=True)

@@ -373,3 +373,16 @@ def test_a_process_that_fails_leaves_what_the_others_measured(tmp_path, monkeypa
     with pytest.raises(SystemExit, match=r"^score, N=4, flow cpu, in a process of its own failed: no memory$"):
         head.time_alone("score", [Head(f"N={n}", n, 32, 500) for n in (2, 4, 8)], ["flow cpu"], 2, "sweep_alone")
     assert [row["N"] for row in harness.read_csv("sweep_alone")] == ["2", "8"]
+
+
+def test_ratios_within_rounds_do_not_mind_a_machine_that_changes_its_speed():
+    """Of two calls of the same cost, 20 % apart in their medians; CPU seconds take no part."""
+    import harness
+
+    speeds = [1, 1, 1, 2, 2]
+    plain = [(1.0 * speed, 9) for speed in speeds]
+    other = [(1.0 * speed, 7) for speed in (1, 1, 1.2, 2, 2)]
+    assert harness.summary(other)["median_s"] == 1.2 * harness.summary(plain)["median_s"]
+    assert harness.paired_ratio(other, plain) == 1.0
+    assert harness.paired_ratio([(3, 0), (8, 0)], [(2, 0), (4, 0)]) == 1.75
+    assert harness.paired_ratio(other, None) == ""
