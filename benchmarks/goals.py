@@ -73,8 +73,7 @@ def _speed() -> list[dict]:
         ("train frozen head", 0.8, "frozen head / with dW"),
     ):
         for head in (gemma, smol):
-            # Of records from before there were ratios within rounds, the ratio of medians.
-            value = _ratio(case, head, FLOW, "paired_first_case") or _ratio(case, head, FLOW, "over_first_case")
+            value = _ratio(case, head, FLOW, "over_first_case")
             if value is not None and case == "train weighted":
                 value = abs(value - 1)
             lines.append(_line(f"{what}, {head}", value, limit))
