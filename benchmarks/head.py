@@ -116,7 +116,7 @@ def peak(case: str, head: Head, name: str) -> None:
     def result_bytes(result):
         return sum(t.nbytes for t in result)
 
-    print(round(harness.peak_above(call_of(name, case, head, inputs), result_bytes) / 2**20, 1))
+    print(round(harness.peak_above(call_of(name, case, head, inputs), result_bytes) / 2**20, 2))
 
 
 def time_alone(case: str, heads: Sequence[Head], names: list[str], rounds: int, csv: str) -> None:

@@ -122,20 +122,22 @@ KeptRows keep_rows(const at::Tensor& target, const std::optional<at::Tensor>& sc
     scales = scale->to(at::kFloat).contiguous();
     g = scales.const_data_ptr<float>();
   }
-  std::vector<int64_t> index;
-  index.reserve(num_rows);
+  const auto counts = [&](int64_t i) { return t[i] != ignore_index && (g == nullptr || g[i] != 0); };
+  int64_t kept = 0;
   for (int64_t i = 0; i < num_rows; ++i) {
-    if (t[i] == ignore_index) continue;
-    TORCH_CHECK_INDEX(t[i] >= 0 && t[i] < num_classes, "the target of row ", i, " is ", t[i], ", outside [0, ", num_classes,
-                      ") and not ignore_index=", ignore_index);
-    if (g == nullptr || g[i] != 0) index.push_back(i);
+    TORCH_CHECK_INDEX(t[i] == ignore_index || (t[i] >= 0 && t[i] < num_classes), "the target of row ", i, " is ", t[i],
+                      ", outside [0, ", num_classes, ") and not ignore_index=", ignore_index);
+    kept += counts(i);
   }
-  const int64_t kept = static_cast<int64_t>(index.size());
-  KeptRows rows{at::empty({kept}, at::kLong), at::empty({kept}, at::kLong), at::empty({kept}, at::kFloat)};
-  for (int64_t i = 0; i < kept; ++i) {
-    rows.index.mutable_data_ptr<int64_t>()[i] = index[i];
-    rows.target.mutable_data_ptr<int64_t>()[i] = t[index[i]];
-    rows.scale.mutable_data_ptr<float>()[i] = g == nullptr ? 1.0f : g[index[i]];
+  KeptRows rows{at::empty({kept}, at::kLong), at::empty({kept}, at::kLong), at::empty({g == nullptr ? 0 : kept}, at::kFloat)};
+  int64_t* index = rows.index.mutable_data_ptr<int64_t>();
+  int64_t* target_of = rows.target.mutable_data_ptr<int64_t>();
+  float* scale_of = rows.scale.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (!counts(i)) continue;
+    *index++ = i;
+    *target_of++ = t[i];
+    if (g != nullptr) *scale_of++ = g[i];
   }
   return rows;
 }

@@ -21,7 +21,7 @@ std::vector<std::string> kernel_names(DType dtype);
 
 // Rows that count, with everything about them in their order.
 struct KeptRows {
-  at::Tensor index, target, scale;  // int64, int64, fp32
+  at::Tensor index, target, scale;  // int64, int64, fp32 (empty if none was given)
   int64_t size() const { return index.numel(); }
 };
 

@@ -1,0 +1,76 @@
+"""The CPU's forward pass in parts: rows in blocks, and the vocabulary in stretches that end in any order."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_cpu_kernels import PLAIN, head, kernels
+
+from flow_kernels import cpu
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=f"no compiled CPU kernels: {cpu.why_not()}")
+
+SMOOTHED = (torch.rand(1201, generator=torch.Generator().manual_seed(3)), 7, 0.1, 4.0, 1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "name"), kernels())
+@pytest.mark.parametrize("options", [PLAIN, SMOOTHED], ids=["plain", "options"])
+def test_rows_of_any_block_have_the_bits_of_rows_alone(dtype, name, options):
+    """5000 rows are more than are scored at a time; a third do not count, so blocks are of rows that do."""
+    input, weight, target, _ = head(5000, 40, 1201, dtype)
+    target[::3] = options[1]
+    whole = cpu.linear_cross_entropy_fwd(input, weight, target, None, *options, 0, kernels=name)
+    scores = cpu.linear_cross_entropy_score(input, weight, target, None, options[1], options[3], 0, kernels=name)
+    for start in (0, 1666, 2490, 3333, 4980):
+        rows = slice(start, start + 20)
+        alone = cpu.linear_cross_entropy_fwd(input[rows], weight, target[rows], None, *options, 0, kernels=name)
+        assert all(torch.equal(part[rows], one) for part, one in zip(whole, alone, strict=True))
+        alone = cpu.linear_cross_entropy_score(
+            input[rows], weight, target[rows], None, options[1], options[3], 0, kernels=name
+        )
+        assert all(torch.equal(part[rows], one) for part, one in zip(scores, alone, strict=True))
+
+
+def test_a_bad_target_of_a_later_block_is_named():
+    input, weight, target, _ = head(5000, 8, 40, torch.float32)
+    target[4321] = 40
+    with pytest.raises(IndexError, match="the target of row 4321 is 40"):
+        cpu.linear_cross_entropy_fwd(input, weight, target, None, *PLAIN, 0)
+
+
+@pytest.mark.parametrize(("dtype", "name"), kernels((torch.float32, torch.bfloat16)))
+def test_stretches_that_end_in_any_order(dtype, name):
+    """Far more threads than cores: stretches wait for those in front of them, and the losses keep their bits."""
+    input, weight, target, _ = head(70, 64, 40_000, dtype)
+    input *= 4  # maxima of stretches far apart
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        wanted = cpu.linear_cross_entropy_score(input, weight, target, None, -100, 30.0, 0, kernels=name)
+        torch.set_num_threads(13)
+        for _ in range(20):
+            found = cpu.linear_cross_entropy_score(input, weight, target, None, -100, 30.0, 0, kernels=name)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_does_not_grow_with_the_rows(monkeypatch):
+    """32768 rows of 256 bf16: packed at once they were 16 MiB more, and statistics of 64 stretches 32 MiB."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import harness
+
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(32768, 256, generator=generator, dtype=torch.bfloat16)
+    weight = torch.randn(4096, 256, generator=generator, dtype=torch.bfloat16)
+    target = torch.randint(0, 4096, (32768,), generator=generator)
+
+    def score(num_rows):
+        return cpu.linear_cross_entropy_fwd(input[:num_rows], weight, target[:num_rows], None, *PLAIN, 0)
+
+    score(64)
+    peaks = {
+        n: harness.peak_above(lambda n=n: score(n), lambda found: sum(t.nbytes for t in found)) for n in (4096, 32768)
+    }
+    # What is left: 16 bytes a row, for which rows count and their targets (0.5 MiB), and what malloc rounds to.
+    assert peaks[32768] - peaks[4096] <= 2 * 2**20, peaks
