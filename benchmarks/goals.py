@@ -74,9 +74,11 @@ def _speed() -> list[dict]:
     ):
         for head in (gemma, smol):
             value = _ratio(case, head, FLOW, "over_first_case")
+            note = ""
             if value is not None and case == "train weighted":
                 value = abs(value - 1)
-            lines.append(_line(f"{what}, {head}", value, limit))
+                note = f" (ratio within rounds {harness.within_rounds(_timed(case, head, FLOW))})"
+            lines.append(_line(f"{what}, {head}", value, limit, note=note))
     return lines
 
 

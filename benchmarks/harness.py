@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -109,14 +110,25 @@ def summary(times: list) -> dict:
     }  # fmt: skip
 
 
-def paired_ratio(times: list, others: list | None) -> float | str:
-    """The median over rounds of one call's wall clock by another's, "" without the other.
+def paired_ratio(times: list, others: list | None) -> dict:
+    """The median over rounds of one call's wall clock by another's, and its bootstrap interval of 95 %; "" without it.
 
     On a machine that is twice as fast in one minute as in the next, medians of two calls may be of different minutes.
     """
+    names = ("paired_first_case", "paired_low", "paired_high")
     if not others:
-        return ""
-    return round(statistics.median(wall / other for (wall, _), (other, _) in zip(times, others, strict=True)), 3)
+        return dict.fromkeys(names, "")
+    ratios = np.array([wall / other for (wall, _), (other, _) in zip(times, others, strict=True)])
+    draws = np.random.default_rng(0).integers(0, len(ratios), (10_000, len(ratios)))
+    medians = np.median(ratios[draws], axis=1)
+    values = np.median(ratios), *np.quantile(medians, (0.025, 0.975))
+    return {name: round(float(value), 3) for name, value in zip(names, values, strict=True)}
+
+
+def within_rounds(row: dict) -> str:
+    """The median ratio to plain training within rounds, and its interval where that was recorded."""
+    interval = f" [{row['paired_low']}, {row['paired_high']}]" if row.get("paired_low") else ""
+    return f"{row.get('paired_first_case', '')}{interval}"
 
 
 def peak_above(call, result_bytes) -> int:

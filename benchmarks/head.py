@@ -70,7 +70,7 @@ def time_cases(cases: list[str], head: Head, names: list[str], repetitions: int,
             f"over_{label}": round(row["median_s"] / found[key]["median_s"], 3) if key in found else ""
             for label, key in others.items()
         }
-        ratios["paired_first_case"] = harness.paired_ratio(times[case, name], times.get((cases[0], name)))
+        ratios |= harness.paired_ratio(times[case, name], times.get((cases[0], name)))
         rows.append(_about(head, case, name) | row | ratios | source)
         shown = ("case", "head", "implementation", "median_s", "q1_s", "q3_s", *ratios, "repetitions")
         print({k: rows[-1][k] for k in shown}, flush=True)

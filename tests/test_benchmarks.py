@@ -383,6 +383,16 @@ def test_ratios_within_rounds_do_not_mind_a_machine_that_changes_its_speed():
     plain = [(1.0 * speed, 9) for speed in speeds]
     other = [(1.0 * speed, 7) for speed in (1, 1, 1.2, 2, 2)]
     assert harness.summary(other)["median_s"] == 1.2 * harness.summary(plain)["median_s"]
-    assert harness.paired_ratio(other, plain) == 1.0
-    assert harness.paired_ratio([(3, 0), (8, 0)], [(2, 0), (4, 0)]) == 1.75
-    assert harness.paired_ratio(other, None) == ""
+    assert harness.paired_ratio(other, plain)["paired_first_case"] == 1.0
+    assert harness.paired_ratio([(3, 0), (8, 0)], [(2, 0), (4, 0)])["paired_first_case"] == 1.75
+    assert set(harness.paired_ratio(other, None).values()) == {""}
+
+
+def test_interval_of_a_ratio_within_rounds():
+    """Of 31 ratios 1 ... 31, the binomial distribution gives the median's 95 % to the 10th and the 22nd."""
+    import harness
+
+    found = harness.paired_ratio([(i * 2.0, 0) for i in range(31, 0, -1)], [(2.0, 0)] * 31)
+    assert found["paired_first_case"] == 16
+    assert abs(found["paired_low"] - 10) <= 1
+    assert abs(found["paired_high"] - 22) <= 1
