@@ -17,6 +17,7 @@ training rows that no cell is trained on.
         penalty: l2
         learning_rate_of: standard         # the choice of another row
         seeds: [0, 1, 2]                   # 0 when not given
+        compare_with: standard             # besides the baseline, of a combination the method alone
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class RowOptions:
     seeds: tuple[int, ...] = (0,)
     learning_rates: tuple[float, ...] = ()
     learning_rate_of: str | None = None
+    compare_with: str | None = None  # a row it is compared with besides the baseline
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,8 @@ def _check(experiment: Experiment, where: str) -> None:
         check_name(method)
         if method.of is not None:
             _check_averaged(experiment, row, place)
+        if options.compare_with is not None and options.compare_with not in set(names) - {row.name}:
+            raise InputError(f"{place}: compare_with names {options.compare_with!r}, which is no other row")
         ways = [method.learning_rate is not None, bool(options.learning_rates), options.learning_rate_of is not None]
         if experiment.untuned(row):
             if any(ways):

@@ -19,7 +19,8 @@ from experiment import Experiment, read_experiment, select
 from flow_finetune.commands.messages import messages
 from flow_finetune.errors import InputError
 from flow_finetune.progress import say
-from paper_report import read_results, write_paper_report
+from paper_report import write_paper_report
+from paper_results import read_results
 from records import Records
 
 ROOT = Path(__file__).parents[1]

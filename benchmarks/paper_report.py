@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from experiment import PRETRAINED, Cell, Experiment, ImageSearch, Row, Search
+from experiment import Cell, ImageSearch, Row, Search
 from flow_finetune.config import non_defaults
-from flow_finetune.errors import InputError
-from flow_finetune.evaluation_files import exponential, metric_record
 from flow_finetune.markdown import marked_text, table_lines, value_text
 from flow_finetune.methods import needs_scores
 from flow_finetune.plots import plot_tradeoff
-from flow_finetune.results import Metric, Run, cell, compare, items_text, load_runs, shown_metrics, verdict
-from flow_finetune.statistics import Difference, Items
+from flow_finetune.results import Metric, Run, cell, compare, items_text, shown_metrics, verdict
+from flow_finetune.statistics import Difference
 from flow_finetune.storage import atomic_path
-from records import Records
+from paper_results import Results, seed_mean, short_key
 
 _INTERVALS = (
     "Row minus {baseline} of the same seed on the same items (the pre-trained model: minus the {baseline} of this "
@@ -28,98 +26,6 @@ _INTERVALS = (
     "intervals hold the chance of which items were evaluated, not of another training seed; of many intervals, one in "
     "twenty excludes 0 without any difference. Fewer than 6 items give no interval (infinite ends)."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """The finished cells of an experiment."""
-
-    experiment: Experiment
-    records: dict[str, dict]  # cell.json by cell key
-    runs: dict[str, Run]  # by cell key; a run is named after its row
-    searches: dict[str, dict[float, float | None]]  # validation loss by learning rate, by row
-
-    @property
-    def baseline(self) -> Row:
-        """The row that others are compared with."""
-        return self.experiment.row(self.experiment.baseline)
-
-    def run(self, row: Row, seed: int) -> Run | None:
-        """The run of a row with a seed."""
-        return self.runs.get(Cell(row, seed).key)
-
-    def seeds_done(self, row: Row) -> list[int]:
-        """The finished seeds of a row."""
-        return [seed for seed in row.options.seeds if self.run(row, seed) is not None]
-
-    def common_seeds(self, row: Row) -> list[int]:
-        """The finished seeds of a row that the baseline has as well."""
-        return [seed for seed in self.seeds_done(row) if self.run(self.baseline, seed) is not None]
-
-    def shown(self) -> list[tuple[Run, Row | None, int | None]]:
-        """The pre-trained model and one run of every row, in the order of the file, with its seed.
-
-        A row's seed is its first finished one that the baseline has as well, else its first finished one. Where that is
-        not the first of the file, the run's name says which it is.
-        """
-        found = [(self.runs[Cell(None).key], None, None)]
-        for row in self.experiment.rows:
-            for seed in (self.common_seeds(row) or self.seeds_done(row))[:1]:
-                name = row.name if seed == row.options.seeds[0] else f"{row.name} (seed {seed})"
-                found.append((dataclasses.replace(self.run(row, seed), name=name), row, seed))
-        return found
-
-    def shown_runs(self) -> list[Run]:
-        """The runs of `shown`."""
-        return [run for run, _, _ in self.shown()]
-
-
-def read_results(experiment: Experiment, records: Records) -> Results:
-    """Read every finished cell.
-
-    Raises:
-        InputError: there is none of the pre-trained model, or records that do not belong together.
-    """
-    cells = [c for c in experiment.cells() if c.candidate is None]
-    found = {c.key: record for c in cells if (record := records.read(c)) is not None}
-    if Cell(None).key not in found:
-        raise InputError(f"{records.path} has no record of the pre-trained model; run the experiment first")
-    done = [c for c in cells if c.key in found]
-    runs = load_runs([records.directory(c) for c in done])
-    _check_same_start(records, done)
-    named = [
-        dataclasses.replace(run, name=c.row.name if c.row else PRETRAINED) for c, run in zip(done, runs, strict=True)
-    ]
-    searches = {row.name: records.search_losses(row) for row in experiment.rows if row.options.learning_rates}
-    return Results(experiment, found, dict(zip((c.key for c in done), named, strict=True)), searches)
-
-
-def _check_same_start(records: Records, done: Sequence[Cell]) -> None:
-    """Refuse cells that were not made from one model and one set of training samples."""
-    cells: dict[str, dict[str, list[str]]] = {}  # their names by fingerprint, by what it is of
-    for c in done:
-        for kind, fingerprint in records.start(c).items():
-            cells.setdefault(kind, {}).setdefault(fingerprint, []).append(_short(c.key))
-    for kind, groups in cells.items():
-        if len(groups) > 1:
-            listed = " against ".join(", ".join(names) for names in groups.values())
-            raise InputError(f"the records in {records.path} do not belong together, their {kind} differs: {listed}")
-
-
-def seed_mean(runs: Sequence[Run]) -> Run:
-    """One run whose items are the means over runs of the same items: a metric's items keep their weights."""
-    items = {}
-    for key in runs[0].items:
-        first = runs[0].items[key]
-        rows = [dict(zip(run.items[key].ids, run.items[key].value, strict=True)) for run in runs]
-        items[key] = Items(first.ids, np.mean([[row[i] for i in first.ids] for row in rows], axis=0), first.weight)
-    tasks = []
-    for task in runs[0].evaluation["tasks"]:
-        metrics = {metric: metric_record(found) for (name, metric), found in items.items() if name == task["name"]}
-        if "perplexity" in task["metrics"]:
-            metrics["perplexity"] = exponential(metrics["nats_per_token"])
-        tasks.append({**task, "metrics": metrics})
-    return dataclasses.replace(runs[0], evaluation={**runs[0].evaluation, "tasks": tasks}, items=items)
 
 
 def write_paper_report(results: Results, output: Path, command: str) -> Path:
@@ -134,7 +40,7 @@ def write_paper_report(results: Results, output: Path, command: str) -> Path:
     if plot_tradeoff(runs, output / f"{experiment.name}_tradeoff.png"):
         page += ["## Learned against kept", "", f"![trade-off]({experiment.name}_tradeoff.png)", ""]
         page += ["One point a row (the seed of the tables above); bars are standard errors over items.", ""]
-    page += [*_seeds(results, metrics), *_searches(results), *_costs(results)]
+    page += [*_combinations(results, metrics), *_seeds(results, metrics), *_searches(results), *_costs(results)]
     _write_csv(output / f"{experiment.name}.csv", _csv_rows(results, metrics))
     _write_csv(output / f"{experiment.name}_seeds.csv", _seed_rows(results, metrics))
     path = output / f"{experiment.name}.md"
@@ -155,7 +61,7 @@ def _protocol(results: Results, command: str) -> list[str]:
     lines.append(f"- items evaluated: {listed}")
     commits = {key: record.get("commit", "not recorded") for key, record in results.records.items()}
     lines += [f"- commit {made}: {_cells(commits, made)}" for made in sorted(set(commits.values()))]
-    left = [_short(c.key) for c in experiment.cells() if c.candidate is None and c.key not in results.records]
+    left = [short_key(c.key) for c in experiment.cells() if c.candidate is None and c.key not in results.records]
     lines += [f"- not run yet: {', '.join(left)}"] if left else []
     alone = [
         f"{row.name} {seed}"
@@ -188,12 +94,7 @@ def _words(name: str, options: dict) -> str:
 
 
 def _cells(values: dict[str, str], value: str) -> str:
-    return ", ".join(_short(key) for key, found in values.items() if found == value)
-
-
-def _short(key: str) -> str:
-    """A cell's key without the folder."""
-    return key.partition("/")[2]
+    return ", ".join(short_key(key) for key, found in values.items() if found == value)
 
 
 def _groups(metrics: Sequence[Metric]) -> list[tuple[str, list[Metric]]]:
@@ -244,6 +145,25 @@ def _against_baseline(results: Results, run: Run, seed: int | None, metric: Metr
     else:
         reference = results.run(results.baseline, seed)
     return None if reference is None else compare(run, reference, metric, results.shown_runs())
+
+
+def _combinations(results: Results, metrics: Sequence[Metric]) -> list[str]:
+    """Rows that name another one to be compared with: a method with FLOW's weights against the method alone."""
+    pairs = []
+    for row in results.experiment.rows:
+        other = results.experiment.row(row.options.compare_with) if row.options.compare_with else None
+        common = [s for s in results.seeds_done(row) if other is not None and results.run(other, s) is not None]
+        if common:
+            pairs.append((f"{row.name} - {other.name}", results.run(row, common[0]), results.run(other, common[0])))
+    if not pairs:
+        return []
+    rows, runs = [], results.shown_runs()
+    for metric in metrics:
+        rows.append(
+            [metric.label, *(marked_text(compare(run, other, metric, runs), metric) for _, run, other in pairs)]
+        )
+    text = "Differences of the first seed that both have, on the same items, with intervals as above."
+    return ["## Combinations", "", text, "", *table_lines(["metric", *(name for name, _, _ in pairs)], rows)]
 
 
 def _seeds(results: Results, metrics: Sequence[Metric]) -> list[str]:
@@ -353,6 +273,12 @@ def _costs(results: Results) -> list[str]:
     if images:
         once = f"decoding, features, the new head and the scores took {_number(score, ',.0f')} s once, before all rows"
     text = f"Wall time in seconds; {once}. A cell's time has the loading in it."
+    total = sum(record["seconds"]["cell"] for record in results.records.values())
+    if results.search_seconds:
+        searched = sum(results.search_seconds)
+        text += f" {len(results.search_seconds)} learning rates were tried in {searched:,.0f} s."
+        total += searched
+    text += f" All together {total / 3600:.1f} h."
     return ["## Cost", "", text, "", *table_lines(head, rows)]
 
 

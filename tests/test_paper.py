@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import paper  # isort: skip
 from experiment import read_experiment, select  # isort: skip
 from records import Records  # isort: skip
-from paper_report import read_results, seed_mean, write_paper_report  # isort: skip
+from paper_report import write_paper_report  # isort: skip
+from paper_results import read_results, seed_mean  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 

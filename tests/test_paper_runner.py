@@ -9,7 +9,8 @@ from flow_finetune.errors import DivergedError, InputError
 from paper_cells import MAPPING, FakeLaboratory, Killed, make_runner, write_experiment
 
 from experiment import Cell, read_experiment, select, shard  # isort: skip
-from paper_report import read_results, write_paper_report  # isort: skip
+from paper_report import write_paper_report  # isort: skip
+from paper_results import read_results  # isort: skip
 from records import Records, locked  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("no_sync")

@@ -11,7 +11,8 @@ from flow_finetune.evaluation_files import read_items
 from paper_cells import MAPPING, FakeLaboratory, make_runner, write_experiment
 
 from experiment import Cell, read_experiment  # isort: skip
-from paper_report import read_results, write_paper_report  # isort: skip
+from paper_report import write_paper_report  # isort: skip
+from paper_results import read_results  # isort: skip
 from records import Records  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")

@@ -24,8 +24,9 @@ namespace {
 constexpr int64_t max_stretches = 64;
 
 // Rows that are scored at a time, so that the memory of scoring does not grow with them: the head is packed again for each
-// block, and the block's rows stay in cache. 8192 rows of 640 and V = 65536 in bf16 took 0.90 to 0.93 of the time of one
-// block by 1024 or 2048 at a time, 4096 rows of 4096 0.92 and 1.09 (2 noisy cores with AMX, pairs in turn).
+// block, and the block's rows stay in cache. Of the time with all rows in one block, 1024 and 2048 at a time took 0.93 and
+// 0.91 (8192 rows, D = 640, V = 65536) and 0.92 and 1.09 (4096 rows, D = 4096; bf16, pairs in turn on 2 noisy cores with
+// AMX).
 constexpr int64_t scored_rows = 1024;
 
 // Bytes of exponentials (or logits) a training pass keeps beside those in dweight's own memory: a tile that fits saves one
@@ -108,6 +109,7 @@ struct Head {
   void work_on(int64_t first, int64_t last) {
     first_row = first;
     problem.num_rows = last - first;
+    problem.rows.lse = problem.rows.log_p = nullptr;  // another block's
     problem.rows.target = rows.target.const_data_ptr<int64_t>() + first;
     if (rows.scale.numel() > 0) problem.rows.row_scale = rows.scale.const_data_ptr<float>() + first;
   }
@@ -131,7 +133,7 @@ struct Head {
                          problem.dtype, static_cast<uint32_t*>(rows_b.mutable_data_ptr()));
   }
 
-  // Losses, lse and correctness into the rows' places; leaves target_logit, lse and log_p of the kept rows.
+  // Losses, lse and correctness into the rows' places; leaves target_logit, lse and log_p of the rows worked on.
   void forward(at::Tensor& loss_out, at::Tensor* lse_out, at::Tensor* correct_out, at::Tensor* entropy_out) {
     const int64_t n = problem.num_rows;
     if (n == 0) return;
@@ -170,7 +172,7 @@ struct Head {
     problem.rows.log_p = log_p_ptr;
   }
 
-  // The same of forward-only calls, some rows at a time.
+  // The same for forward-only calls, a block of rows at a time.
   void score(at::Tensor& loss_out, at::Tensor* lse_out, at::Tensor* correct_out, at::Tensor* entropy_out) {
     const int64_t n = rows.size(), blocks = (n + scored_rows - 1) / scored_rows;
     for (int64_t block = 0; block < blocks; ++block) {

@@ -1,11 +1,12 @@
 // Statistics of the vocabulary's stretches, merged in their order as they end, whichever thread has made them; so the
 // sums are the same for any number of threads, and few stretches wait in memory: about as many as there are threads,
-// more only while one stretch takes as long as several others.
+// more only while one stretch takes as long as several others, or merging (one thread at a time) as long as a stretch.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "api.h"
@@ -30,7 +31,7 @@ inline void add_stretch(RowTotals& total, const RowStats& part, bool is_before) 
 
 class Stretches {
  public:
-  explicit Stretches(const HeadProblem& problem, int64_t count)
+  Stretches(const HeadProblem& problem, int64_t count)
       : problem_(problem), totals_(problem.num_rows), ended_(count) {}
 
   int64_t first_tile(int64_t stretch) const { return stretch * problem_.num_tiles / size(); }
