@@ -77,7 +77,8 @@ def _speed() -> list[dict]:
             note = ""
             if value is not None and case == "train weighted":
                 value = abs(value - 1)
-                note = f" (ratio within rounds {harness.within_rounds(_timed(case, head, FLOW))})"
+                rounds = harness.within_rounds(_timed(case, head, FLOW))
+                note = f" (ratio within rounds {rounds})" if rounds else ""
             lines.append(_line(f"{what}, {head}", value, limit, note=note))
     return lines
 

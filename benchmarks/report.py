@@ -31,7 +31,7 @@ def errors(head: str, name: str) -> dict[str, str]:
 
 
 def case_table() -> list[str]:
-    """The fused kernels with weights, ignored rows and a frozen head beside plain training, each head in one run."""
+    """The fused kernels with weights, ignored rows and a frozen head beside plain training; ratios are within a row's run."""
     rows = harness.read_csv("head_cases")
     table = [
         {

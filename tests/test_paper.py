@@ -80,6 +80,8 @@ def test_the_mean_over_seeds_is_over_the_same_items(tiny_experiment, tmp_path):
         ({"rows": [*MAPPING["rows"], {"name": "a", "of": "l2", "wise_ft": 0.5, "seeds": [1]}]}, "seed 1, which l2 lacks"),
         ({"rows": [*MAPPING["rows"], {"name": "l2", "learning_rate": 1e-5}]}, "row l2: a row's name"),
         ({"rows": [*MAPPING["rows"], {"name": "a", "learning_rate": 1e-5, "wieghts": "none"}]}, "did you mean 'weights'"),
+        ({"rows": [*MAPPING["rows"], {"name": "a", "learning_rate": 1e-5, "compare_with": "b"}]}, "'b', which is no other row"),
+        ({"rows": [*MAPPING["rows"], {"name": "a", "learning_rate": 1e-5, "compare_with": "a"}]}, "'a', which is no other row"),
         ({"search": None}, "says no search"),
         ({"task": "speech"}, "task must be one of language, image"),
     ],

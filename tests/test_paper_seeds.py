@@ -144,3 +144,28 @@ def test_an_average_of_a_row_that_was_redefined_is_refused(tmp_path):
     with pytest.raises(InputError, match="average-seed0 was made with another averaged_method"):
         Records(after, tmp_path / "records").read(Cell(after.row("average")))
     assert Records(before, tmp_path / "records").read(Cell(before.row("average"))) is not None
+
+
+def test_a_row_is_compared_with_the_one_that_it_names(tmp_path):
+    """On the first seed that both have, from their items."""
+    rows = [{**row, **({"compare_with": "l2"} if row["name"] in ("flow", "fixed") else {})} for row in MAPPING["rows"]]
+    experiment = read_experiment(write_experiment(tmp_path / "tiny.yaml", {**MAPPING, "rows": rows}))
+    assert make_runner(experiment, tmp_path, FakeLaboratory()).run(experiment.cells()) == ([], [])
+    records = Records(experiment, tmp_path / "records")
+    remove(records, "fixed-seed0")
+    page, _ = written(records)
+    section = page.partition("## Combinations\n")[2].partition("\n## ")[0]
+    assert "| metric | flow - l2 |" in section
+    line = next(line for line in section.splitlines() if line.startswith(f"| {LOSS}"))
+    expected = loss(records, "flow-seed0") - loss(records, "l2-seed0")
+    assert float(line.split("|")[2].strip(" *").split()[0]) == pytest.approx(expected, abs=6e-4)
+    remove(records, "l2-seed0")
+    assert "Combinations" not in written(Records(experiment, tmp_path / "records"))[0]
+
+
+def test_the_cost_has_the_searches_in_it(records):
+    for path in records.path.rglob("cell.json"):
+        edit(path, lambda record, path=path: record["seconds"].update(cell=100 if "search" in path.parts else 3600))
+    page, _ = written(Records(records.experiment, records.path.parent))
+    # Nine cells and five learning rates.
+    assert " 5 learning rates were tried in 500 s. All together 9.1 h." in page
