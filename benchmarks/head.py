@@ -50,7 +50,8 @@ def time_cases(cases: list[str], head: Head, names: list[str], repetitions: int,
     """Time `names` in turn and write one row each to <csv>.csv; of further cases, the first implementation only.
 
     Besides the seconds a row has the ratios of its median to those of the fused kernels, of the product alone and of
-    plain training within the same run, and of the last also the median of the ratios within each round. What is left out goes to <csv>_left_out.csv with the reason.
+    plain training within the same run, and of the last also the median of the ratios within each round, with its
+    interval. What is left out goes to <csv>_left_out.csv with the reason.
     """
     calls, left_out = {}, []
     for case in cases:
