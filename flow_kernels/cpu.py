@@ -8,7 +8,7 @@ others are made again by a fourth matrix product. bf16 keeps two bytes of each, 
 for all: the probabilities that are largest within a row's tile stay exact, the others within 2^-8 sqrt(largest / p).
 Beside that, training holds N x D fp32 for the gradient of the input in each thread, which on many cores is the most of
 it: 8192 rows of 4096 in 64 threads are 8 GiB. Forward-only calls take 1024 rows at a time, so their memory grows by
-16 bytes a row only: in two threads Gemma 3's head takes 2.6 MiB for 1024 rows and 2.8 for 8192.
+some 30 bytes a row only: in two threads Gemma 3's head takes 2.6 MiB for 1024 rows, 2.8 for 8192 and 3.4 for 32768.
 With `grad_filter_eps` the products of the gradients are of those classes only that some row of the block (1024 rows)
 needs; benchmarks/results/grad_filter.md has what is saved and lost on a real model.
 """
