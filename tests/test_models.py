@@ -16,12 +16,12 @@ from flow_finetune.errors import InputError
 from flow_finetune.integrations.trainer import use_weighted_loss
 from flow_finetune.models import (
     CausalLM,
-    evaluating,
     load_model,
     model_fingerprint,
     save_model,
     tokenizer_fingerprint,
 )
+from flow_finetune.modes import evaluating
 from processes import run_python
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -48,6 +48,7 @@ def test_score_and_evaluate_alone_say_what_the_run_says(image_run, image_mapping
     for wrong, message in ((["--split", "test"], "split 'test' is of a hub data set"),
                            (["--revision", "main"], "revision 'main' is of a transformers hub id"),
                            (["--tokens"], "--tokens has no meaning with --task image"),
+                           (["--compile"], "--compile has no meaning with --task image"),
                            (["--task", "language", "--size", "8"], "--size has no meaning with --task language")):  # fmt: skip
         result = CliRunner().invoke(app, ["score", "-m", model, "-d", data, "-o", "x", *common, *wrong])
         assert result.exit_code == 2

@@ -7,6 +7,7 @@ continue contexts runs each choice as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 import flow_kernels
+from flow_finetune.compiled_layers import uncompiled
 from flow_finetune.context import Contexts, continues_contexts
 from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
@@ -114,7 +116,10 @@ def score_choices(
         contexts = Contexts(lm, texts, pad_id)
         contexts.select(owner)
         context = contexts.options(batch.attention_mask)
-    scores = flow_kernels.sum_samples(lm.score(batch, **context), batch.target, batch.cu_seqlens)
+    # As with the contexts, layers that read a cache are not compiled.
+    with uncompiled(lm.model) if context else contextlib.nullcontext():
+        tokens = lm.score(batch, **context)
+    scores = flow_kernels.sum_samples(tokens, batch.target, batch.cu_seqlens)
     return scores, sum(splits) + int(batch.attention_mask.sum())
 
 

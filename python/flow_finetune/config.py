@@ -26,6 +26,7 @@ class ModelConfig:
     device: str = "auto"  # "auto": cuda, then cpu
     backend: str = "auto"  # of flow_kernels
     trust_remote_code: bool = False
+    compile: bool = False  # torch.compile of each layer: training steps take 0.8 of the time, after a minute
 
 
 @dataclass(frozen=True)

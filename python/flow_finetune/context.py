@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flow_finetune.models import CausalLM, evaluating
+from flow_finetune.compiled_layers import uncompiled
+from flow_finetune.models import CausalLM
+from flow_finetune.modes import evaluating
 from flow_finetune.progress import say
 
 # Relative error of hidden states that rounding explains; what architectures get wrong is 0.1 and more of it.
@@ -53,7 +55,9 @@ class Contexts:
 
     def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
         options = self.options(mask)
-        output = self._lm.model.base_model(input_ids=ids, use_cache=True, **options)
+        # What writes to a cache has the number of its layer in it, and would be compiled for each.
+        with uncompiled(self._lm.model):
+            output = self._lm.model.base_model(input_ids=ids, use_cache=True, **options)
         self._cache, self._mask = getattr(output, self._argument), options["attention_mask"]
         self._next = self._next + mask.sum(1, keepdim=True)
         return output.last_hidden_state
@@ -80,7 +84,7 @@ class Contexts:
 def continues_contexts(lm: CausalLM) -> bool:
     """Whether the model goes on from a padded batch of texts as if it had run each text as a whole; tried once."""
     if lm not in _answers:
-        with evaluating(lm):
+        with evaluating(lm), uncompiled(lm.model):
             _answers[lm] = _tries_to_continue(lm)
         if not _answers[lm]:
             say(

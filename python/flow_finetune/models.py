@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import flow_kernels
+from flow_finetune.compiled_layers import check_compiler, compile_layers
 from flow_finetune.config import ModelConfig, choose
 from flow_finetune.data import Batch
 from flow_finetune.errors import InputError
+from flow_finetune.modes import evaluating
 from flow_finetune.storage import atomic_path, fingerprint
+from flow_finetune.tied import embed, tied_embedding
 from flow_kernels import backends
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +58,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.backend = backend
         self.grad_filter_eps = 0.0  # training sets it
+        self.shares_tied_gradient = False  # training sets it; a wrapper that shards the matrix could not
         _ = self.head  # one that the fused loss cannot read is refused now
         if model.base_model is model:
             raise InputError(f"{type(model).__name__} has no body of its own to make hidden states with (base_model)")
@@ -83,8 +87,8 @@ class CausalLM(nn.Module):
 
         `context` goes to the body: a cache of what stands before the batch, with its attention mask and positions.
         """
-        options = {"attention_mask": batch.attention_mask, "use_cache": False, **context}
-        hidden = self.model.base_model(input_ids=batch.input_ids, **options).last_hidden_state
+        options = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False, **context}
+        hidden = self.model.base_model(**options).last_hidden_state
         return self.head_input(hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions))
 
     def head_input(self, hidden: Tensor) -> Tensor:
@@ -92,8 +96,13 @@ class CausalLM(nn.Module):
         return hidden if self.logit_scale == 1 else hidden * self.logit_scale
 
     def forward(self, batch: Batch, weight: Tensor, normalizer: float | Tensor) -> Tensor:
+        matrix, context = self.head.weight, {}
+        embedding = tied_embedding(self.model) if self.shares_tied_gradient else None
+        if embedding is not None:
+            embedded, matrix = embed(embedding, batch.input_ids)
+            context = {"input_ids": None, "inputs_embeds": embedded}
         return flow_kernels.linear_cross_entropy(
-            self.target_hidden(batch), self.head.weight, batch.target, linear_bias=self.head.bias,
+            self.target_hidden(batch, **context), matrix, batch.target, linear_bias=self.head.bias,
             sample_weight=weight, cu_seqlens=batch.cu_seqlens, normalizer=normalizer, softcap=self.softcap,
             grad_filter_eps=self.grad_filter_eps, backend=self.backend,
         )  # fmt: skip
@@ -179,18 +188,6 @@ def causal_lm_of(model: nn.Module) -> CausalLM:
     return lm
 
 
-@contextlib.contextmanager
-def evaluating(module: nn.Module):
-    """Eval mode, and afterwards the mode of every module as it was."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
 def resolve_device(name: str) -> torch.device:
     """The device that `auto` stands for, or the one named."""
     if name != "auto":
@@ -221,6 +218,8 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     dtype = DTYPES[choose("dtype", config.dtype, tuple(DTYPES))]
     choose("precision", config.precision, ("bf16", "full"))
     device = resolve_device(config.device)
+    if config.compile:
+        check_compiler(device)
     try:
         # Now, not at the first loss: a backend that cannot serve is found before anything is written. What "auto" is for
         # may differ between scoring and training, so each call chooses.
@@ -259,6 +258,8 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     tokenizer.padding_side = "right"
     lm = CausalLM(model.to(device).eval(), config.backend)
     lm.check_head()
+    if config.compile:
+        compile_layers(lm.model)
     return lm, tokenizer
 
 

@@ -24,7 +24,8 @@ from flow_finetune.adapters import Lora
 from flow_finetune.config import MethodConfig
 from flow_finetune.data import PAD_ID, Sample, collate
 from flow_finetune.methods import temperature_of, weigh
-from flow_finetune.models import CausalLM, autocast, evaluating
+from flow_finetune.models import CausalLM, autocast
+from flow_finetune.modes import evaluating
 
 
 class FrozenModel:

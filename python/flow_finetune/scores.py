@@ -64,7 +64,7 @@ def score_header(
         "fingerprints": scoring_fingerprints(lm, tokenizer, samples),
         "settings": {
             "dtype": model_config.dtype, "precision": model_config.precision, "backend": model_config.backend,
-            "batch_tokens": batch_tokens, "tokens": tokens,
+            "batch_tokens": batch_tokens, "tokens": tokens, **({"compile": True} if model_config.compile else {}),
         },
     }  # fmt: skip
 

@@ -160,7 +160,11 @@ def train(
         # Scores of another precision, backend or batch have the same fingerprints and other weights.
         **({"scores": fingerprint(value.numpy().tobytes() for value in values)} if values else {}),
         **({"temperature": temperature} if temperature is not None else {}),
-        "precision": {"dtype": model_config.dtype, "precision": model_config.precision},
+        "precision": {
+            "dtype": model_config.dtype,
+            "precision": model_config.precision,
+            **({"compile": True} if model_config.compile else {}),
+        },
         "fingerprints": fingerprints,
     }
     directory = TrainDirectory(output, identity, accelerator)
@@ -204,6 +208,7 @@ def _optimise(lm, samples, weights, directory, accelerator, method, config, mode
     device = accelerator.device
     lm.to(device).train()
     lm.grad_filter_eps = config.grad_filter_eps
+    lm.shares_tied_gradient = True
     torch.manual_seed(config.seed)
     lora = prepare_parameters(lm, method)
     warn_of_lost_updates(lm, method.learning_rate or config.learning_rate)

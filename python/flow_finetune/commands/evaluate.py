@@ -24,6 +24,7 @@ from flow_finetune.commands.options import (
     Backend,
     BatchTokens,
     ChoicesField,
+    Compile,
     Device,
     Dtype,
     Limit,
@@ -108,6 +109,7 @@ def evaluate(
     device: Device = "auto",
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    compile: Compile = False,
     overwrite: Overwrite = False,
     task: TaskKind = "language",
     images: Annotated[
@@ -152,7 +154,7 @@ def evaluate(
         from flow_finetune.evaluate import evaluate as run_evaluation
         from flow_finetune.evaluation_files import summary_of
 
-        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
+        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code, compile)
         longest = {"max_length": max_length}
         chosen = {"split": split, "subset": subset}
         shots_source = None if shots is None else str(shots)

@@ -23,6 +23,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_
 Backend = Annotated[
     str, typer.Option(help="flow_kernels backend: auto, reference, cpu or triton.", rich_help_panel=MODEL_PANEL)
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="torch.compile of each layer: faster, after a minute to begin with.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=MODEL_PANEL),

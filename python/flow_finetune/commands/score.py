@@ -22,6 +22,7 @@ from flow_finetune.commands.options import (
     Backend,
     BatchTokens,
     ChoicesField,
+    Compile,
     Data,
     Device,
     Dtype,
@@ -66,6 +67,7 @@ def score(
     device: Device = "auto",
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    compile: Compile = False,
     overwrite: Overwrite = False,
     task: TaskKind = "language",
     size: ImageSize = None,
@@ -90,7 +92,7 @@ def score(
         from flow_finetune import data as data_module
         from flow_finetune import models, scores
 
-        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
+        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code, compile)
         data_config = DataConfig(
             data, split, prompt_field, response_field, id_field, template, max_length, limit, subset, choices_field
         )

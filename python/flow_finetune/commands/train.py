@@ -30,6 +30,7 @@ from flow_finetune.commands.options import (
     ChoicesField,
     ClipHigh,
     ClipLow,
+    Compile,
     Data,
     Device,
     Dtype,
@@ -142,6 +143,7 @@ def train(
     device: Device = "auto",
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    compile: Compile = False,
     overwrite: Overwrite = False,
     task: TaskKind = "language",
     size: ImageSize = None,
@@ -185,7 +187,7 @@ def train(
         from flow_finetune.methods import needs_scores
         from flow_finetune.train_checks import check_dtype, check_scores, check_train
 
-        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code)
+        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code, compile)
         data_config = DataConfig(
             data, split, prompt_field, response_field, id_field, template, max_length, limit, subset, choices_field
         )

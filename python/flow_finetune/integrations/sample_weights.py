@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 import flow_kernels
 from flow_finetune.errors import InputError
 from flow_finetune.integrations.trainer import COLUMN
-from flow_finetune.models import causal_lm_of, evaluating
+from flow_finetune.models import causal_lm_of
+from flow_finetune.modes import evaluating
 from flow_finetune.progress import say, track
 
 # How peft may initialise adapters so that the model without them is not the pre-trained one: a part of its matrices is

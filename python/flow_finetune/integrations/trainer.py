@@ -22,7 +22,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import flow_kernels
 from flow_finetune.errors import InputError
-from flow_finetune.models import CausalLM, causal_lm_of, evaluating
+from flow_finetune.models import CausalLM, causal_lm_of
+from flow_finetune.modes import evaluating
 from flow_kernels import backends
 
 COLUMN = "sample_weight"
