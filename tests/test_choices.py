@@ -140,23 +140,86 @@ def test_bad_questions(tiny, tmp_path, bad, message):
     assert not (tmp_path / "out").exists()
 
 
+def question(rng, context, lengths):
+    """Choices of these numbers of tokens after a context of `context` tokens, the last of which is run with each."""
+    shared = rng.integers(0, 50, context + 1)
+    rests = [np.concatenate([[50 + n], rng.integers(0, 50, length - 1)]) for n, length in enumerate(lengths)]
+    return [Sample("", np.concatenate([shared, r]), context + 1, "", "", False) for r in rests]
+
+
+def padded_tokens(groups, batch, share_contexts=True):
+    """Tokens that the contexts and the choices of a batch are padded to, and all that are not padding."""
+    splits = [choices.split_length(groups[i]) if share_contexts else 0 for i in batch]
+    rests = [len(c.input_ids) - split for i, split in zip(batch, splits, strict=True) for c in groups[i]]
+    return max(splits) * len(splits), max(rests) * len(rests), sum(splits) + sum(rests)
+
+
 def test_batches_are_filled_without_much_padding():
     """Every question once, both limits kept, and little padding where contexts and choices differ in length."""
     rng = np.random.default_rng(0)
-    groups = []
-    for length, longest in zip(rng.integers(5, 120, 300), rng.integers(2, 40, 300), strict=True):
-        context = rng.integers(0, 50, length)
-        endings = [np.concatenate([[50 + n], rng.integers(0, 50, longest - 1)]) for n in range(4)]
-        groups.append([Sample("", np.concatenate([context, e]), length, "", "", False) for e in endings])
+    lengths = zip(rng.integers(5, 120, 300), rng.integers(2, 40, 300), strict=True)
+    groups = [question(rng, context, [longest] * 4) for context, longest in lengths]
     batches = choices.choice_batches(groups, 4096)
     assert sorted(i for batch in batches for i in batch) == list(range(300))
-    padded, tokens = 0, 0
-    for batch in batches:
-        splits = [choices.split_length(groups[i]) for i in batch]
-        rests = [len(c.input_ids) - split for i, split in zip(batch, splits, strict=True) for c in groups[i]]
-        assert max(splits) * len(splits) <= 4096
-        assert max(rests) * len(rests) <= 4096
-        padded += max(splits) * len(splits) + max(rests) * len(rests)
-        tokens += sum(splits) + sum(rests)
-    assert padded < 1.25 * tokens
+    context, rest, tokens = np.transpose([padded_tokens(groups, batch) for batch in batches])
+    assert max(*context, *rest) <= 4096
+    assert (context + rest).sum() < 1.25 * tokens.sum()
     assert sorted(choices.choice_batches(groups[:3], 1)) == [[0], [1], [2]]
+    assert choices.choice_batches([], 4096) == []
+
+
+def least_cost(groups, order, batch_tokens, batch_cost, share_contexts):
+    """The least cost of all ways to cut `order`, each of which is tried."""
+    found = []
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        starts = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(order)]
+        cost = 0
+        for batch in (order[a:b] for a, b in itertools.pairwise(starts)):
+            *parts, _ = padded_tokens(groups, batch, share_contexts)
+            if len(batch) > 1 and max(parts) > batch_tokens:
+                break
+            cost += sum(parts) + batch_cost
+        else:
+            found.append(cost)
+    return min(found)
+
+
+@pytest.mark.parametrize("batch_cost", [0, 7, 60, 512])
+@pytest.mark.parametrize("kind", ["questions", "whole", "single"])
+def test_batches_are_the_cheapest(kind, batch_cost, monkeypatch):
+    """`whole`: contexts are run with each choice; `single`: samples on their own, which share nothing."""
+    monkeypatch.setattr(choices, "_BATCH_COST", batch_cost)
+    rng = np.random.default_rng(batch_cost)
+    sizes = set()
+    for batch_tokens in (25, 60, 120, 250, 4096):
+        groups = []
+        for context in (0, *rng.integers(0, 40, 8)):  # an empty context; at limit 25 many questions exceed it alone
+            num_choices = 1 if kind == "single" else rng.integers(2, 5)
+            groups.append(question(rng, context, rng.integers(1, 14, num_choices)))
+        share = kind != "whole"
+        batches = choices.choice_batches(groups, batch_tokens, share_contexts=share)
+        assert batches == choices.choice_batches(groups, batch_tokens, share_contexts=share)
+        order = [i for batch in batches for i in batch]
+        assert sorted(order) == list(range(len(groups)))
+        parts = [padded_tokens(groups, batch, share)[:2] for batch in batches]
+        assert all(len(batch) == 1 or max(p) <= batch_tokens for batch, p in zip(batches, parts, strict=True))
+        cost = np.sum(parts) + batch_cost * len(batches)
+        assert cost == least_cost(groups, order, batch_tokens, batch_cost, share)
+        sizes.update(len(batch) for batch in batches)
+        if kind != "questions":
+            lengths = [max(len(c.input_ids) for c in groups[i]) for i in order]
+            assert lengths == sorted(lengths, reverse=True)
+    assert len(sizes) > 1 or not batch_cost
+
+
+@pytest.mark.parametrize("large", [(90, [2, 2]), (3, [40, 5, 3]), (150, [20] * 4)])
+def test_a_question_beyond_the_limit_is_a_batch(large):
+    """Too large by its context, by its choices or by both; the others still share batches."""
+    rng = np.random.default_rng(0)
+    groups = [question(rng, context, [rest] * 2) for context in (2, 5, 5, 9) for rest in (3, 19)]
+    batches = choices.choice_batches([*groups, question(rng, *large)], 80)
+    assert [len(groups)] in batches
+    others = [batch for batch in batches if batch != [len(groups)]]
+    assert sorted(i for batch in others for i in batch) == list(range(len(groups)))
+    assert all(max(padded_tokens(groups, batch)[:2]) <= 80 for batch in others)
+    assert max(len(batch) for batch in others) > 1
