@@ -315,3 +315,30 @@ def test_scoring_and_training_each_have_their_own_backend(tiny_model_dir, monkey
         load_model(_config(tiny_model_dir, backend="cpu"))
     with pytest.raises(flow_kernels.BackendUnavailable, match="it trains only"):
         use_weighted_loss(lm.model, backend="cpu")
+
+
+_PADDED = {
+    "llama": {}, "gemma3_text": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "bos_token_id": 1, "eos_token_id": 2},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": {"n_head": 4, "n_layer": 2},
+    "mixtral": {"num_local_experts": 4}, "mamba": {"state_size": 8},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3, "attention_window_size": 6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _PADDED)
+def test_padding_behind_a_text_changes_nothing(name):
+    """The body is given no mask: right for causal models, whatever their layers are."""
+    torch.manual_seed(1)
+    options = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.3, **_PADDED[name],
+    }  # fmt: skip
+    lm = CausalLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options)).eval(), "reference")
+    ids = torch.randint(1, 97, (4, 24), dtype=torch.int32).numpy()
+    samples = [Sample(str(i), row[: 6 + 6 * i], 3, "", "", False) for i, row in enumerate(ids)]
+    together = lm.score(collate(samples, 0)).loss
+    alone = torch.cat([lm.score(collate([sample], 0)).loss for sample in samples])
+    assert together.std() > 0.1
+    torch.testing.assert_close(together, alone, rtol=2e-4, atol=1e-5)

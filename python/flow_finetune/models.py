@@ -87,7 +87,9 @@ class CausalLM(nn.Module):
 
         `context` goes to the body: a cache of what stands before the batch, with its attention mask and positions.
         """
-        options = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False, **context}
+        # A text is followed by its padding, which none of its tokens sees in a causal model: attention that is causal and
+        # no more needs no mask, and is faster. What continues a cache, whose texts are padded in front, brings its mask.
+        options = {"input_ids": batch.input_ids, "use_cache": False, **context}
         hidden = self.model.base_model(**options).last_hidden_state
         return self.head_input(hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions))
 
