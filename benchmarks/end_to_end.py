@@ -111,6 +111,7 @@ def bench_train(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
     device = next(lm.parameters()).device
     accelerator = Accelerator(cpu=device.type == "cpu")
     sides = {"flow": lm.train(), "transformers": eager.train()}
+    lm.shares_tied_gradient = True  # as training sets it
     optimizers = {name: make_optimizer(side, config, config.learning_rate) for name, side in sides.items()}
     seconds, losses = dict.fromkeys(sides, 0.0), {name: [] for name in sides}
     num_tokens = num_targets = 0

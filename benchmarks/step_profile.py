@@ -47,6 +47,7 @@ def optimiser_steps(lm: CausalLM, samples: list, plan: list[list[int]], config: 
     weights = Weights(torch.ones(len(samples)), None, None, 1.0, float(len(samples)))
     model_config, accelerator = ModelConfig("", precision="bf16"), Accelerator(cpu=True)
     optimizer = make_optimizer(lm.train(), config, config.learning_rate)
+    lm.shares_tied_gradient = True  # as training sets it
 
     def step(number: int) -> None:
         accumulate_gradients(lm, samples, plan[number], weights, accelerator, config, model_config, Meter())
