@@ -1,6 +1,8 @@
 """Compiled layers: the same numbers under the same names, compiled a few times at most, and what cannot be compiled."""
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from flow_finetune import compiled_layers, generate
 from flow_finetune.config import MethodConfig, ModelConfig, TaskConfig
 from flow_finetune.data import collate
 from flow_finetune.errors import InputError
-from flow_finetune.models import load_model
+from flow_finetune.models import autocast, load_model
 from flow_finetune.scores import score
 from safetensors.torch import load_file
 from torch import nn
@@ -30,6 +32,7 @@ def counter(monkeypatch):
     torch._dynamo.reset()
     counter, compile = CompileCounter(), nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile(self, backend=counter, **options))
+    monkeypatch.setattr("flow_finetune.models.check_compiler", lambda device: None)
     yield counter
     torch._dynamo.reset()
 
@@ -43,19 +46,28 @@ class CompiledSetup(Setup):
         self.lm, _ = load_model(self.config)
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 def test_losses_and_gradients_of_the_compiler(tmp_path, qa_file):
-    """torch's own compiler."""
+    """torch's own compiler: in fp32 nothing but the last bits differs, and with bf16 products the errors are no larger."""
     torch._dynamo.reset()
     directory = tiny_model.build(tmp_path / "model", bos=True, tied=True)
     plain, compiled = Setup(directory, qa_file), CompiledSetup(directory, qa_file)
     assert compiled.lm.model.state_dict().keys() == plain.lm.model.state_dict().keys()
     batch, weight = collate(plain.samples.samples[:3], 0), torch.tensor([0.2, 1.0, 0.5])
-    losses = [setup.lm.train()(batch, weight, 10) for setup in (plain, compiled)]
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
-    for loss in losses:
+
+    def gradients(setup, precision):
+        setup.lm.train().zero_grad()
+        with autocast(torch.device("cpu"), precision):
+            loss = setup.lm(batch, weight, 10)
         loss.backward()
-    for (name, a), b in zip(plain.lm.named_parameters(), compiled.lm.parameters(), strict=True):
-        assert float((b.grad - a.grad).norm() / a.grad.norm()) < 1e-5, name
+        return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in setup.lm.named_parameters()}}
+
+    expected = gradients(plain, "full")
+    for precision, limit in (("full", 1e-5), ("bf16", None)):
+        found, eager = gradients(compiled, precision), gradients(plain, precision)
+        for name, value in expected.items():
+            errors = [float((tensors[name] - value).norm() / value.norm()) for tensors in (found, eager)]
+            assert errors[0] < (limit or 1.5 * errors[1] + 1e-4), (precision, name, errors)
 
 
 def test_layers_share_their_code(tmp_path, qa_file, counter):
@@ -88,7 +100,8 @@ def test_every_method_trains_as_without(tmp_path, qa_file, counter, method, opti
         setup = kind(directory, qa_file).score(output)
         setup.train(output / "out", method, **options, **STEPS)
         found.append(load_file(output / "out" / "model.safetensors"))
-    assert counter.frame_count
+    # With gradients, and of online weights and of adapters that are off without; scored before.
+    assert 1 <= counter.frame_count <= 8
     for key, weight in found[0].items():
         torch.testing.assert_close(found[1][key], weight, rtol=1e-5, atol=1e-7, msg=key)
 

@@ -236,7 +236,7 @@ def test_precisions_are_not_compared(tiny, files, tmp_path):
         task = run(tiny, [TaskConfig("perplexity", files["text"])], tmp_path / precision, precision=precision)["tasks"][
             0
         ]
-        assert task["settings"] == {"precision": precision}
+        assert task["settings"] == {"precision": precision, "compile": False}
     with pytest.raises(InputError, match="evaluated on 'text' with another precision"):
         load_runs([tmp_path / "full", tmp_path / "bf16"])
 

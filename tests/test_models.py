@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from flow_finetune import choices, generate
+from flow_finetune import choices, generate, trials
 from flow_finetune.config import ModelConfig
 from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
@@ -342,3 +342,18 @@ def test_padding_behind_a_text_changes_nothing(name):
     alone = torch.cat([lm.score(collate([sample], 0)).loss for sample in samples])
     assert together.std() > 0.1
     torch.testing.assert_close(together, alone, rtol=2e-4, atol=1e-5)
+    assert not trials.sees_padding(lm)
+
+
+def test_a_model_that_sees_what_follows_is_given_the_mask():
+    """Attention to both sides: no longer causal, and a text's loss still does not depend on the batch it is in."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.3, is_causal=False,
+    )  # fmt: skip
+    lm = CausalLM(AutoModelForCausalLM.from_config(config).eval(), "reference")
+    assert trials.sees_padding(lm)
+    ids = torch.randint(1, 97, (3, 24), dtype=torch.int32).numpy()
+    samples = [Sample(str(i), row[: 8 + 8 * i], 3, "", "", False) for i, row in enumerate(ids)]
+    alone = torch.cat([lm.score(collate([sample], 0)).loss for sample in samples])
+    torch.testing.assert_close(lm.score(collate(samples, 0)).loss, alone, rtol=2e-4, atol=1e-5)

@@ -47,11 +47,18 @@ def compile_layers(model: nn.Module) -> None:
     import torch._dynamo.config  # takes a second, so only here
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_VARIANTS)
+    # Between layers DDP finds gradients early as it is; within one there is nothing to split for it.
+    torch._dynamo.config.optimize_ddp = False
     for layer in layers:
         layer.compile(dynamic=True)
     _compiled.add(model)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_layers` was asked for this model."""
+    return model in _compiled
+
+
 def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     """A context in which the layers run as they were written: for what would be compiled once a layer, or for one call."""
-    return torch.compiler.set_stance("force_eager") if model in _compiled else contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext()

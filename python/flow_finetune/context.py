@@ -8,7 +8,6 @@ So each model is tried on a few tokens; where that fails, everything is run agai
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,14 +16,8 @@ from torch import Tensor
 
 from flow_finetune.compiled_layers import uncompiled
 from flow_finetune.models import CausalLM
-from flow_finetune.modes import evaluating
 from flow_finetune.progress import say
-
-# Relative error of hidden states that rounding explains; what architectures get wrong is 0.1 and more of it.
-_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
-_ROUNDING_16_BIT = 5e-2
-
-_answers: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
+from flow_finetune.trials import is_same, tried_once
 
 
 def pad(texts: Sequence[np.ndarray], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -80,18 +73,15 @@ class Contexts:
         }
 
 
-@torch.no_grad()
+@tried_once
 def continues_contexts(lm: CausalLM) -> bool:
     """Whether the model goes on from a padded batch of texts as if it had run each text as a whole; tried once."""
-    if lm not in _answers:
-        with evaluating(lm), uncompiled(lm.model):
-            _answers[lm] = _tries_to_continue(lm)
-        if not _answers[lm]:
-            say(
-                f"{type(lm.model).__name__} does not continue a batch of texts rightly, or not at all; contexts are run "
-                "again for every choice, and texts for every token that is generated, which takes longer"
-            )
-    return _answers[lm]
+    if not (continues := _tries_to_continue(lm)):
+        say(
+            f"{type(lm.model).__name__} does not continue a batch of texts rightly, or not at all; contexts are run again "
+            "for every choice, and texts for every token that is generated, which takes longer"
+        )
+    return continues
 
 
 def _tries_to_continue(lm: CausalLM) -> bool:
@@ -109,5 +99,4 @@ def _tries_to_continue(lm: CausalLM) -> bool:
         found = torch.cat([contexts.run(new[:, :2]), contexts.run(new[:, 2:])], 1)
     except Exception:  # whatever an architecture without such a cache raises; running everything again needs none
         return False
-    error = float((found.float() - expected.float()).norm() / expected.float().norm())
-    return error <= _ROUNDING.get(expected.dtype, _ROUNDING_16_BIT)
+    return is_same(found, expected)

@@ -363,7 +363,7 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-# Padded positions are masked and never targets, so any token does.
+# Padded positions stand behind every token, or are masked, and are never targets, so any token does.
 PAD_ID = 0
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from flow_finetune.choices import score_groups
+from flow_finetune.compiled_layers import is_compiled
 from flow_finetune.config import TaskConfig, choose
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import exponential, metric_record, require_unused, write_evaluation
@@ -74,7 +75,7 @@ def evaluate(
             {
                 "name": task.name, "kind": task.config.kind, "role": task.config.role, "source": task.config.source,
                 "num_items": task.num_items, "num_dropped": task.num_dropped, "num_truncated": task.num_truncated,
-                "fingerprint": task.fingerprint(), "settings": {"precision": precision, **task.settings()},
+                "fingerprint": task.fingerprint(), "settings": {"precision": precision, "compile": is_compiled(lm.model), **task.settings()},
                 "seconds": time.perf_counter() - start, "metrics": metrics,
             }
         )  # fmt: skip

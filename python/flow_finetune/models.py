@@ -28,6 +28,7 @@ from flow_finetune.errors import InputError
 from flow_finetune.modes import evaluating
 from flow_finetune.storage import atomic_path, fingerprint
 from flow_finetune.tied import embed, tied_embedding
+from flow_finetune.trials import sees_padding
 from flow_kernels import backends
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,11 +86,14 @@ class CausalLM(nn.Module):
     def target_hidden(self, batch: Batch, **context) -> Tensor:
         """Hidden states `[R, D]` of the positions that predict a target token; the others never reach the head.
 
-        `context` goes to the body: a cache of what stands before the batch, with its attention mask and positions.
+        `context` goes to the body: a cache of what stands before the batch, with its attention mask and positions; or
+        embeddings in place of the tokens.
         """
-        # A text is followed by its padding, which none of its tokens sees in a causal model: attention that is causal and
-        # no more needs no mask, and is faster. What continues a cache, whose texts are padded in front, brings its mask.
         options = {"input_ids": batch.input_ids, "use_cache": False, **context}
+        # A text is followed by its padding, which none of its tokens sees in a causal model, and attention without a mask
+        # is faster. What continues a cache, whose texts are padded in front, brings its own.
+        if "attention_mask" not in context and sees_padding(self):
+            options["attention_mask"] = batch.attention_mask
         hidden = self.model.base_model(**options).last_hidden_state
         return self.head_input(hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions))
 
@@ -98,13 +102,13 @@ class CausalLM(nn.Module):
         return hidden if self.logit_scale == 1 else hidden * self.logit_scale
 
     def forward(self, batch: Batch, weight: Tensor, normalizer: float | Tensor) -> Tensor:
-        matrix, context = self.head.weight, {}
-        embedding = tied_embedding(self.model) if self.shares_tied_gradient else None
+        matrix, tokens = self.head.weight, {}
+        embedding = tied_embedding(self) if self.shares_tied_gradient else None
         if embedding is not None:
             embedded, matrix = embed(embedding, batch.input_ids)
-            context = {"input_ids": None, "inputs_embeds": embedded}
+            tokens = {"input_ids": None, "inputs_embeds": embedded}
         return flow_kernels.linear_cross_entropy(
-            self.target_hidden(batch, **context), matrix, batch.target, linear_bias=self.head.bias,
+            self.target_hidden(batch, **tokens), matrix, batch.target, linear_bias=self.head.bias,
             sample_weight=weight, cu_seqlens=batch.cu_seqlens, normalizer=normalizer, softcap=self.softcap,
             grad_filter_eps=self.grad_filter_eps, backend=self.backend,
         )  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import flow_kernels
 from flow_finetune.adapters import Lora
+from flow_finetune.compiled_layers import compile_layers, is_compiled
 from flow_finetune.config import MethodConfig
 from flow_finetune.data import PAD_ID, Sample, collate
 from flow_finetune.methods import temperature_of, weigh
@@ -40,6 +41,8 @@ class FrozenModel:
         # What is frozen in the trained model as well is shared with it.
         shared = {id(p): p for p in lm.parameters() if not p.requires_grad}
         self._lm = copy.deepcopy(lm, shared).requires_grad_(False)
+        if is_compiled(lm.model):  # which a copy does not take over
+            compile_layers(self._lm.model)
         if online_copy == "bfloat16":
             # Parameters only: rounded rotary frequencies would be another model at a distance.
             for parameter in self._lm.parameters():

@@ -7,16 +7,15 @@ Here the rows of those tokens are added to the head's gradient where it is; the 
 from __future__ import annotations
 
 import contextlib
-import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from flow_finetune.compiled_layers import uncompiled
-from flow_finetune.modes import evaluating
+from flow_finetune.trials import is_same, tried_once
 
-# Whether a model makes the same hidden states of its embeddings as of the tokens.
-_answers: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+if TYPE_CHECKING:
+    from flow_finetune.models import CausalLM
 
 
 class _RowsAndMatrix(torch.autograd.Function):
@@ -39,9 +38,9 @@ class _RowsAndMatrix(torch.autograd.Function):
         return dmatrix.index_add_(0, *ctx.saved_tensors, drows.to(dmatrix.dtype)), None
 
 
-def tied_embedding(model: nn.Module) -> nn.Embedding | None:
+def tied_embedding(lm: CausalLM) -> nn.Embedding | None:
     """The embeddings whose trained matrix is the head's too, where one gradient can serve both; else None."""
-    embedding = model.get_input_embeddings()
+    embedding = lm.model.get_input_embeddings()
     # Embeddings that do more with their matrix than look up rows keep their own gradient.
     if (
         not isinstance(embedding, nn.Embedding)
@@ -50,12 +49,9 @@ def tied_embedding(model: nn.Module) -> nn.Embedding | None:
         or embedding.sparse
     ):
         return None
-    head = model.get_output_embeddings()
-    if embedding.weight is not head.weight or not embedding.weight.requires_grad or not torch.is_grad_enabled():
+    if embedding.weight is not lm.head.weight or not embedding.weight.requires_grad or not torch.is_grad_enabled():
         return None
-    if model not in _answers:
-        _answers[model] = _takes_embeddings(model, embedding)
-    return embedding if _answers[model] else None
+    return embedding if _takes_embeddings(lm) else None
 
 
 def embed(embedding: nn.Embedding, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,14 +75,17 @@ def _without_padding(embedding: nn.Embedding):
         embedding.padding_idx = index
 
 
-@torch.no_grad()
-def _takes_embeddings(model: nn.Module, embedding: nn.Embedding) -> bool:
-    """Whether the body makes of embeddings what it makes of tokens: some look at the tokens themselves; tried once."""
-    ids = torch.arange(8, device=embedding.weight.device)[None] % embedding.num_embeddings
+@tried_once
+def _takes_embeddings(lm: CausalLM) -> bool:
+    """Whether the body makes of embeddings what it makes of tokens, and of any embeddings: some look at the tokens."""
+    body, embedding = lm.model.base_model, lm.model.get_input_embeddings()
+    # Two only: a body that finds the tokens again compares each with the whole matrix.
+    ids = torch.tensor([[7, 3]], device=embedding.weight.device)
     try:
-        with evaluating(model), uncompiled(model):
-            expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            found = model.base_model(inputs_embeds=embedding(ids), use_cache=False).last_hidden_state
+        expected = body(input_ids=ids, use_cache=False).last_hidden_state
+        embedded, _ = embed(embedding, ids)
+        found = body(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        body(inputs_embeds=embedded * 1.5 + 0.1, use_cache=False)  # those of no token
     except Exception:  # whatever a model without such an argument raises; tokens serve every model
         return False
-    return torch.equal(found, expected)
+    return is_same(found, expected)
