@@ -26,7 +26,7 @@ class ModelConfig:
     device: str = "auto"  # "auto": cuda, then cpu
     backend: str = "auto"  # of flow_kernels
     trust_remote_code: bool = False
-    compile: bool = False  # torch.compile of each layer: training steps take 0.8 of the time, after a minute
+    compile: bool = False  # torch.compile of each layer: on 2 Xeon cores steps of Gemma 3 270M take 0.85 of the time
 
 
 @dataclass(frozen=True)
