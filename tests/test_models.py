@@ -357,3 +357,15 @@ def test_a_model_that_sees_what_follows_is_given_the_mask():
     samples = [Sample(str(i), row[: 8 + 8 * i], 3, "", "", False) for i, row in enumerate(ids)]
     alone = torch.cat([lm.score(collate([sample], 0)).loss for sample in samples])
     torch.testing.assert_close(lm.score(collate(samples, 0)).loss, alone, rtol=2e-4, atol=1e-5)
+
+
+def test_a_trial_leaves_no_trace():
+    lm = CausalLM(_tiny_gemma2(None))
+    lm.train()
+    lm.model.register_buffer("passes", torch.zeros(()))
+    lm.model.model.register_forward_hook(lambda *_: lm.model.passes.add_(1) and None)
+    assert not trials.sees_padding(lm)
+    assert float(lm.model.passes) == 0
+    assert lm.training
+    lm.model.model(torch.ones(1, 2, dtype=torch.long))
+    assert float(lm.model.passes) == 1

@@ -22,7 +22,7 @@ _ROUNDING_16_BIT = 5e-2
 
 
 def tried_once(question: Callable[[CausalLM], bool]) -> Callable[[CausalLM], bool]:
-    """`question`, asked once of each model: in eval mode, without gradients, as the model was written."""
+    """`question`, asked once of each model: in eval mode, without gradients, as the model was written; buffers stay."""
     answers: weakref.WeakKeyDictionary[CausalLM, bool] = weakref.WeakKeyDictionary()
 
     @functools.wraps(question)
@@ -30,8 +30,13 @@ def tried_once(question: Callable[[CausalLM], bool]) -> Callable[[CausalLM], boo
         if lm not in answers:
             # Without autocast: older torch gives a later forward pass the weights that were cast here, without a graph.
             plain = torch.autocast(lm.head.weight.device.type, enabled=False)
+            # A model may write to its buffers whenever it is run; a trial is to leave no trace.
+            buffers = [(buffer, buffer._version, buffer.clone()) for buffer in lm.buffers()]
             with torch.no_grad(), plain, evaluating(lm), uncompiled(lm.model):
                 answers[lm] = question(lm)
+                for buffer, version, before in buffers:
+                    if buffer._version != version:  # others may be in a graph already
+                        buffer.copy_(before)
         return answers[lm]
 
     return answer
