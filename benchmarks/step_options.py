@@ -9,11 +9,12 @@ matrix too, and what the loop made before it added the batch's rows to the head'
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import harness
 from end_to_end import load
-from flow_finetune.compiled_layers import compile_layers
+from flow_finetune.compiled_layers import compile_layers, uncompiled
 from flow_finetune.config import TrainConfig
 from flow_finetune.train import step_plan
 from step_profile import optimiser_steps
@@ -38,15 +39,12 @@ def main() -> None:
     config = TrainConfig(micro_batch_tokens=arguments.batch_tokens)
     lm, samples = load(arguments.model, arguments.data, config.batch_size)
     step = optimiser_steps(lm, samples, step_plan(len(samples), config), config)
-    layers = [module for module in lm.modules() if type(module).__name__ in lm.model._no_split_modules]
     compile_layers(lm.model)
-    compiled = [layer._compiled_call_impl for layer in layers]
 
     def with_options(tied: bool = True, compile: bool = False, grad_filter_eps: float = 0.0) -> None:
         lm.shares_tied_gradient, lm.grad_filter_eps = tied, grad_filter_eps
-        for layer, call in zip(layers, compiled, strict=True):
-            layer._compiled_call_impl = call if compile else None
-        step(0)
+        with contextlib.nullcontext() if compile else uncompiled(lm.model):
+            step(0)
 
     calls = {name: lambda options=options: with_options(**options) for name, options in OPTIONS.items()}
     for name, call in calls.items():
