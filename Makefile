@@ -64,7 +64,7 @@ test: lint
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
 ASAN_RUNTIMES = $(shell c++ -print-file-name=libasan.so):$(shell c++ -print-file-name=libubsan.so)
 ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_ops.py tests/test_losses.py tests/test_scoring.py \
-    tests/test_grad_filter.py tests/test_wide_head.py tests/test_cpu_stretches.py
+    tests/test_grad_filter.py tests/test_wide_head.py tests/test_cpu_stretches.py tests/test_attention.py
 test-asan: setup
 	FLOW_KERNELS_BUILD=cpu FLOW_KERNELS_CXXFLAGS="$(ASAN_FLAGS)" \
 	    $(BIN)/python setup.py build_ext --build-lib build/asan --build-temp build/asan-objects

@@ -201,7 +201,8 @@ def total(parts: list[dict]) -> dict:
 
 def load(model: str, data: str, limit: int, device: str = "cpu") -> tuple[CausalLM, list[Sample]]:
     """The model and the first `limit` samples of a file of questions and answers."""
-    lm, tokenizer = load_model(ModelConfig(model, device=device))
+    # Both sides see the same padded batches: what is compared is the head and the loss.
+    lm, tokenizer = load_model(ModelConfig(model, device=device, packing=False))
     config = DataConfig(data, prompt_field="question", response_field="answer", limit=limit)
     return lm, load_samples(config, tokenizer).samples
 

@@ -21,8 +21,10 @@ from step_profile import optimiser_steps
 
 # The first is what the others are compared with.
 OPTIONS = {
+    "--no-packing": {"packing": False},
     "plain": {},
-    "two gradients of the tied matrix": {"tied": False},
+    "--no-packing, two gradients of the tied matrix": {"packing": False, "tied": False},
+    "--no-packing --compile": {"packing": False, "compile": True},
     "--compile": {"compile": True},
     "--compile --grad-filter-eps 2**-20": {"compile": True, "grad_filter_eps": 2.0**-20},
 }
@@ -41,8 +43,10 @@ def main() -> None:
     step = optimiser_steps(lm, samples, step_plan(len(samples), config), config)
     compile_layers(lm.model)
 
-    def with_options(tied: bool = True, compile: bool = False, grad_filter_eps: float = 0.0) -> None:
-        lm.shares_tied_gradient, lm.grad_filter_eps = tied, grad_filter_eps
+    def with_options(
+        packing: bool = True, tied: bool = True, compile: bool = False, grad_filter_eps: float = 0.0
+    ) -> None:
+        lm.packing, lm.shares_tied_gradient, lm.grad_filter_eps = packing, tied, grad_filter_eps
         with contextlib.nullcontext() if compile else uncompiled(lm.model):
             step(0)
 

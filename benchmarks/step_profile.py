@@ -67,6 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = TrainConfig(micro_batch_tokens=arguments.batch_tokens)
     lm, samples = load(arguments.model, arguments.data, config.batch_size * (arguments.steps + 1))
+    lm.packing = True  # as training loads it
     plan = step_plan(len(samples), config)[: arguments.steps + 1]
     step = optimiser_steps(lm, samples, plan, config)
     step(0)  # warm: thread pools, the optimiser's state

@@ -6,6 +6,7 @@
 
 #define OPTIONS "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap, float z_loss"
 #define NEEDS "bool need_dinput, bool need_dlinear_weight, bool need_dlinear_bias"
+#define HEADS "Tensor query, Tensor key, Tensor value, Tensor segments, float scale, int window"
 #define HEAD "Tensor input, Tensor linear_weight, Tensor target"
 
 namespace {
@@ -31,6 +32,9 @@ TORCH_LIBRARY(flow_kernels_cpu, m) {
         ", float grad_filter_eps, " NEEDS ", str kernels) -> (Tensor, Tensor, Tensor)");
   m.def("linear_cross_entropy_fwd_bwd(" HEAD ", Tensor row_weight, Tensor? linear_bias, " OPTIONS
         ", int chunk_size, float grad_filter_eps, " NEEDS ", str kernels) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("packed_attention_fwd(" HEADS ", str kernels) -> (Tensor, Tensor)");
+  m.def("packed_attention_bwd(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor segments, float scale,"
+        " int window, str kernels) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(flow_kernels_cpu, CPU, m) {
@@ -42,4 +46,6 @@ TORCH_LIBRARY_IMPL(flow_kernels_cpu, CPU, m) {
   m.impl("linear_cross_entropy_score", flow_kernels::linear_cross_entropy_score_cpu);
   m.impl("linear_cross_entropy_bwd", flow_kernels::linear_cross_entropy_bwd_cpu);
   m.impl("linear_cross_entropy_fwd_bwd", flow_kernels::linear_cross_entropy_fwd_bwd_cpu);
+  m.impl("packed_attention_fwd", flow_kernels::packed_attention_fwd_cpu);
+  m.impl("packed_attention_bwd", flow_kernels::packed_attention_bwd_cpu);
 }

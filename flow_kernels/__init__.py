@@ -1,5 +1,6 @@
-"""Cross-entropy with one weight per sample, scoring, and FLOW weights, as PyTorch operators."""
+"""Cross-entropy with one weight per sample, scoring, FLOW weights, and attention in packed rows, as PyTorch operators."""
 
+from flow_kernels.attention import packed_attention
 from flow_kernels.backends import BackendUnavailable
 from flow_kernels.losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
 from flow_kernels.scoring import (
@@ -32,6 +33,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_score_samples",
     "linear_score_tokens",
+    "packed_attention",
     "score_samples",
     "score_tokens",
     "sum_samples",

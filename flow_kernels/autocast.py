@@ -37,14 +37,23 @@ def cast_for_autocast(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast, cast as `F.linear` does: floating tensors but fp64 to the autocast dtype, save an fp32 head."""
-    dtype = _autocast_dtype(input.device.type) if isinstance(input, Tensor) else None
-    if dtype is None:
-        return input, linear_weight, linear_bias
-
-    def cast(tensor):
-        castable = (torch.float32, torch.float16, torch.bfloat16)
-        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in castable else tensor
-
+    cast = _caster(input)
     input = cast(input)
     stays = isinstance(linear_weight, Tensor) and stays_wide(linear_weight, input)
     return input, linear_weight if stays else cast(linear_weight), cast(linear_bias)
+
+
+def cast_all_for_autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast, cast as `scaled_dot_product_attention` does."""
+    return [_caster(tensors[0])(t) for t in tensors]
+
+
+def _caster(input: Tensor):
+    dtype = _autocast_dtype(input.device.type) if isinstance(input, Tensor) else None
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+
+    def cast(tensor):
+        is_cast = dtype is not None and isinstance(tensor, Tensor) and tensor.dtype in castable
+        return tensor.to(dtype) if is_cast else tensor
+
+    return cast

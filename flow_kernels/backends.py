@@ -105,6 +105,8 @@ def status(
         reason = _why_no_triton(device_type)
         if not reason and dtype is not None and dtype not in TRITON_DTYPES:
             reason = f"the Triton kernels take fp32, bf16 and fp16, not {dtype}"
+        if not reason and operator is not None and operator.startswith("packed_attention"):
+            reason = "there is no packed attention in Triton"
         return Status(not reason, reason or "Triton kernels, fp32, bf16 and fp16")
     if backend == "cuda":
         if device_type != "cuda":

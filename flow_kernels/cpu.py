@@ -11,6 +11,7 @@ it: 8192 rows of 4096 in 64 threads are 8 GiB. Forward-only calls take 1024 rows
 some 30 bytes a row only: in two threads Gemma 3's head takes 2.6 MiB for 1024 rows, 2.8 for 8192 and 3.4 for 32768.
 With `grad_filter_eps` the products of the gradients are of those classes only that some row of the block (1024 rows)
 needs; benchmarks/results/grad_filter.md has what is saved and lost on a real model.
+Attention of packed rows goes by segments, and within them by blocks of 256 query rows.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = (
     "kernel_names", "cross_entropy_fwd", "cross_entropy_bwd", "cross_entropy_fwd_bwd", "cross_entropy_score",
     "linear_cross_entropy_fwd", "linear_cross_entropy_bwd", "linear_cross_entropy_fwd_bwd", "linear_cross_entropy_score",
+    "packed_attention_fwd", "packed_attention_bwd",
 )  # fmt: skip
 
 _is_loaded = False
@@ -170,3 +172,17 @@ def linear_cross_entropy_score(
 
 # A few thousand numbers a step: nothing to gain.
 flow_weights = reference.flow_weights
+
+
+def packed_attention_fwd(query, key, value, segments, scale, window, kernels=""):
+    if query.dtype == torch.float64:
+        return reference.packed_attention_fwd(query, key, value, segments, scale, window)
+    return torch.ops.flow_kernels_cpu.packed_attention_fwd(query, key, value, segments, scale, window, kernels)
+
+
+def packed_attention_bwd(dout, query, key, value, lse, segments, scale, window, kernels=""):
+    if query.dtype == torch.float64:
+        return reference.packed_attention_bwd(dout, query, key, value, lse, segments, scale, window)
+    return torch.ops.flow_kernels_cpu.packed_attention_bwd(
+        dout, query, key, value, lse, segments, scale, window, kernels
+    )

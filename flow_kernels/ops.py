@@ -1,6 +1,6 @@
 """The operators as PyTorch sees them: schema, fake kernel, autograd. The only file that knows torch.library.
 
-Four operators for given logits, four for a linear head, each over N flat rows, and one from rows to samples:
+Four operators for given logits, four for a linear head, each over N flat rows, one from rows to samples, two of attention:
 
     *_fwd       per-row loss, lse and correctness; differentiable in the loss with any per-row upstream gradient
     *_bwd       its backward pass, from the saved lse
@@ -8,6 +8,7 @@ Four operators for given logits, four for a linear head, each over N flat rows, 
                 in one pass; differentiable with a scalar upstream gradient, which only scales what is already there
     *_score     per-row loss, correctness and entropy of the prediction; not differentiable
     flow_weights    per-sample mean losses and FLOW weights of row losses; not differentiable
+    packed_attention_*  attention within the texts of a packed row
 
 `backend` is a resolved name of `flow_kernels.backends`. Gradients of the input, the head and the bias are made only
 where the `need_*` flags ask for them; an empty tensor stands for the others. `grad_filter_eps` permits a backend to leave
@@ -27,6 +28,7 @@ from flow_kernels.reference import accumulation_dtype
 
 _OPTIONS = "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap, float z_loss"
 _NEEDS = "bool need_dinput, bool need_dlinear_weight, bool need_dlinear_bias"
+_HEADS = "Tensor query, Tensor key, Tensor value"
 _HEAD = "Tensor input, Tensor linear_weight, Tensor target"
 
 SCHEMAS = {
@@ -61,6 +63,11 @@ SCHEMAS = {
     "flow_weights": (
         "(Tensor loss, Tensor target, Tensor temperature, Tensor? cu_seqlens, int ignore_index, str normalize,"
         " str backend) -> (Tensor, Tensor)"
+    ),
+    "packed_attention_fwd": f"({_HEADS}, Tensor segments, float scale, int window, str backend) -> (Tensor, Tensor)",
+    "packed_attention_bwd": (
+        f"(Tensor dout, {_HEADS}, Tensor lse, Tensor segments, float scale, int window, str backend)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -165,6 +172,8 @@ linear_cross_entropy_bwd = _define("linear_cross_entropy_bwd")
 linear_cross_entropy_fwd_bwd = _define("linear_cross_entropy_fwd_bwd")
 linear_cross_entropy_score = _define("linear_cross_entropy_score")
 flow_weights = _define("flow_weights")
+packed_attention_fwd = _define("packed_attention_fwd")
+packed_attention_bwd = _define("packed_attention_bwd")
 
 
 def _rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -186,6 +195,16 @@ def _(loss, target, temperature, cu_seqlens, *options):
     num_samples = loss.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     mean_loss = loss.new_empty(num_samples, dtype=accumulation_dtype(loss.dtype))
     return mean_loss, torch.empty_like(mean_loss)
+
+
+@_register_fake(packed_attention_fwd)
+def _(query, *rest):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulation_dtype(query.dtype))
+
+
+@_register_fake(packed_attention_bwd)
+def _(dout, *heads):
+    return tuple(t.new_empty(t.shape) for t in heads[:3])
 
 
 @_register_fake(cross_entropy_bwd)
@@ -335,6 +354,20 @@ def _linear_fwd_bwd_backward(ctx, dtotal, *_):
 _register_autograd(linear_cross_entropy_fwd_bwd, _setup_linear_fwd_bwd, _linear_fwd_bwd_backward)
 
 
+def _setup_attention(ctx, inputs, output):
+    query, key, value, segments, *ctx.options = inputs
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, lse, segments)
+
+
+def _attention_backward(ctx, dout, *_):
+    return *packed_attention_bwd(dout, *ctx.saved_tensors, *ctx.options), *[None] * 4
+
+
+_register_autograd(packed_attention_fwd, _setup_attention, _attention_backward)
+
+
 def _setup_no_derivative(ctx, inputs, output):
     pass
 
@@ -349,5 +382,6 @@ for _operator in (
     cross_entropy_score,
     linear_cross_entropy_score,
     flow_weights,
+    packed_attention_bwd,
 ):
     _register_autograd(_operator, _setup_no_derivative, _no_derivative)

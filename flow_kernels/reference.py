@@ -28,6 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flow_kernels.dense_attention import packed_attention_bwd, packed_attention_fwd  # noqa: F401
 from flow_kernels.products import add_product, rounded_product
 
 # Bytes of one fp32 block of logits in the linear operator. Measured with benchmarks/head.py (benchmarks/results):

@@ -13,7 +13,8 @@ FINETUNE = sorted((ROOT / "python" / "flow_finetune").rglob("*.py"))
 # Who may import whom inside flow_kernels; `kernels` stands for every module of that folder.
 ARROWS = {
     "products": set(),
-    "reference": {"products"},
+    "dense_attention": set(),
+    "reference": {"products", "dense_attention"},
     "chunks": {"products", "reference"},
     "kernels": {"chunks", "reference", "kernels"},
     "compiled": set(),
@@ -26,7 +27,8 @@ ARROWS = {
     "losses": {"rows", "autocast", "ops", "backends", "reference"},
     "scoring": {"rows", "autocast", "losses", "ops", "backends", "reference", "weighting"},
     "weighting": set(),
-    "__init__": {"backends", "losses", "scoring", "weighting"},
+    "attention": {"rows", "autocast", "ops", "backends"},
+    "__init__": {"attention", "backends", "losses", "scoring", "weighting"},
     "__main__": {"", "backends"},
 }
 

@@ -11,11 +11,19 @@ from flow_finetune.config import TaskConfig
 from flow_finetune.data import Sample
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
+from flow_finetune.packing import packs_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_multiple_choice(tiny, files, tmp_path):
+@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+def packed(tiny, request, monkeypatch):
+    monkeypatch.setattr(tiny[0], "packing", request.param)
+    assert packs_texts(tiny[0]) == request.param
+    return request.param
+
+
+def test_multiple_choice(tiny, files, tmp_path, packed):
     lm, tokenizer = tiny
     config = TaskConfig("multiple_choice", files["mc"])
     result = run(tiny, [config], tmp_path / "out")
@@ -47,11 +55,18 @@ def test_multiple_choice(tiny, files, tmp_path):
     np.testing.assert_allclose(-found.loss_sum, expected, rtol=1e-5)
 
 
-def test_contexts_are_run_once(tiny, files):
+def test_contexts_are_run_once(tiny, files, packed):
     lm, tokenizer = tiny
     groups = tasks.prepare([TaskConfig("multiple_choice", files["mc"])], tokenizer)[0].groups()
     assert [len(group) for group in groups] == [len(row["choices"]) for row in MC]
     _, num_tokens = choices.score_choices(lm, groups, tokenizer.pad_token_id)
+    if packed:
+        # Every token once but for short beginnings in common, so not much less than all that begin differently.
+        texts = [c.input_ids.tolist() for g in groups for c in g]
+        different = {tuple(text[:k]) for text in texts for k in range(1, len(text) + 1)}
+        assert len(different) <= num_tokens <= len(different) + 8 * len(texts)
+        assert num_tokens < 0.8 * sum(map(len, texts))
+        return
     # The last token of a context is run with each choice, because it predicts the choice's first.
     once = sum(
         g[0].start - 1 + sum(len(c.input_ids) - c.start + 1 for c in g)

@@ -111,6 +111,8 @@ def test_what_keeps_a_cache_is_not_compiled(tmp_path, qa_file, counter):
     rows = [{"context": " ".join([row["context"]] * 3), **{k: row[k] for k in ("choices", "answer")}} for row in MC]
     task = TaskConfig("multiple_choice", write_rows(tmp_path / "mc.jsonl", rows), name="choices")
     plain, compiled = Setup(directory, qa_file), CompiledSetup(directory, qa_file)
+    for setup in (plain, compiled):
+        setup.lm.packing = False  # packed questions need no cache
     expected = run((plain.lm, plain.tokenizer), [task], tmp_path / "a")
     assert metrics_of(run((compiled.lm, plain.tokenizer), [task], tmp_path / "b"), "choices") == metrics_of(
         expected, "choices"

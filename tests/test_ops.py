@@ -51,6 +51,10 @@ def arguments(name, options, backend, needs=(True, True, True), **kwargs):
     )
     class_weight, *numbers = options
     options = (None if class_weight is None else class_weight.to(row_weight.dtype), *numbers)
+    if name.startswith("packed_attention"):
+        return attention_arguments(
+            name, backend, len(target), input.dtype, input.requires_grad, kwargs.get("transposed", False)
+        )
     dloss = torch.randn(len(target), dtype=row_weight.dtype)
     with torch.no_grad():
         lse = ops.cross_entropy_fwd(logits, target, *options, backend)[1]
@@ -72,6 +76,25 @@ def arguments(name, options, backend, needs=(True, True, True), **kwargs):
             dloss.abs().view(-1, 2), target.view(-1, 2), torch.tensor(0.7), None, oracle.IGNORE, "mean", backend,
         ),
     }[name]  # fmt: skip
+
+
+def attention_arguments(name, backend, num_tokens, dtype, requires_grad, transposed):
+    """Two segments, one after the other in its text, of 4 query heads and 2 key heads of 3."""
+    requires_grad = requires_grad and name.endswith("_fwd")
+
+    def heads(number):
+        tensor = (
+            torch.randn(number, num_tokens, 3).transpose(0, 1) if transposed else torch.randn(num_tokens, number, 3)
+        )
+        return tensor.to(dtype).requires_grad_(requires_grad)
+
+    query, key, value = heads(4), heads(2), heads(2)
+    ends = torch.tensor([[0, 2, -1], [2, num_tokens, 0]])[: 2 if num_tokens else 0]
+    options = (ends, 0.6, 4, "reference" if backend == "triton" else backend)
+    if name.endswith("_fwd"):
+        return query, key, value, *options
+    out, lse = ops.packed_attention_fwd(query, key, value, *options)
+    return torch.randn_like(out), query, key, value, lse, *options
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -189,7 +212,10 @@ def results(function, tensors, target, options):
 def test_every_function_is_compiled_below():
     step = {f for n, f in vars(flow_kernels).items() if n in flow_kernels.__all__ and inspect.isfunction(f)}
     once_per_data_set = {flow_kernels.temperature, flow_kernels.flow_weights, flow_kernels.effective_sample_size}
-    assert step - once_per_data_set - {sum_samples} == {function for function, _ in CALLS.values()}
+    # packed_attention is compiled in test_attention.py.
+    assert step - once_per_data_set - {sum_samples, flow_kernels.packed_attention} == {
+        function for function, _ in CALLS.values()
+    }
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -88,6 +88,28 @@ struct HeadProblem {
   float* dbias;    // [V] or null
 };
 
+// Heads of tokens in memory, strides in elements; the elements of a head lie side by side.
+struct HeadsView {
+  void* base;
+  int64_t token_stride, head_stride;
+};
+
+// Attention of a packed row. `heads` query heads share a key head, num_heads are all of them. lse is [N, num_heads]; dout
+// and dquery are of the backward pass only, and out of the forward pass. 0 is no window.
+struct AttentionProblem {
+  DType dtype;
+  int64_t num_heads, heads, dim, window;
+  float scale;
+  HeadsView query, key, value, out, dout, dquery;
+  float* lse;
+};
+
+// Tokens [start, start + length) and the tokens they see: those of the segments before, then their own.
+struct AttentionSegment {
+  int64_t start, length, num_keys;
+  const int64_t* keys;
+};
+
 // One product C[M, width] (+)= A[M, K] B[K, width] of bf16 by the CPU's matrix unit, A row-major, B in pairs of K.
 using BrgemmFn = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                           const void* a, const void* b, float* c);
@@ -117,6 +139,12 @@ struct Kernels {
   RowTotals (*row_totals)(const void* logits, DType, int64_t target, const LossOptions&);
   void (*row_gradient)(const void* logits, DType, int64_t target, const LossOptions&, float lse, const float* log_p,
                        float row_scale, void* out);
+  // Attention of one segment by the query heads of one key head; `forward` writes out and lse, `backward` dquery and,
+  // added to zeros, [num_keys and dim padded to `width`] sums of dkey and dvalue.
+  int64_t (*attention_scratch_bytes)(const AttentionProblem&, int64_t num_keys, int64_t num_queries, bool backward);
+  void (*attention_forward)(const AttentionProblem&, const AttentionSegment&, int64_t group, char* scratch);
+  void (*attention_backward)(const AttentionProblem&, const AttentionSegment&, int64_t group, float* dkey, float* dvalue,
+                             char* scratch);
 };
 
 // Null where this build or CPU has no such kernels. Defined one per translation unit.

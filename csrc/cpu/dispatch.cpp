@@ -103,6 +103,10 @@ const Kernels* kernels_for(DType dtype, const std::string& name) {
   return nullptr;
 }
 
+Release::~Release() {
+  if (is_needed) at::native::cpublas::brgemm_release();
+}
+
 std::vector<std::string> kernel_names(DType dtype) {
   std::vector<std::string> names;
   for (const Kernels* kernels : candidates(dtype)) names.emplace_back(kernels->name);

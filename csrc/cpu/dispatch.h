@@ -16,6 +16,13 @@ DType dtype_of(at::ScalarType dtype, const char* name);
 // none, or the named ones do not exist here for this dtype.
 const Kernels* kernels_for(DType dtype, const std::string& name);
 
+// A thread that used AMX tiles gives them back, also when what it did throws.
+struct Release {
+  explicit Release(const Kernels& kernels) : is_needed(std::string(kernels.name) == "brgemm") {}
+  ~Release();
+  const bool is_needed;
+};
+
 // Names that kernels_for accepts on this CPU for `dtype`, best first.
 std::vector<std::string> kernel_names(DType dtype);
 

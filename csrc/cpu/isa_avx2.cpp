@@ -11,6 +11,8 @@
 
 #include "tiles.h"
 
+#include "attention.h"
+
 #include "table.h"
 
 namespace flow_kernels {

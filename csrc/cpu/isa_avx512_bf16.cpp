@@ -12,6 +12,8 @@
 
 #include "tiles.h"
 
+#include "attention.h"
+
 #include "table.h"
 
 namespace flow_kernels {

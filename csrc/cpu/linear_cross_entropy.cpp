@@ -9,8 +9,6 @@
 #include "dispatch.h"
 #include "stretches.h"
 
-#include <ATen/native/CPUBlas.h>
-
 #include <array>
 #include <atomic>
 #include <cmath>
@@ -49,15 +47,6 @@ void make_room(at::Tensor& room, int64_t size) {
   room.reset();
   room = bytes(size);
 }
-
-// A thread that used AMX tiles gives them back, also when what it did throws.
-struct Release {
-  explicit Release(const Kernels& kernels) : is_needed(std::string(kernels.name) == "brgemm") {}
-  ~Release() {
-    if (is_needed) at::native::cpublas::brgemm_release();
-  }
-  const bool is_needed;
-};
 
 struct Head {
   at::Tensor input, weight, bias;

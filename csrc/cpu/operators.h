@@ -52,4 +52,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_
     double label_smoothing, double softcap, double z_loss, int64_t chunk_size, double grad_filter_eps, bool need_dinput,
     bool need_dlinear_weight, bool need_dlinear_bias, const std::string& kernels);
 
+// (out [N, H, d], lse [N, H] fp32) and (dquery, dkey, dvalue).
+std::tuple<at::Tensor, at::Tensor> packed_attention_fwd_cpu(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& segments, double scale,
+    int64_t window, const std::string& kernels);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_bwd_cpu(
+    const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& lse, const at::Tensor& segments, double scale, int64_t window, const std::string& kernels);
+
 }  // namespace flow_kernels

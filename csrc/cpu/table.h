@@ -151,9 +151,22 @@ static void given_row_gradient(const void* logits, DType dtype, int64_t target, 
 }
 
 template <class C>
+static void attention_forward(const AttentionProblem& problem, const AttentionSegment& segment, int64_t group,
+                              char* scratch) {
+  FLOW_WITH_DTYPE(problem.dtype, attention_forward_of, problem, segment, group, scratch)
+}
+
+template <class C>
+static void attention_backward(const AttentionProblem& problem, const AttentionSegment& segment, int64_t group,
+                               float* dkey, float* dvalue, char* scratch) {
+  FLOW_WITH_DTYPE(problem.dtype, attention_backward_of, problem, segment, group, dkey, dvalue, scratch)
+}
+
+template <class C>
 static constexpr Kernels table(const char* name) {
   return {name, C::group, W, W, tile_width<C>, scratch_bytes<C>, pack_rows_a<C>, pack_rows_b<C>, forward<C>,
-          backward<C>, finish_dinput<C>, row_totals, given_row_gradient};
+          backward<C>, finish_dinput<C>, row_totals, given_row_gradient, attention_scratch_bytes<C>, attention_forward<C>,
+          attention_backward<C>};
 }
 
 }  // namespace FLOW_ISA

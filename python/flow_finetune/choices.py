@@ -1,8 +1,8 @@
 """Log-likelihoods of choices, each context run once.
 
-A question's choices share its context, which is most of their tokens. The contexts of a batch are run left-padded, what
-the model keeps of them is repeated for the choices, and only what differs is run after them; a model that does not
-continue contexts runs each choice as a whole.
+A question's choices share its context, which is most of their tokens. Where texts are packed, what they share is there
+once (packing.py). Elsewhere the contexts of a batch are run left-padded, what the model keeps of them is repeated for the
+choices, and only what differs is run after them; a model that does not continue contexts runs each choice as a whole.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from flow_finetune.context import Contexts, continues_contexts
 from flow_finetune.data import Sample, collate
 from flow_finetune.errors import InputError
 from flow_finetune.models import CausalLM, autocast
+from flow_finetune.packing import num_packed_tokens, packs_texts
 from flow_finetune.progress import track
 
 # What a forward pass costs beside its tokens, in tokens: all weights of the body and the head are read once more.
@@ -62,6 +63,23 @@ def choice_batches(
     order = sorted(range(len(groups)), key=lambda i: (-(rests[i] // _REST_STEP), -contexts[i], -rests[i], i))
     starts = _cheapest_starts([(len(groups[i]), contexts[i], rests[i]) for i in order], batch_tokens)
     return [order[start:end] for start, end in itertools.pairwise([*starts, len(order)])]
+
+
+def packed_batches(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[list[int]]:
+    """Batches of groups, in order, of at most `batch_tokens` tokens each (or one group), where what all begin with and what
+    the choices of a group begin with is there once."""
+    whole = split_length([min(choices, key=lambda c: c.start) for choices in groups])
+    batches: list[list[int]] = []
+    tokens = 0
+    for index, choices in enumerate(groups):
+        split = max(split_length(choices), whole)
+        size = split - whole + sum(len(c.input_ids) - split for c in choices)
+        if not batches or tokens + size > batch_tokens:
+            batches.append([])
+            tokens = whole
+        batches[-1].append(index)
+        tokens += size
+    return batches
 
 
 def _cheapest_starts(shapes: Sequence[tuple[int, int, int]], batch_tokens: int) -> list[int]:
@@ -105,6 +123,10 @@ def score_choices(
     choice is run as a whole.
     """
     device = lm.head.weight.device
+    if packs_texts(lm):
+        batch = collate([c for choices in groups for c in choices], pad_id)
+        scores = flow_kernels.sum_samples(lm.score(batch), batch.target, batch.cu_seqlens)
+        return scores, num_packed_tokens(batch)
     splits = [split_length(choices) if share_contexts else 0 for choices in groups]
     owner = torch.tensor([row for row, choices in enumerate(groups) for _ in choices], device=device)
     rests = [
@@ -136,8 +158,12 @@ def score_groups(
     first = np.cumsum([0, *(len(group) for group in groups)])
     sums = np.zeros((3, first[-1]))
     lm.check_length(max(len(s.input_ids) for group in groups for s in group), name)
-    share = continues_contexts(lm)
-    batches = choice_batches(groups, batch_tokens, share_contexts=share)
+    packed = packs_texts(lm)
+    share = not packed and continues_contexts(lm)
+    if packed:
+        batches = packed_batches(groups, batch_tokens)
+    else:
+        batches = choice_batches(groups, batch_tokens, share_contexts=share)
     # One autocast context over all batches: it keeps the cast weights, a noticeable part of a small batch's time.
     with track(f"evaluating {name}", len(batches)) as tracker, autocast(lm.head.weight.device, precision):
         for indices in batches:

@@ -7,6 +7,7 @@ turn of the tokenizer's chat template. Only the response's tokens are targets.
 from __future__ import annotations
 
 import glob
+import heapq
 import json
 import os
 from collections import Counter
@@ -77,9 +78,11 @@ class Batch:
     positions: Tensor  # [R] int64, flat index of the position that predicts each target
     target: Tensor  # [R] int64
     cu_seqlens: Tensor  # [B + 1] int64, the targets of sample b are [cu_seqlens[b], cu_seqlens[b + 1])
+    position_ids: Tensor | None = None  # [1, N] of a packed row (packing.py)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        tensors = (getattr(self, name) for name in self.__dataclass_fields__)
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
 
 
 def read_rows(source: str, split: str = "train", limit: int | None = None, subset: str | None = None):
@@ -350,9 +353,14 @@ def _sample_ids(rows, config: DataConfig) -> list[str]:
     return ids
 
 
-def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, at most `max_tokens` padded tokens each (or one sample), longest first."""
+def token_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
+    """Indices in batches of at most `max_tokens` tokens each (or one sample), longest first.
+
+    Of similar length, padding counted; or `packed`, of about as many tokens each.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if packed:
+        return _even_batches(order, lengths, max_tokens)
     batches: list[list[int]] = []
     for index in order:
         # The first sample of a batch is its longest, so it sets the padded length.
@@ -361,6 +369,23 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
+
+
+def _even_batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Each sample in turn into the batch with the fewest tokens, of as few batches as hold them."""
+    number = max(1, -(-sum(lengths) // max_tokens))
+    while True:
+        batches: list[list[int]] = [[] for _ in range(min(number, len(order)))]
+        heap = [(0, k) for k in range(len(batches))]
+        fits = True
+        for index in order:
+            tokens, k = heapq.heappop(heap)
+            fits &= not batches[k] or tokens + lengths[index] <= max_tokens
+            batches[k].append(index)
+            heapq.heappush(heap, (tokens + lengths[index], k))
+        if fits:
+            return batches
+        number += 1
 
 
 # Padded positions stand behind every token, or are masked, and are never targets, so any token does.

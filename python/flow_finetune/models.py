@@ -26,6 +26,7 @@ from flow_finetune.config import ModelConfig, choose
 from flow_finetune.data import Batch
 from flow_finetune.errors import InputError
 from flow_finetune.modes import evaluating
+from flow_finetune.packing import pack, packs_texts
 from flow_finetune.storage import atomic_path, fingerprint
 from flow_finetune.tied import embed, tied_embedding
 from flow_finetune.trials import sees_padding
@@ -59,6 +60,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.backend = backend
         self.grad_filter_eps = 0.0  # training sets it
+        self.packing = False  # load_model sets it: a model of someone else's keeps its attention
         self.shares_tied_gradient = False  # training sets it; a wrapper that shards the matrix could not
         _ = self.head  # one that the fused loss cannot read is refused now
         if model.base_model is model:
@@ -89,20 +91,28 @@ class CausalLM(nn.Module):
         `context` goes to the body: a cache of what stands before the batch, with its attention mask and positions; or
         embeddings in place of the tokens.
         """
+        if not context:
+            batch = self.arranged(batch)
         options = {"input_ids": batch.input_ids, "use_cache": False, **context}
+        if batch.position_ids is not None:
+            options |= {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
         # A text is followed by its padding, which none of its tokens sees in a causal model, and attention without a mask
         # is faster. What continues a cache, whose texts are padded in front, brings its own.
-        if "attention_mask" not in context and sees_padding(self):
+        elif "attention_mask" not in context and sees_padding(self):
             options["attention_mask"] = batch.attention_mask
         hidden = self.model.base_model(**options).last_hidden_state
         return self.head_input(hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions))
+
+    def arranged(self, batch: Batch) -> Batch:
+        """The batch as the body runs it: packed where that is possible."""
+        return pack(batch) if batch.position_ids is None and packs_texts(self) else batch
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """Hidden states whose product with the head is scaled as the model scales its logits."""
         return hidden if self.logit_scale == 1 else hidden * self.logit_scale
 
     def forward(self, batch: Batch, weight: Tensor, normalizer: float | Tensor) -> Tensor:
-        matrix, tokens = self.head.weight, {}
+        batch, matrix, tokens = self.arranged(batch), self.head.weight, {}
         embedding = tied_embedding(self) if self.shares_tied_gradient else None
         if embedding is not None:
             embedded, matrix = embed(embedding, batch.input_ids)
@@ -263,6 +273,7 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
         raise InputError(f"the tokenizer of {config.source!r} has no end-of-sequence token, which ends every response")
     tokenizer.padding_side = "right"
     lm = CausalLM(model.to(device).eval(), config.backend)
+    lm.packing = config.packing
     lm.check_head()
     if config.compile:
         compile_layers(lm.model)

@@ -27,6 +27,7 @@ from flow_finetune.data import Batch, SampleSet, collate, token_batches
 from flow_finetune.errors import InputError
 from flow_finetune.journal import Journal, header_differences
 from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenizer_fingerprint
+from flow_finetune.packing import packs_texts
 from flow_finetune.processes import Processes
 from flow_finetune.progress import say, track
 from flow_finetune.storage import atomic_path, disk_space_errors
@@ -65,6 +66,7 @@ def score_header(
         "settings": {
             "dtype": model_config.dtype, "precision": model_config.precision, "backend": model_config.backend,
             "batch_tokens": batch_tokens, "tokens": tokens, **({"compile": True} if model_config.compile else {}),
+            **({} if model_config.packing else {"packing": False}),
         },
     }  # fmt: skip
 
@@ -99,7 +101,7 @@ def score(
         raise InputError(f"{path} holds other scores ({differences}); choose another file or pass --overwrite")
     processes = Processes(lm.head.weight.device)
     journal = Journal(path, header, overwrite, processes)
-    batches = token_batches([len(s.input_ids) for s in samples.samples], batch_tokens)
+    batches = token_batches([len(s.input_ids) for s in samples.samples], batch_tokens, packed=packs_texts(lm))
     # Of the main process, before any goes on: all must share out the same batches.
     found = journal.read() if processes.is_main else []
     done, bad = processes.agree(({record["samples"][0] for record in found}, _non_finite(found, samples)))

@@ -26,6 +26,7 @@ from flow_finetune.errors import DivergedError
 from flow_finetune.methods import Weights, make_weights, needs_scores, temperature_of
 from flow_finetune.models import CausalLM, autocast, save_model
 from flow_finetune.online import FrozenModel, OnlineWeights
+from flow_finetune.packing import packs_texts
 from flow_finetune.pretrained import averaging_steps, distance_steps, make_copy
 from flow_finetune.processes import make_accelerator
 from flow_finetune.progress import say, track
@@ -52,13 +53,12 @@ def step_plan(num_samples: int, config: TrainConfig) -> list[list[int]]:
 
 
 def micro_batches(
-    indices: list[int], samples: list[Sample], rank: int, world_size: int, max_tokens: int
+    indices: list[int], samples: list[Sample], rank: int, world_size: int, max_tokens: int, *, packed: bool = False
 ) -> list[list[int]]:
-    """This process's share of a step, in batches of similar length; empty if there are more processes than samples."""
+    """This process's share of a step, in `token_batches`; empty if there are more processes than samples."""
     share = indices[rank::world_size]
-    return [
-        [share[k] for k in group] for group in token_batches([len(samples[i].input_ids) for i in share], max_tokens)
-    ]
+    lengths = [len(samples[i].input_ids) for i in share]
+    return [[share[k] for k in group] for group in token_batches(lengths, max_tokens, packed=packed)]
 
 
 class Meter:
@@ -164,6 +164,7 @@ def train(
             "dtype": model_config.dtype,
             "precision": model_config.precision,
             **({"compile": True} if model_config.compile else {}),
+            **({} if model_config.packing else {"packing": False}),
         },
         "fingerprints": fingerprints,
     }
@@ -277,8 +278,9 @@ def accumulate_gradients(
     """Forward and backward of one optimiser step; returns the number of tokens this process went through."""
     device = accelerator.device
     groups = micro_batches(
-        indices, samples, accelerator.process_index, accelerator.num_processes, config.micro_batch_tokens
-    )
+        indices, samples, accelerator.process_index, accelerator.num_processes, config.micro_batch_tokens,
+        packed=packs_texts(accelerator.unwrap_model(module)),
+    )  # fmt: skip
     weights.prepare(samples, indices, groups)
     # A process without a share takes part with a sample of weight 0: the others wait for its gradients.
     is_stand_in = not groups

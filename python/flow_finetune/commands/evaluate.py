@@ -31,6 +31,7 @@ from flow_finetune.commands.options import (
     MaxLength,
     Model,
     Overwrite,
+    Packing,
     Precision,
     PromptField,
     ResponseField,
@@ -110,6 +111,7 @@ def evaluate(
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
     compile: Compile = False,
+    packing: Packing = True,
     overwrite: Overwrite = False,
     task: TaskKind = "language",
     images: Annotated[
@@ -154,7 +156,9 @@ def evaluate(
         from flow_finetune.evaluate import evaluate as run_evaluation
         from flow_finetune.evaluation_files import summary_of
 
-        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code, compile)
+        model_config = ModelConfig(
+            model, revision, dtype, precision, device, backend, trust_remote_code, compile, packing
+        )
         longest = {"max_length": max_length}
         chosen = {"split": split, "subset": subset}
         shots_source = None if shots is None else str(shots)

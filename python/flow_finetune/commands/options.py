@@ -31,6 +31,14 @@ Compile = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Packing = Annotated[
+    bool,
+    typer.Option(
+        "--packing/--no-packing",
+        help="On a CPU, texts behind each other without padding, common beginnings once, where the model can.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=MODEL_PANEL),

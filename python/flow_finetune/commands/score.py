@@ -31,6 +31,7 @@ from flow_finetune.commands.options import (
     MaxLength,
     Model,
     Overwrite,
+    Packing,
     Precision,
     PromptField,
     ResponseField,
@@ -68,6 +69,7 @@ def score(
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
     compile: Compile = False,
+    packing: Packing = True,
     overwrite: Overwrite = False,
     task: TaskKind = "language",
     size: ImageSize = None,
@@ -92,7 +94,9 @@ def score(
         from flow_finetune import data as data_module
         from flow_finetune import models, scores
 
-        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code, compile)
+        model_config = ModelConfig(
+            model, revision, dtype, precision, device, backend, trust_remote_code, compile, packing
+        )
         data_config = DataConfig(
             data, split, prompt_field, response_field, id_field, template, max_length, limit, subset, choices_field
         )

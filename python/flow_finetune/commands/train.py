@@ -47,6 +47,7 @@ from flow_finetune.commands.options import (
     Normalize,
     OnlineCopy,
     Overwrite,
+    Packing,
     PenaltyCopy,
     PenaltyStrength,
     Precision,
@@ -144,6 +145,7 @@ def train(
     backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
     compile: Compile = False,
+    packing: Packing = True,
     overwrite: Overwrite = False,
     task: TaskKind = "language",
     size: ImageSize = None,
@@ -187,7 +189,9 @@ def train(
         from flow_finetune.methods import needs_scores
         from flow_finetune.train_checks import check_dtype, check_scores, check_train
 
-        model_config = ModelConfig(model, revision, dtype, precision, device, backend, trust_remote_code, compile)
+        model_config = ModelConfig(
+            model, revision, dtype, precision, device, backend, trust_remote_code, compile, packing
+        )
         data_config = DataConfig(
             data, split, prompt_field, response_field, id_field, template, max_length, limit, subset, choices_field
         )
