@@ -25,6 +25,7 @@ OPTIONS = {
     "plain": {},
     "--no-packing, two gradients of the tied matrix": {"packing": False, "tied": False},
     "--no-packing --compile": {"packing": False, "compile": True},
+    "--no-packing --compile --grad-filter-eps 2**-20": {"packing": False, "compile": True, "grad_filter_eps": 2.0**-20},
     "--compile": {"compile": True},
     "--compile --grad-filter-eps 2**-20": {"compile": True, "grad_filter_eps": 2.0**-20},
 }

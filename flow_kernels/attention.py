@@ -27,8 +27,8 @@ def packed_attention(
     that share nothing are a segment each.
 
     On a CPU this is a kernel of csrc/cpu: in bf16 on 2 cores with AMX (Gemma 3 270M's 4 heads of 256 with one key head)
-    8 texts of 180 to 250 tokens take 3.7 ms forward and 8.4 backward, where torch's scaled_dot_product_attention takes
-    10.9 and 28.5 with padding (benchmarks/attention.py). Memory does not grow with N^2, and results are bit-equal for any
+    8 texts of 180 to 250 tokens take 3.8 ms forward and 8.3 backward, where torch's scaled_dot_product_attention takes
+    9.7 and 27.7 with padding (benchmarks/attention.py). Memory does not grow with N^2, and results are bit-equal for any
     number of threads. Elsewhere it is eager torch, `[H, N, N]` scores and all: for tests, not for training.
 
     Args:
