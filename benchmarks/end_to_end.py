@@ -24,8 +24,9 @@ import harness
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from flow_finetune.batches import token_batches
 from flow_finetune.config import DataConfig, ModelConfig, TrainConfig
-from flow_finetune.data import Batch, Sample, collate, load_samples, token_batches
+from flow_finetune.data import Batch, Sample, collate, load_samples
 from flow_finetune.methods import Weights
 from flow_finetune.models import CausalLM, autocast, load_model
 from flow_finetune.train import Meter, accumulate_gradients, make_optimizer, step_plan

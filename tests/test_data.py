@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from evaluation_cases import write_rows
+from flow_finetune.batches import token_batches
 from flow_finetune.config import DataConfig
 from flow_finetune.data import (
     ALPACA_TEMPLATE,
@@ -20,7 +21,6 @@ from flow_finetune.data import (
     load_samples,
     read_rows,
     starts_with_bos,
-    token_batches,
 )
 from flow_finetune.errors import InputError
 from flow_finetune.generate import _stop_ids

@@ -8,8 +8,9 @@ import tiny_model
 import torch
 from evaluation_cases import sliding_window_model
 from flow_finetune import choices
+from flow_finetune.batches import token_batches
 from flow_finetune.config import ModelConfig
-from flow_finetune.data import Sample, collate, token_batches
+from flow_finetune.data import Sample, collate
 from flow_finetune.models import load_model, model_fingerprint
 from flow_finetune.packing import ATTENTION, num_packed_tokens, pack, packs_texts
 from test_context import ARCHITECTURES, model_of, questions

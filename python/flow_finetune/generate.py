@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flow_finetune.batches import token_batches
 from flow_finetune.context import Contexts, continues_contexts, pad
-from flow_finetune.data import end_of_response, token_batches
+from flow_finetune.data import end_of_response
 from flow_finetune.errors import InputError
 from flow_finetune.models import CausalLM, autocast
 from flow_finetune.progress import Tracker, track

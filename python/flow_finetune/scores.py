@@ -22,8 +22,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import flow_kernels
+from flow_finetune.batches import token_batches
 from flow_finetune.config import ModelConfig
-from flow_finetune.data import Batch, SampleSet, collate, token_batches
+from flow_finetune.data import Batch, SampleSet, collate
 from flow_finetune.errors import InputError
 from flow_finetune.journal import Journal, header_differences
 from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenizer_fingerprint

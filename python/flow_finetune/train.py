@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from flow_finetune.adapters import prepare_parameters
+from flow_finetune.batches import token_batches
 from flow_finetune.checkpoint import TrainDirectory
 from flow_finetune.config import MethodConfig, ModelConfig, TrainConfig
-from flow_finetune.data import PAD_ID, Sample, SampleSet, collate, token_batches
+from flow_finetune.data import PAD_ID, Sample, SampleSet, collate
 from flow_finetune.errors import DivergedError
 from flow_finetune.methods import Weights, make_weights, needs_scores, temperature_of
 from flow_finetune.models import CausalLM, autocast, save_model
