@@ -28,6 +28,17 @@ def test_generation_of_a_sliding_window_model():
     assert found == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 5, 511, 512, 513, 5000])
+def test_the_largest_logit(size, dtype):
+    """Of equals the first, as bf16 logits often are; and a NaN, as torch has it."""
+    logits = torch.randn(64, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    expected = [max(range(size), key=lambda i: (row[i], -i)) for row in logits.tolist()]
+    assert generate._argmax(logits).tolist() == expected
+    logits[:, size // 2] = torch.nan
+    assert generate._argmax(logits).tolist() == [size // 2] * 64
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 60, 1000])
 def test_generation_is_that_of_transformers(tiny, batch_tokens):
     lm, tokenizer = tiny

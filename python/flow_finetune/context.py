@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flow_finetune.compiled_layers import uncompiled
+from flow_finetune.growing_cache import grow_in_place
 from flow_finetune.models import CausalLM
 from flow_finetune.progress import say
 from flow_finetune.trials import is_same, tried_once
@@ -63,6 +64,10 @@ class Contexts:
         """Continue with these rows; a row may be named several times."""
         self._cache.reorder_cache(rows)
         self._mask, self._next = self._mask[rows], self._next[rows]
+
+    def grow_in_place(self) -> None:
+        """Make room behind what is kept: for a text that grows token by token."""
+        grow_in_place(self._cache)
 
     def options(self, mask: Tensor) -> dict[str, object]:
         """What the body is given beside `[B, t]` tokens with this mask, the last that come next."""

@@ -22,6 +22,11 @@ from flow_finetune.progress import Tracker, track
 _NUMBER = re.compile(r"((?:(?<![\d.])[-+])?\d[\d,]*(?:\.\d+)?)")
 # Finished sequences leave the batch when they are a quarter of it: each time the cache is copied.
 _KEEP_SHARE = 0.75
+# Logits of which one is looked for at a time.
+_BLOCK = 512
+# A prompt's tokens but the last leave only keys and values behind, and a step reads all weights, whatever its rows: 64
+# answers of 192 tokens take Gemma 3 270M 66 s in one batch and 80 in two (2 Xeon cores).
+_PROMPT_TOKENS = 2
 
 
 def generate_texts(
@@ -77,7 +82,7 @@ def generate_greedily(
         prompts: token ids, BOS included where the model wants one.
         stop_ids: tokens that end a sequence; they are not part of what is returned.
         pad_id: fills up shorter prompts; never attended to.
-        batch_tokens: padded prompt tokens of one batch.
+        batch_tokens: padded tokens of one forward pass elsewhere; here a batch has up to twice as many of prompts.
         ends: whether the new tokens of a sequence, the last of them included, end it.
 
     Returns:
@@ -87,7 +92,7 @@ def generate_greedily(
     device = lm.head.weight.device
     start = _Continued if continues_contexts(lm) else _RunAgain
     lm.check_length(max(len(p) for p in prompts) + max_new_tokens, f"{description}: a prompt with its answer")
-    batches = token_batches([len(p) for p in prompts], batch_tokens)
+    batches = token_batches([len(p) for p in prompts], _PROMPT_TOKENS * batch_tokens)
     results: list[list[int]] = [[] for _ in prompts]
     # One autocast context over everything: it keeps the cast weights, which would cost more than a step of decoding.
     with track(description, len(prompts)) as tracker, autocast(device, precision):
@@ -102,6 +107,7 @@ class _Continued:
 
     def __init__(self, lm: CausalLM, texts: Sequence[np.ndarray], pad_id: int) -> None:
         self._contexts = Contexts(lm, texts, pad_id)
+        self._contexts.grow_in_place()
         self.last_hidden = self._contexts.last_hidden_state[:, -1]
 
     def extend(self, tokens: Tensor) -> None:
@@ -140,7 +146,7 @@ def _decode(head, texts, stop_ids, ends, max_new_tokens, owners, results, tracke
         if chosen is not None:
             texts.extend(chosen)
         # The soft-cap is monotone, so the largest logit is the same without it.
-        chosen = head(texts.last_hidden).argmax(-1)
+        chosen = _argmax(head(texts.last_hidden))
         num_new = sum(going)
         for row, token in enumerate(chosen.tolist()):
             if going[row] and token in stop_ids:
@@ -158,6 +164,21 @@ def _decode(head, texts, stop_ids, ends, max_new_tokens, owners, results, tracke
             chosen = chosen[kept]
             owners, going = [owners[row] for row in rows], [True] * len(rows)
     tracker.advance(sum(going))
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """`logits.argmax(-1)` of `[B, V]`, the first of equals: the block of the largest, then the largest in it.
+
+    torch's own looks at one bf16 after the other: 27 ms for 32 rows of 262,144, and this 4 (2 Xeon cores).
+    """
+    count = logits.shape[-1]
+    whole = count // _BLOCK * _BLOCK
+    largest = logits[:, :whole].unflatten(-1, (whole // _BLOCK, _BLOCK)).amax(-1)
+    if whole < count:
+        largest = torch.cat([largest, logits[:, whole:].amax(-1, keepdim=True)], -1)
+    places = largest.argmax(-1, keepdim=True) * _BLOCK + torch.arange(_BLOCK, device=logits.device)
+    places = places.clamp(max=count - 1)
+    return places.gather(-1, logits.gather(-1, places).argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def compile_answer_pattern(pattern: str, name: str) -> re.Pattern:
