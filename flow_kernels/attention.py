@@ -45,7 +45,8 @@ def packed_attention(
         `[N, H, d]` of query's dtype. Differentiable in query, key and value, once.
 
     Raises:
-        ValueError: shapes that do not fit, segments with gaps or after a later one, or a window below 1.
+        ValueError: shapes that do not fit, segments with gaps or after a later one, a window below 1, or a scale that is
+            not above 0.
         TypeError: dtypes that differ, or one that is no floating dtype.
         BackendUnavailable: the named backend cannot serve the device or dtype.
     """
@@ -57,19 +58,22 @@ def packed_attention(
         if heads.ndim != 3:
             raise ValueError(f"{name} must have shape [N, heads, d], got {tuple(heads.shape)}")
     num_tokens, num_heads, dim = query.shape
-    if key.shape != value.shape or key.shape[::2] != (num_tokens, dim) or not key.shape[1] or num_heads % key.shape[1]:
+    fits = key.shape == value.shape and key.shape[::2] == (num_tokens, dim)
+    if not fits or not key.shape[1] or not num_heads or num_heads % key.shape[1] or not dim:
         raise ValueError(
-            f"query [N, H, d], key and value [N, G, d] with H a multiple of G do not fit: {tuple(query.shape)}, "
-            f"{tuple(key.shape)} and {tuple(value.shape)}"
+            f"query [N, H, d], key and value [N, G, d] with H a multiple of G, and none of them 0 but N, do not fit: "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     if segments.dtype != torch.int64 or segments.ndim != 2 or segments.shape[1] != 3:
         raise ValueError(f"segments must be int64 of shape [S, 3], got {segments.dtype} of {tuple(segments.shape)}")
+    scale = dim**-0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, a token sees itself; got {window}")
     if not torch.compiler.is_compiling():
         check_segments(segments, num_tokens)
     chosen = backends.resolve(backend, query.device.type, query.dtype, "packed_attention_bwd")
-    scale = dim**-0.5 if scale is None else float(scale)
     return ops.packed_attention_fwd(query, key, value, segments, scale, window or 0, chosen)[0]
 
 

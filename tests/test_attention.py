@@ -178,6 +178,10 @@ BAD = {
     "no token": ({"segments": torch.tensor([[0, 0, -1], [0, 10, 0]])}, ValueError, "have a token"),
     "after a later one": ({"segments": torch.tensor([[0, 4, 1], [4, 10, -1]])}, ValueError, "an earlier segment or -1"),
     "segments of int32": ({"segments": S.int()}, ValueError, r"int64 of shape \[S, 3\]"),
+    "a scale of 0": ({"scale": 0.0}, ValueError, "scale must be above 0"),
+    "a scale that is no number": ({"scale": float("nan")}, ValueError, "scale must be above 0"),
+    "no heads": ({"query": Q[:, :0]}, ValueError, "none of them 0"),
+    "no dimension": ({"query": Q[..., :0], "key": K[..., :0], "value": V[..., :0]}, ValueError, "none of them 0"),
     "a window of 0": ({"window": 0}, ValueError, "at least 1"),
     "heads that do not fit": ({"query": Q[:, :5]}, ValueError, "H a multiple of G"),
     "another value": ({"value": V[:, :1]}, ValueError, "do not fit"),
@@ -200,3 +204,5 @@ def test_the_compiled_operator_checks_what_it_is_given():
     for segments, message in ((BAD["a gap"][0]["segments"], "segment 1"), (S[:1], "end at 4"), (S[:, :2], "S, 3")):
         with pytest.raises((ValueError, RuntimeError), match=message):
             torch.ops.flow_kernels_cpu.packed_attention_fwd(Q, K, V, segments, 1.0, 0, "")
+    with pytest.raises(ValueError, match="does not fit"):  # no heads
+        torch.ops.flow_kernels_cpu.packed_attention_fwd(Q[:, :0], K, V, S, 1.0, 0, "")

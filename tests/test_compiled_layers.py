@@ -31,7 +31,7 @@ def counter(monkeypatch):
     """Layers are traced and run as they were written: how often, without the time that a compiler takes."""
     torch._dynamo.reset()
     counter, compile = CompileCounter(), nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile(self, backend=counter, **options))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile(self, backend=counter, dynamic=True))
     monkeypatch.setattr("flow_finetune.models.check_compiler", lambda device: None)
     yield counter
     torch._dynamo.reset()

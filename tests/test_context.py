@@ -33,9 +33,10 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def model_of(name, dtype=torch.float32):
+def model_of(name, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **BASE, **ARCHITECTURES[name])).eval()
+    options = BASE | ARCHITECTURES.get(name, {}) | options
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Large enough for peaked predictions, so an error in a state shows.

@@ -49,7 +49,8 @@ def test_nothing_is_copied_while_there_is_room():
     keys, values = cache.update(*_states(generator, 2, 1), 0)
     for _ in range(63):
         later_keys, later_values = cache.update(*_states(generator, 2, 1), 0)
-        assert later_keys.data_ptr() == keys.data_ptr() and later_values.data_ptr() == values.data_ptr()
+        assert later_keys.data_ptr() == keys.data_ptr()
+        assert later_values.data_ptr() == values.data_ptr()
 
 
 def test_layers_of_other_kinds_stay():

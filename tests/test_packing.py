@@ -12,7 +12,7 @@ from flow_finetune.batches import token_batches
 from flow_finetune.config import ModelConfig
 from flow_finetune.data import Sample, collate
 from flow_finetune.models import load_model, model_fingerprint
-from flow_finetune.packing import ATTENTION, num_packed_tokens, pack, packs_texts
+from flow_finetune.packing import ATTENTION, attention, num_packed_tokens, pack, packs_texts
 from test_context import ARCHITECTURES, model_of, questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,6 +133,68 @@ def test_models_that_are_left_as_they_are(reason, monkeypatch):
     assert lm.model.config._attn_implementation == before
 
 
+WINDOW = {"sliding_window": 40, "num_key_value_heads": 2}
+EXPERTS = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "packs"),
+    [
+        ("mistral", WINDOW, True),
+        # Every second layer has a window, and the other none.
+        ("qwen2", {**WINDOW, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, True),
+        # Their window is in the mask alone, which the segments replace.
+        ("phimoe", {**WINDOW, "num_local_experts": 2}, False),
+        ("qwen2_moe", {**WINDOW, **EXPERTS, "use_sliding_window": True}, False),
+    ],
+)
+def test_windows_wider_than_a_trial(kind, options, packs):
+    lm = model_of(kind, **options)
+    rng = np.random.default_rng(0)
+    batch = collate([sample(rng.integers(3, 128, n)) for n in (100, 80, 60)], 0)
+    expected = lm.score(batch)
+    lm.packing = True
+    assert packs_texts(lm) == packs
+    torch.testing.assert_close(lm.score(batch), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["biogpt", "opt"])
+def test_models_that_drop_without_a_layer_for_it(kind):
+    """Their rates are in the configuration alone; a shared beginning would lose the same for all of its texts."""
+    options = {"opt": {"word_embed_proj_dim": 64, "ffn_dim": 64}}.get(kind, {})
+    for rate in (0.1, 0.0):
+        names = (
+            "attention_dropout",
+            "attention_probs_dropout_prob",
+            "hidden_dropout_prob",
+            "activation_dropout",
+            "layerdrop",
+        )
+        lm = model_of(
+            kind, **options, **dict.fromkeys(names, 0.0) | {"dropout": rate, "attention_probs_dropout_prob": rate}
+        )
+        lm.packing = True
+        assert packs_texts(lm) == (rate == 0.0), rate
+
+
+def test_what_an_attention_is_given_beside_a_row():
+    """An option that it does not know could change what is seen, such as the blocks of keys for each query."""
+    lm = model_of("llama")
+    heads = [torch.zeros(1, 2, 4, 8)] * 3
+    segments, layer = torch.tensor([[0, 4, -1]])[None, None], lm.model.base_model.layers[0].self_attn
+    assert (
+        attention(layer, *heads, segments, scaling=1.0, position_ids=torch.arange(4)[None], use_cache=False)[0]
+        is not None
+    )
+    with pytest.raises(NotImplementedError, match="block_indices"):
+        attention(layer, *heads, segments, scaling=1.0, block_indices=torch.zeros(1))
+
+
 def test_loaded_models_are_packed_unless_told_not_to(tmp_path):
     model_dir = tiny_model.build(tmp_path / "model", bos=True)
     lm, _ = load_model(ModelConfig(str(model_dir)))
@@ -164,6 +226,9 @@ def test_batches_of_packed_texts():
     assert token_batches([3000, 5], 2048, packed=True) == [[0], [1]]
     assert sorted(map(len, token_batches([700, 700, 700, 700, 700], 2048, packed=True))) == [1, 2, 2]
     assert token_batches([], 2048, packed=True) == []
+    # Only one fits a batch, of however many; the cuts that are tried must not be as many as they.
+    batches = token_batches([1500] * 20_000, 2048, packed=True)
+    assert sorted(batches) == [[i] for i in range(20_000)]
 
 
 def test_batches_of_packed_questions():

@@ -174,6 +174,34 @@ def test_a_full_disk_leaves_the_journal_and_no_half_file(scored, tmp_path, monke
     assert other.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("packed_first", [True, False])
+def test_a_journal_of_other_batches(tiny_model_dir, qa_file, tmp_path, monkeypatch, packed_first):
+    """Batches of packed texts are others than of padded ones, and one machine packs where another does not."""
+    config = ModelConfig(str(tiny_model_dir), precision="full", device="cpu")
+    lm, tokenizer = load_model(config)
+    samples = load_samples(data_config(qa_file), tokenizer)
+    longest = max(len(s.input_ids) for s in samples.samples)
+    options = {"model_config": config, "tokens": True, "batch_tokens": 2 * longest}
+    path, whole = tmp_path / "scores.parquet", tmp_path / "whole.parquet"
+    lm.packing = packed_first
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda self: None)
+        score(lm, tokenizer, samples, path, **options)
+    path.unlink()
+    journal = tmp_path / "scores.parquet.journal"
+    header, *lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([header, *lines[: len(lines) // 2]]))
+    lm.packing = not packed_first
+    score(lm, tokenizer, samples, path, **options)
+    score(lm, tokenizer, samples, whole, **options)
+    found, expected = pq.read_table(path), pq.read_table(whole)
+    assert len(lines) >= 4
+    for name in ("loss_sum", "num_correct"):
+        np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=1e-4)
+    for a, b in zip(found["token_losses"].to_pylist(), expected["token_losses"].to_pylist(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_a_torn_journal_line_is_dropped_and_a_foreign_journal_refused(scored, tmp_path):
     config, lm, tokenizer, samples, path = scored
     other = tmp_path / "other.parquet"

@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include "api.h"
+#include "scratch.h"
 
 namespace flow_kernels {
 namespace FLOW_ISA {
@@ -15,12 +16,26 @@ namespace FLOW_ISA {
 // Rows whose scores are made at a time.
 constexpr int64_t attention_rows = 256;
 
+// oneDNN keeps code for every shape and stride of a product it was ever asked for, 40 KB and about a millisecond each, and
+// the lengths of texts have no end: so rows come in pieces of these, the summed dimension in blocks, and strides are few.
+constexpr int64_t brgemm_rows[] = {64, 16, 8};
+constexpr int64_t brgemm_words = 256;
+
+// A stride for `keys` elements: the next of 64, 96, 128, 192, 256 ... and 32 more, so that rows do not fall on each other
+// in a cache.
+static inline int64_t key_stride(int64_t keys) {
+  int64_t power = 64;
+  while (2 * power <= keys) power *= 2;
+  return (keys <= power ? power : keys <= power + power / 2 ? power + power / 2 : 2 * power) + 32;
+}
+
 // A segment's sizes, padded as the products want them.
 template <class C>
 struct AttentionShape {
-  int64_t keys, words, columns, tokens, rows;
+  int64_t keys, stride, words, columns, tokens, rows;
   AttentionShape(const AttentionProblem& problem, int64_t num_keys, int64_t num_queries) {
-    keys = round_up(num_keys, W);
+    keys = round_up(num_keys, C::uses_brgemm ? panel_columns<C> : W);
+    stride = C::uses_brgemm ? key_stride(keys) : keys;
     words = (problem.dim + C::group - 1) / C::group;
     columns = round_up(problem.dim, W);
     const int64_t fit = attention_rows / problem.heads;
@@ -39,30 +54,24 @@ struct AttentionScratch {
   int64_t bytes = 0;
 
   AttentionScratch(const AttentionShape<C>& shape, bool backward, char* base) {
-    const auto [keys, words, columns, tokens, rows] = shape;
-    key_transposed = take<uint32_t>(base, keys * words);
-    value_straight = take<uint32_t>(base, backward ? 0 : keys / C::group * columns);
-    query = take<uint32_t>(base, rows * words);
-    index = take<int64_t>(base, keys + rows);
-    scores = take<float>(base, rows * keys);
-    p = take<uint32_t>(base, rows * keys / C::group);
-    product = take<float>(base, rows * columns);
-    key_straight = take<uint32_t>(base, backward ? keys / C::group * columns : 0);
-    value_transposed = take<uint32_t>(base, backward ? keys * words : 0);
-    dout = take<uint32_t>(base, backward ? rows * words : 0);
-    query_straight = take<uint32_t>(base, backward ? rows / C::group * columns : 0);
-    dout_straight = take<uint32_t>(base, backward ? rows / C::group * columns : 0);
-    p_transposed = take<uint32_t>(base, backward ? keys * rows / C::group : 0);
-    ds_transposed = take<uint32_t>(base, backward ? keys * rows / C::group : 0);
-    dp = take<float>(base, backward ? rows * keys : 0);
-  }
-
- private:
-  template <class T>
-  T* take(char* base, int64_t count) {
-    T* at = reinterpret_cast<T*>(base + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return at;
+    const auto [keys, stride, words, columns, tokens, rows] = shape;
+    Room room{base};
+    key_transposed = room.take<uint32_t>(keys * words);
+    value_straight = room.take<uint32_t>(backward ? 0 : keys / C::group * columns);
+    query = room.take<uint32_t>(rows * words);
+    index = room.take<int64_t>(keys + rows);
+    scores = room.take<float>(rows * stride);
+    p = room.take<uint32_t>(rows * stride / C::group);
+    product = room.take<float>(rows * columns);
+    key_straight = room.take<uint32_t>(backward ? keys / C::group * columns : 0);
+    value_transposed = room.take<uint32_t>(backward ? keys * words : 0);
+    dout = room.take<uint32_t>(backward ? rows * words : 0);
+    query_straight = room.take<uint32_t>(backward ? rows / C::group * columns : 0);
+    dout_straight = room.take<uint32_t>(backward ? rows / C::group * columns : 0);
+    p_transposed = room.take<uint32_t>(backward ? keys * rows / C::group : 0);
+    ds_transposed = room.take<uint32_t>(backward ? keys * rows / C::group : 0);
+    dp = room.take<float>(backward ? rows * stride : 0);
+    bytes = room.bytes;
   }
 };
 
@@ -91,6 +100,24 @@ static inline void row_offsets(const HeadsView& view, int64_t first, int64_t cou
   }
 }
 
+// C[rows rounded up to MR, columns of one panel] (+)= A B.
+template <class C>
+static inline void attention_product(int64_t rows, int64_t columns, int64_t k_words, const AView& a, const uint32_t* b,
+                                     float* c, int64_t ldc, bool add) {
+  const int64_t padded = round_up(rows, Vec::MR);
+  if constexpr (!C::uses_brgemm) return panel_product<C>(0, padded, columns, k_words, a, b, c, ldc, add);
+  for (int64_t k = 0; k < k_words; k += brgemm_words) {
+    const int64_t some = k_words - k < brgemm_words ? k_words - k : brgemm_words;
+    const AView left{a.base + k, INT64_MAX, 0, a.row_stride, 1};
+    int64_t m = 0;
+    for (const int64_t piece : brgemm_rows) {
+      for (; m + piece <= padded; m += piece) {
+        panel_product<C>(m, piece, columns, some, left, b + k * columns, c + m * ldc, ldc, add || k > 0);
+      }
+    }
+  }
+}
+
 // C[rows, n] = A B with the summed dimension's words [first, last) of a right operand packed with all of `k_words`.
 template <class C>
 static inline void product_of_some(int64_t rows, int64_t n, int64_t first, int64_t last, const uint32_t* a,
@@ -100,8 +127,8 @@ static inline void product_of_some(int64_t rows, int64_t n, int64_t first, int64
   const AView left{a + first, INT64_MAX, 0, row_stride, 1};
   for (int64_t column = 0; column < n; column += panel) {
     const int64_t columns = n - column < panel ? n - column : panel;
-    panel_product<C>(0, round_up(rows, Vec::MR), columns, last - first, left, b + column * k_words + first * columns,
-                     c + column, ldc, add);
+    attention_product<C>(rows, columns, last - first, left, b + column * k_words + first * columns, c + column, ldc,
+                         add);
   }
 }
 
@@ -122,8 +149,8 @@ static inline void scores_of(const AttentionShape<C>& shape, int64_t rows, Seen 
   const int64_t panel = panel_columns<C>;
   for (int64_t key = seen.first; key < seen.last; key += panel) {
     const int64_t rest = shape.keys - key, columns = rest < panel ? rest : panel;
-    panel_product<C>(0, round_up(rows, Vec::MR), columns, shape.words, left_view<C>(a, shape.words),
-                     b + key * shape.words, scores + key, shape.keys, false);
+    attention_product<C>(rows, columns, shape.words, left_view<C>(a, shape.words), b + key * shape.words,
+                         scores + key, shape.stride, false);
   }
 }
 
@@ -183,7 +210,7 @@ static void attention_forward_of(const AttentionProblem& problem, const Attentio
   const int64_t before = segment.num_keys - segment.length;
   const AttentionShape<C> shape(problem, segment.num_keys, segment.length);
   const AttentionScratch<C> s(shape, false, base);
-  const int64_t key_words = shape.keys / C::group, heads = problem.heads;
+  const int64_t key_words = shape.keys / C::group, p_words = shape.stride / C::group, heads = problem.heads;
   token_offsets(problem.key, segment.keys, segment.num_keys, group, s.index);
   pack_transposed<C, T>(elements_at<T>(problem.key.base, s.index), segment.num_keys, shape.keys, problem.dim,
                         s.key_transposed);
@@ -200,15 +227,15 @@ static void attention_forward_of(const AttentionProblem& problem, const Attentio
     alignas(64) float inverse[attention_rows];
     for (int64_t r = 0; r < rows; ++r) {
       float sum;
-      const float largest = exponentials<C>(problem, s.scores + r * shape.keys, seen_at(problem, place + r / heads),
-                                            seen, s.p + r * key_words, &sum);
+      const float largest = exponentials<C>(problem, s.scores + r * shape.stride, seen_at(problem, place + r / heads),
+                                            seen, s.p + r * p_words, &sum);
       problem.lse[(first + r / heads) * problem.num_heads + group * heads + r % heads] = largest + logf(sum);
       inverse[r] = 1.0f / sum;
     }
     for (int64_t r = rows; r < round_up(rows, Vec::MR); ++r) {
-      __builtin_memset(s.p + r * key_words, 0, key_words * sizeof(uint32_t));
+      __builtin_memset(s.p + r * p_words, 0, p_words * sizeof(uint32_t));
     }
-    product_of_some<C>(rows, shape.columns, seen.first / C::group, seen.last / C::group, s.p, key_words,
+    product_of_some<C>(rows, shape.columns, seen.first / C::group, seen.last / C::group, s.p, p_words,
                        s.value_straight, key_words, s.product, shape.columns, false);
     row_offsets(problem.out, first, count, group, heads, s.index);
     for (int64_t r = 0; r < rows; ++r) {
@@ -261,7 +288,7 @@ static void attention_backward_of(const AttentionProblem& problem, const Attenti
   const int64_t before = segment.num_keys - segment.length;
   const AttentionShape<C> shape(problem, segment.num_keys, segment.length);
   const AttentionScratch<C> s(shape, true, base);
-  const int64_t key_words = shape.keys / C::group, heads = problem.heads;
+  const int64_t key_words = shape.keys / C::group, p_words = shape.stride / C::group, heads = problem.heads;
   token_offsets(problem.key, segment.keys, segment.num_keys, group, s.index);
   const Rows key = elements_at<T>(problem.key.base, s.index);
   pack_transposed<C, T>(key, segment.num_keys, shape.keys, problem.dim, s.key_transposed);
@@ -285,7 +312,7 @@ static void attention_backward_of(const AttentionProblem& problem, const Attenti
     scores_of<C>(shape, rows, seen, s.query, s.key_transposed, s.scores);
     scores_of<C>(shape, rows, seen, s.dout, s.value_transposed, s.dp);
     for (int64_t r = 0; r < padded; ++r) {
-      float *p = s.scores + r * shape.keys, *dp = s.dp + r * shape.keys;
+      float *p = s.scores + r * shape.stride, *dp = s.dp + r * shape.stride;
       if (r >= rows) {
         zero_outside(p, {seen.first, seen.first}, seen);
         zero_outside(dp, {seen.first, seen.first}, seen);
@@ -307,19 +334,19 @@ static void attention_backward_of(const AttentionProblem& problem, const Attenti
         const F weight = Vec::mul(Vec::load(p + j), scale);
         Vec::store(dp + j, Vec::mul(weight, Vec::sub(Vec::load(dp + j), delta)));
       }
-      round_row<C>(dp, seen, s.p + r * key_words);
+      round_row<C>(dp, seen, s.p + r * p_words);
     }
-    transposed_words<C>(s.scores, shape.keys, seen, padded, s.p_transposed);
-    transposed_words<C>(s.dp, shape.keys, seen, padded, s.ds_transposed);
+    transposed_words<C>(s.scores, shape.stride, seen, padded, s.p_transposed);
+    transposed_words<C>(s.dp, shape.stride, seen, padded, s.ds_transposed);
     const int64_t at = seen.first * shape.columns, num_seen = seen.last - seen.first;
     product_of_some<C>(num_seen, shape.columns, 0, row_words, s.p_transposed + seen.first * row_words, row_words,
                        s.dout_straight, row_words, dvalue + at, shape.columns, true);
     product_of_some<C>(num_seen, shape.columns, 0, row_words, s.ds_transposed + seen.first * row_words, row_words,
                        s.query_straight, row_words, dkey + at, shape.columns, true);
     for (int64_t r = rows; r < round_up(rows, Vec::MR); ++r) {
-      __builtin_memset(s.p + r * key_words, 0, key_words * sizeof(uint32_t));
+      __builtin_memset(s.p + r * p_words, 0, p_words * sizeof(uint32_t));
     }
-    product_of_some<C>(rows, shape.columns, seen.first / C::group, seen.last / C::group, s.p, key_words,
+    product_of_some<C>(rows, shape.columns, seen.first / C::group, seen.last / C::group, s.p, p_words,
                        s.key_straight, key_words, s.product, shape.columns, false);
     row_offsets(problem.dquery, first, count, group, heads, s.index);
     for (int64_t r = 0; r < rows; ++r) {

@@ -13,6 +13,7 @@
 // a product of the backward pass, up to 480 classes (1920 with a filter), were tried: 2.5 % at D=2304, nothing elsewhere.
 #pragma once
 #include "api.h"
+#include "scratch.h"
 
 namespace flow_kernels {
 namespace FLOW_ISA {
@@ -61,25 +62,19 @@ struct Scratch {
     const int64_t rows = problem.num_rows < row_block ? round_up(problem.num_rows, Vec::MR) : row_block;
     const int64_t p_words = backward ? rows * tile / C::group : 0;
     const bool filter = backward && problem.grad_filter_eps > 0;
-    weight_transposed = take<uint32_t>(base, tile * words);
-    logits = take<float>(base, logit_rows<C> * tile);
-    p = take<uint32_t>(base, problem.need_dinput || filter ? p_words : 0);
-    weight_straight = take<uint32_t>(base, backward && problem.need_dinput ? tile / C::group * columns : 0);
-    p_pairs = take<uint32_t>(base, problem.dweight != nullptr ? p_words : 0);
-    p_row_major = take<uint32_t>(base, problem.dweight != nullptr && C::uses_brgemm ? p_words : 0);
+    Room room{base};
+    weight_transposed = room.take<uint32_t>(tile * words);
+    logits = room.take<float>(logit_rows<C> * tile);
+    p = room.take<uint32_t>(problem.need_dinput || filter ? p_words : 0);
+    weight_straight = room.take<uint32_t>(backward && problem.need_dinput ? tile / C::group * columns : 0);
+    p_pairs = room.take<uint32_t>(problem.dweight != nullptr ? p_words : 0);
+    p_row_major = room.take<uint32_t>(problem.dweight != nullptr && C::uses_brgemm ? p_words : 0);
     const bool in_blocks = backward && problem.dweight != nullptr && problem.num_rows > row_block;
-    dweight = take<float>(base, in_blocks ? tile * columns : 0);
-    dweight_active = take<float>(base, in_blocks && filter ? tile * columns : 0);
-    active = take<uint32_t>(base, filter ? tile : 0);
-    active_index = take<int64_t>(base, filter ? tile : 0);
-  }
-
- private:
-  template <class T>
-  T* take(char* base, int64_t count) {
-    T* at = reinterpret_cast<T*>(base + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return at;
+    dweight = room.take<float>(in_blocks ? tile * columns : 0);
+    dweight_active = room.take<float>(in_blocks && filter ? tile * columns : 0);
+    active = room.take<uint32_t>(filter ? tile : 0);
+    active_index = room.take<int64_t>(filter ? tile : 0);
+    bytes = room.bytes;
   }
 };
 

@@ -25,7 +25,7 @@ def token_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = Fal
 
 
 def _even_batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Each sample in turn into the batch with the fewest tokens, of as few batches as hold them."""
+    """Each sample in turn into the batch with the fewest tokens, of about as few batches as hold them."""
     number = max(1, -(-sum(lengths) // max_tokens))
     while True:
         batches: list[list[int]] = [[] for _ in range(min(number, len(order)))]
@@ -33,9 +33,11 @@ def _even_batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int)
         fits = True
         for index in order:
             tokens, k = heapq.heappop(heap)
-            fits &= not batches[k] or tokens + lengths[index] <= max_tokens
+            fits = not batches[k] or tokens + lengths[index] <= max_tokens
+            if not fits:
+                break
             batches[k].append(index)
             heapq.heappush(heap, (tokens + lengths[index], k))
         if fits:
             return batches
-        number += 1
+        number += max(1, number // 100)  # one by one takes long where many samples fill half a batch each

@@ -6,13 +6,14 @@ own attention, which keeps the texts apart. What a text's tokens are given is wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 ATTENTION = "flow_finetune_packed"
 # A beginning that several texts share is kept once if it has so many tokens.
 _MIN_SHARED = 8
+# What models hand to their attention that changes nothing of what a packed row gives.
+_WITHOUT_EFFECT = {"cache_position", "is_causal", "position_ids"}
+# The windows that the attention of each layer was given, while a trial runs.
+_windows: list[int | None] | None = None
 
 
 def attention(
@@ -50,7 +55,10 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **options,
         )  # fmt: skip
-    unknown = [n for n in ("softcap", "s_aux", "position_bias") if options.get(n) is not None]
+    if _windows is not None:
+        _windows.append(sliding_window)
+    # Such as a soft-cap, sinks, a bias, or the blocks that a query is to see.
+    unknown = [n for n, v in options.items() if v is not None and v is not False and n not in _WITHOUT_EFFECT]
     is_causal = getattr(module, "is_causal", True) and options.get("is_causal") is not False
     if unknown or dropout or not is_causal or len(query) != 1:
         raise NotImplementedError(f"no packed rows with {unknown}, dropout {dropout}, causal: {is_causal}")
@@ -131,11 +139,9 @@ def _keeps_texts_apart(lm: CausalLM) -> bool:
     Recurrent layers and convolutions do not, nor do models with an attention of their own, or one that transformers does
     not let others replace.
     """
+    global _windows
     config = lm.model.config.get_text_config()
     if getattr(config, "attention_chunk_size", None):
-        return False
-    # A window is an argument of theirs that flash attention has made all models hand on, which a short trial cannot show.
-    if not (getattr(lm.model, "_supports_flash_attn", False) or getattr(config, "sliding_window", None) is None):
         return False
     before = config._attn_implementation
     if before not in ("sdpa", ATTENTION):  # what its owner has chosen stays
@@ -149,22 +155,42 @@ def _keeps_texts_apart(lm: CausalLM) -> bool:
         ).last_hidden_state
         expected = expected.flatten(0, 1)[batch.positions]
         lm.model.set_attn_implementation(ATTENTION)
-        packed = pack(batch)
+        packed, _windows = pack(batch), []
         found = lm.model.base_model(
             input_ids=packed.input_ids, attention_mask=packed.attention_mask, position_ids=packed.position_ids,
             use_cache=False,
         ).last_hidden_state[0, packed.positions]  # fmt: skip
-        packs = is_same(found, expected)
+        packs = is_same(found, expected) and _hands_on_windows(config, _windows)
     except Exception:  # whatever a model that knows no such attention raises; padded batches serve every model
         packs = False
+    finally:
+        _windows = None
     if not packs:
         lm.model.set_attn_implementation(before)
     return packs
 
 
+def _hands_on_windows(config: PreTrainedConfig, windows: Sequence[int | None]) -> bool:
+    """Whether the layers with a window gave it to their attention: some have it in the mask alone, which packing replaces,
+    and the texts of a trial are shorter."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    num_sliding = sum("sliding" in kind for kind in kinds) if kinds else len(windows)
+    return not window or windows.count(window) >= num_sliding
+
+
 def _drops(model: nn.Module) -> bool:
     """Whether training drops anything: a shared beginning would lose the same for all texts, and attention drops nothing."""
-    config = model.config.get_text_config()
-    rates = [getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop", "attn_dropout")]
-    rates += [m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0) for m in model.modules()]
-    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+    modules = [m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0) for m in model.modules()]
+    return any(
+        isinstance(rate, (int, float)) and rate > 0 for rate in [*modules, *_rates(model.config.get_text_config())]
+    )
+
+
+def _rates(config: PreTrainedConfig) -> Iterator[object]:
+    """What a configuration says of dropout, by any name, but for heads that a language model does not have."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _rates(value)
+        elif "drop" in name and not name.startswith(("classifier", "summary")):
+            yield value

@@ -103,13 +103,15 @@ def score(
     processes = Processes(lm.head.weight.device)
     journal = Journal(path, header, overwrite, processes)
     batches = token_batches([len(s.input_ids) for s in samples.samples], batch_tokens, packed=packs_texts(lm))
+    # The batches of a call before may have been others: whether texts are packed is the machine's and the model's answer.
+    wanted = {tuple(indices) for indices in batches}
     # Of the main process, before any goes on: all must share out the same batches.
-    found = journal.read() if processes.is_main else []
-    done, bad = processes.agree(({record["samples"][0] for record in found}, _non_finite(found, samples)))
+    found = _records_of(wanted, journal) if processes.is_main else []
+    done, bad = processes.agree(({tuple(record["samples"]) for record in found}, _non_finite(found, samples)))
     if done:
         say(f"continuing after {len(done)} of {len(batches)} batches of {journal.path}")
     # Batches next to each other are of like length, so that every process has as much to do.
-    own = [indices for indices in batches if indices[0] not in done][processes.index :: processes.number]
+    own = [indices for indices in batches if tuple(indices) not in done][processes.index :: processes.number]
     with track("scoring", len(done) + len(own), visible=processes.is_main) as tracker, disk_space_errors(journal.path):
         tracker.advance(len(done))
         for indices in own:
@@ -123,8 +125,8 @@ def score(
                 break
         rate = tracker.tokens_per_second
     processes.agree(None)  # all have written what they have done
-    records = journal.read() if processes.is_main else []
-    missing = {indices[0] for indices in batches} - {record["samples"][0] for record in records}
+    records = _records_of(wanted, journal) if processes.is_main else []
+    missing = wanted - {tuple(record["samples"]) for record in records}
     bad, num_missing = processes.agree((_non_finite(records, samples), len(missing)))
     if num_missing and not bad:
         raise InputError(
@@ -143,6 +145,10 @@ def score(
             "them, or score in higher precision (--precision full, --dtype float32)"
         )
     return rate * processes.number
+
+
+def _records_of(wanted: set[tuple[int, ...]], journal: Journal) -> list[dict]:
+    return [record for record in journal.read() if tuple(record["samples"]) in wanted]
 
 
 @torch.no_grad()
