@@ -104,6 +104,9 @@ struct AttentionProblem {
   float* lse;
 };
 
+// Keys of a segment are padded to this at most, in sums over them always.
+constexpr int64_t attention_key_multiple = 64;
+
 // Tokens [start, start + length) and the tokens they see: those of the segments before, then their own.
 struct AttentionSegment {
   int64_t start, length, num_keys;

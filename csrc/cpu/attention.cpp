@@ -18,8 +18,6 @@ namespace flow_kernels {
 
 namespace {
 
-// What a segment's keys are padded to, at most (attention.h).
-constexpr int64_t key_multiple = 64;
 // Rows of one block hold at least all heads of one token.
 constexpr int64_t max_heads = 256;
 
@@ -74,8 +72,8 @@ struct Attention {
     TORCH_CHECK_VALUE(query_.dim() == 3 && key_.dim() == 3 && key_.sizes() == value_.sizes() &&
                           key_.size(0) == query_.size(0) && key_.size(2) == query_.size(2) && key_.size(1) > 0 &&
                           query_.size(1) > 0 && query_.size(1) % key_.size(1) == 0 && query_.size(2) > 0,
-                      "query [N, H, d] does not fit key and value [N, G, d], with H a multiple of G and d > 0: ", query_.sizes(),
-                      ", ", key_.sizes(), " and ", value_.sizes());
+                      "query [N, H, d] does not fit key and value [N, G, d], with H a multiple of G and d > 0: ",
+                      query_.sizes(), ", ", key_.sizes(), " and ", value_.sizes());
     TORCH_CHECK_TYPE(key_.scalar_type() == query_.scalar_type() && value_.scalar_type() == query_.scalar_type(),
                      "query, key and value must have one dtype");
     num_tokens = query_.size(0);
@@ -142,7 +140,7 @@ struct KeySums {
   KeySums(const Attention& attention) : columns(round_up(attention.problem.dim, attention.kernels->width)) {
     for (const AttentionSegment& segment : attention.segments.list) {
       first_row.push_back(rows);
-      rows += round_up(segment.num_keys, key_multiple);
+      rows += round_up(segment.num_keys, attention_key_multiple);
     }
     sums = at::zeros({attention.groups, rows, columns}, at::kFloat);
   }

@@ -34,7 +34,9 @@ template <class C>
 struct AttentionShape {
   int64_t keys, stride, words, columns, tokens, rows;
   AttentionShape(const AttentionProblem& problem, int64_t num_keys, int64_t num_queries) {
-    keys = round_up(num_keys, C::uses_brgemm ? panel_columns<C> : W);
+    constexpr int64_t multiple = C::uses_brgemm ? panel_columns<C> : W;
+    static_assert(attention_key_multiple % multiple == 0, "the sums of dkey and dvalue have room for this many keys");
+    keys = round_up(num_keys, multiple);
     stride = C::uses_brgemm ? key_stride(keys) : keys;
     words = (problem.dim + C::group - 1) / C::group;
     columns = round_up(problem.dim, W);

@@ -30,14 +30,12 @@ def _even_batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int)
     while True:
         batches: list[list[int]] = [[] for _ in range(min(number, len(order)))]
         heap = [(0, k) for k in range(len(batches))]
-        fits = True
         for index in order:
             tokens, k = heapq.heappop(heap)
-            fits = not batches[k] or tokens + lengths[index] <= max_tokens
-            if not fits:
+            if batches[k] and tokens + lengths[index] > max_tokens:
                 break
             batches[k].append(index)
             heapq.heappush(heap, (tokens + lengths[index], k))
-        if fits:
+        else:
             return batches
         number += max(1, number // 100)  # one by one takes long where many samples fill half a batch each

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -63,7 +62,6 @@ class _GrowingSlidingWindowLayer(DynamicSlidingWindowLayer):
 _GROWING = {DynamicLayer: _GrowingLayer, DynamicSlidingWindowLayer: _GrowingSlidingWindowLayer}
 
 
-@torch.no_grad()
 def grow_in_place(cache: object) -> None:
     """Have a cache that holds something take new tokens without a copy of the old, in the layers whose kind is known."""
     layers = getattr(cache, "layers", [])
