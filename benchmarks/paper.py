@@ -66,7 +66,7 @@ def run(
         names = {str(data) + "/": "", str(work) + "/": "", source: experiment.mapping["model"]["source"]}
         names = {f"{work}/pretrained/model": experiment.mapping["model"]["source"], **names}
         command = f"python benchmarks/paper.py run {_shown(file)} --output DIR"
-        provenance = {"command": command, "commit": commit(PROGRAMS), "machine": machine()}
+        provenance = {"command": command, "commit": commit(PROGRAMS), "machine": machine() + _gpu()}
         laboratory = _laboratory(kept, experiment.located(data, source), work)
         runner = Runner(experiment, kept, laboratory, work, provenance, names, keep_models)
         failed, left = runner.run(cells)
@@ -100,6 +100,13 @@ def cells(file: File, records: RecordsOption = RESULTS) -> None:
 def _report(experiment: Experiment, kept: Records, records: Path, file: Path) -> None:
     command = f"python benchmarks/paper.py report {_shown(file)}"
     say(f"report: {write_paper_report(read_results(experiment, kept), records, command)}")
+
+
+def _gpu() -> str:
+    """Its name, where the cells are made on one."""
+    import torch
+
+    return f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def _shown(file: Path) -> str:
