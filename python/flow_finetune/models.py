@@ -236,6 +236,9 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     device = resolve_device(config.device)
     if config.compile:
         check_compiler(device)
+    if device.type == "cuda":
+        # It plans and compiles each new length of a batch, which takes the host longer than the attention takes the GPU.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         # Now, not at the first loss: a backend that cannot serve is found before anything is written. What "auto" is for
         # may differ between scoring and training, so each call chooses.
