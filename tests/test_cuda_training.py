@@ -88,3 +88,4 @@ def test_the_model_was_on_the_device(runs):
     assert peaks[0] > 2**27
     if DEVICE == "cuda":
         assert 0 < peaks[1] < 2**27
+        assert not torch.backends.cuda.cudnn_sdp_enabled()  # it plans every length of a batch anew

@@ -16,6 +16,7 @@ from flow_finetune.errors import InputError
 from flow_finetune.integrations.trainer import use_weighted_loss
 from flow_finetune.models import (
     CausalLM,
+    choose_attention,
     load_model,
     model_fingerprint,
     save_model,
@@ -325,6 +326,15 @@ _PADDED = {
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
     "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3, "attention_window_size": 6},
 }  # fmt: skip
+
+
+def test_attention_on_a_gpu_is_not_cudnns(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", found.append)
+    choose_attention(torch.device("cpu"))
+    assert found == []
+    choose_attention(torch.device("cuda", 0))
+    assert found == [False]
 
 
 @pytest.mark.parametrize("name", _PADDED)

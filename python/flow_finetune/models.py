@@ -223,10 +223,20 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
+def choose_attention(device: torch.device) -> None:
+    """On a GPU, have torch's attention leave cuDNN out, in this process: it plans every new length of a batch.
+
+    On an H100 that took 5 ms a layer, and seconds for a first few lengths: steps of 16 grade-school math samples of Gemma 3
+    270M took 0.32 s with it and 0.14 without, of 128 samples 0.72 and 0.42 (benchmarks/results/README.md).
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """Load model and tokenizer, in eval mode, on the configured device.
 
-    Weights are read from safetensors or GGUF only, so nothing is unpickled.
+    Weights are read from safetensors or GGUF only, so nothing is unpickled. See `choose_attention` for GPUs.
 
     Raises:
         InputError: nothing to load there, an unknown dtype, or a head that the fused loss cannot serve.
@@ -236,9 +246,7 @@ def load_model(config: ModelConfig) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     device = resolve_device(config.device)
     if config.compile:
         check_compiler(device)
-    if device.type == "cuda":
-        # It plans and compiles each new length of a batch, which takes the host longer than the attention takes the GPU.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    choose_attention(device)
     try:
         # Now, not at the first loss: a backend that cannot serve is found before anything is written. What "auto" is for
         # may differ between scoring and training, so each call chooses.
