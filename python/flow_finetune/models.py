@@ -226,8 +226,8 @@ def resolve_device(name: str) -> torch.device:
 def choose_attention(device: torch.device) -> None:
     """On a GPU, have torch's attention leave cuDNN out, in this process: it plans every new length of a batch.
 
-    On an H100 that took 5 ms a layer, and seconds for a first few lengths: steps of 16 grade-school math samples of Gemma 3
-    270M took 0.32 s with it and 0.14 without, of 128 samples 0.72 and 0.42 (benchmarks/results/README.md).
+    On an H100 steps of 16 grade-school math samples of Gemma 3 270M took 0.32 s with it, some of them 3 to 5 s, and 0.14
+    without; of 128 samples 0.72 and 0.42 (benchmarks/results/README.md).
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
