@@ -210,6 +210,8 @@ def _rows(rows: list, where: str) -> Iterator[Row]:
 
 
 def _check(experiment: Experiment, where: str) -> None:
+    if experiment.search is not None:
+        _check_search(experiment, f"{where}: search")
     names = [row.name for row in experiment.rows]
     if experiment.baseline not in names:
         raise InputError(f"{where}: the baseline {experiment.baseline!r} is none of the rows {', '.join(names)}")
@@ -242,6 +244,22 @@ def _check(experiment: Experiment, where: str) -> None:
             raise InputError(f"{place} has learning_rates to choose from, but the file says no search")
 
 
+def _check_search(experiment: Experiment, place: str) -> None:
+    """Refuse a search that would choose learning rates on what is trained on, or on what is tested on."""
+    data, search = experiment.setup.data, experiment.search
+    if experiment.task == "image":
+        if data.part != "all":
+            raise InputError(
+                f"{place} takes a share of all training images, of which data has only the part {data.part!r}; leave "
+                "part out (and give the test images as files of their own), or state the learning rates"
+            )
+    elif data.limit is None or search.validation_first < max(data.limit, search.num_samples):
+        raise InputError(
+            f"{place}: the validation rows from {search.validation_first} on are trained on; give data a limit, and let "
+            "them begin behind it and behind num_samples"
+        )
+
+
 def _check_averaged(experiment: Experiment, row: Row, place: str) -> None:
     of = next((r for r in experiment.rows if r.name == row.method.of), None)
     if of is None or of.method.of is not None:
@@ -253,8 +271,10 @@ def _check_averaged(experiment: Experiment, row: Row, place: str) -> None:
 
 def _locate(value: object, data: Path) -> object:
     if isinstance(value, dict):
+        # The source of a task of lm-evaluation-harness is its name.
+        places = [key for key in _SOURCES if not (key == "source" and value.get("kind") == "lm_eval")]
         return {
-            key: str(data / item) if key in _SOURCES and isinstance(item, str) else _locate(item, data)
+            key: str(data / item) if key in places and isinstance(item, str) else _locate(item, data)
             for key, item in value.items()
         }
     return [_locate(item, data) for item in value] if isinstance(value, list) else value

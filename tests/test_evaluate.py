@@ -16,9 +16,10 @@ from flow_finetune import evaluate as evaluation
 from flow_finetune.config import TaskConfig
 from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
-from flow_finetune.evaluation_files import read_items
+from flow_finetune.evaluation_files import read_items, summary_of
 from flow_finetune.models import CausalLM
 from flow_finetune.results import load_runs
+from flow_finetune.storage import SUMMARY_FILE, write_json
 from flow_finetune.tasks import prepare
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -280,3 +281,31 @@ def test_generations_are_written_in_any_locale(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "generations.jsonl").read_text(encoding="utf-8")) == {"text": "\ufffd \u03c4"}
+
+
+def test_texts_beyond_the_models_positions_are_met_before_anything_is_run(tiny, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(CausalLM, "max_positions", property(lambda self: 200))
+    monkeypatch.setattr(evaluation, "score_groups", None)
+    text = TaskConfig("perplexity", files["text"], window=32)
+    for options, message in (
+        ({"max_new_tokens": 190}, "a prompt with its answer has up to"),
+        ({"template": "a" * 400 + "{prompt}"}, "qa has up to"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(tiny, [text, qa_task(files["qa"], name="qa", **options)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_models_summary_is_of_its_own_directory(tmp_path, monkeypatch):
+    summary = {"method": {"name": "flow"}}
+    write_json(tmp_path / "run" / SUMMARY_FILE, summary)
+    (tmp_path / "run/model").mkdir()
+    (tmp_path / "run/model.gguf").touch()
+    (tmp_path / "run/other").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "run")
+    for model in (".", str(tmp_path / "run"), "~/run", "model", "model.gguf"):
+        assert summary_of(model) == summary, model
+    # A hub id, or a model that lies in a run's directory and is not of it.
+    for model in ("gpt2", "other", str(tmp_path)):
+        assert summary_of(model) is None, model

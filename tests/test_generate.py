@@ -1,5 +1,6 @@
 """Generation against transformers, and which answers are right."""
 
+import copy
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from evaluation_cases import TEXT, sliding_window_model
 from flow_finetune import generate
 from flow_finetune.config import TaskConfig
+from flow_finetune.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,7 +88,7 @@ def test_answers_by_pattern(text, answer):
     ("text", "answer"),
     [
         ("#### 3 of 9", "3"), ("from 3 to $1,234.50.", "1234.50"), ("12-3", "3"), ("it is -3", "-3"), ("x=5, y=6,", "6"),
-        ("none", None),
+        ("none", None), ("it is .5", ".5"), ("it lost -$5", "-5"), ("\u22125", "-5"), ("(7)-3", "3"), ("is ...5", "5"),
     ],
 )  # fmt: skip
 def test_answers_by_last_number(text, answer):
@@ -99,6 +101,47 @@ def test_same_answer():
     assert not generate.same_answer("3", "4")
     assert not generate.same_answer(None, None)
     assert not generate.same_answer("3", "three")
+    assert generate.same_answer("nan", "nan")
+    assert not generate.same_answer("inf", "Infinity")
+    assert not generate.same_answer("NaN", "nan")
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_a_batch_holds_no_more_than_it_says(tiny, monkeypatch, continues):
+    lm, tokenizer = tiny
+    monkeypatch.setattr(generate, "continues_contexts", lambda lm: continues)
+    prompts = [np.arange(3, 8 + n % 3) for n in range(40)]
+    options = {"stop_ids": [-1], "pad_id": tokenizer.pad_token_id, "precision": "full"}
+    sizes, body = [], lm.model.base_model
+    forward = body.forward
+
+    def seen(*args, **inputs):
+        sizes.append(inputs["attention_mask"].numel())
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(body, "forward", seen)
+    found = generate.generate_greedily(lm, prompts, max_new_tokens=30, batch_tokens=100, **options)
+    # Keys and values are kept of all tokens; what runs again goes through the model whole.
+    assert max(sizes) <= (800 if continues else 100)
+    assert max(sizes) > (700 if continues else 60)
+    sizes.clear()
+    assert found == generate.generate_greedily(lm, prompts, max_new_tokens=30, batch_tokens=10000, **options)
+    assert max(sizes) > 1300
+    # Short answers: twice the tokens of prompts.
+    sizes.clear()
+    generate.generate_greedily(lm, prompts, max_new_tokens=1, batch_tokens=100, **options)
+    assert 150 < max(sizes) <= 200 if continues else 80 < max(sizes) <= 100
+
+
+def test_a_model_that_gives_nan_has_no_answers(tiny):
+    lm, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    # In one class alone, as the largest of whose neighbours no answer would be told apart from a right one.
+    lm.head.weight.data[97] = torch.nan
+    with pytest.raises(InputError, match="answering it: the model gives NaN or infinite values; check the model"):
+        generate.generate_greedily(
+            lm, [np.arange(3, 9)], stop_ids=[-1], pad_id=tokenizer.pad_token_id, max_new_tokens=2, batch_tokens=100,
+            precision="full", description="answering it",
+        )  # fmt: skip
 
 
 def test_what_the_models_settings_end_a_text_with(tiny):

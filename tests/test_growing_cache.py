@@ -1,5 +1,8 @@
 """Growing caches against transformers' own: the same keys and values, and none copied while there is room."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from flow_finetune.growing_cache import grow_in_place
@@ -67,3 +70,18 @@ def test_layers_of_other_kinds_stay():
     # Of a class of someone else's, empty, and one that is to be cut off again.
     assert all(a is b for a, b in zip(cache.layers, before, strict=True))
     grow_in_place(object())  # a cache of another make
+
+
+@pytest.mark.parametrize("kind", [(DynamicLayer,), (DynamicSlidingWindowLayer, 300)])
+def test_the_memory_of_rows_that_are_left_out_goes(kind):
+    generator = torch.Generator().manual_seed(0)
+    cache = _cache(*kind)
+    cache.update(*_states(generator, 4, 40), 0)
+    grow_in_place(cache)
+    keys, _ = cache.update(*_states(generator, 4, 1), 0)
+    memory = weakref.ref(keys.untyped_storage())
+    del keys
+    assert memory() is not None
+    cache.reorder_cache(torch.tensor([0]))
+    gc.collect()
+    assert memory() is None

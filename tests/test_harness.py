@@ -1,5 +1,6 @@
 """lm-evaluation-harness tasks from local YAML files: values of our model class against the harness's own HFLM, offline."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluation_cases import MC, QA, TEXT, metrics_of, run, write_rows
+from flow_finetune import evaluate as evaluation
 from flow_finetune.config import TaskConfig
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
@@ -231,7 +233,9 @@ def test_fingerprints_hold_what_is_asked(tiny, tasks):
     assert len({same[0], *others}) == 3
 
 
-def test_bad_tasks(tiny, tasks, tmp_path):
+def test_bad_tasks(tiny, tasks, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = str(tmp_path / "text.txt")
     (tmp_path / "broken").mkdir()
     broken = (
         (tmp_path / "broken" / "broken.yaml"),
@@ -246,9 +250,16 @@ def test_bad_tasks(tiny, tasks, tmp_path):
         (harness("broken", str(tmp_path / "broken")), "lm_eval task 'broken' could not be made ready"),
         (harness("unsafe", tasks), "runs code that the model writes"),
         (harness("sampled", tasks), "samples its answers"),
+        (
+            dataclasses.replace(harness("flow_sums", tasks), max_length=12),
+            "flow_sums generates 12 tokens; raise max_length=12",
+        ),
     ]
+    # Before any other task is run.
+    monkeypatch.setattr(evaluation, "score_groups", None)
     for config, message in cases:
         with pytest.raises(InputError, match=re.escape(message)):
-            run(tiny, [config], tmp_path / "out")
+            run(tiny, [TaskConfig("perplexity", text), config], tmp_path / "out")
+    monkeypatch.undo()
     assert not (tmp_path / "out").exists()
     assert json.dumps(metrics_of(run(tiny, [harness("flow_choices", tasks)], tmp_path / "out"), "flow_choices"))

@@ -83,12 +83,30 @@ def test_the_mean_over_seeds_is_over_the_same_items(tiny_experiment, tmp_path):
         ({"rows": [*MAPPING["rows"], {"name": "a", "weights": "none", "learning_rate": 1e-5, "compare_with": "b"}]}, "compare_with names 'b', which is no other row"),
         ({"rows": [*MAPPING["rows"], {"name": "a", "weights": "none", "learning_rate": 1e-5, "compare_with": "a"}]}, "compare_with names 'a', which is no other row"),
         ({"search": None}, "says no search"),
+        ({"search": {**MAPPING["search"], "validation_first": 7}}, "the validation rows from 7 on are trained on"),
+        ({"search": {**MAPPING["search"], "num_samples": 9}}, "the validation rows from 8 on are trained on"),
+        ({"data": {"source": "train.jsonl"}}, "give data a limit"),
+        ({"task": "image", "data": {"source": "images", "part": "train"}, "search": {"holdout": 0.2},
+          "tasks": [{"source": "images", "role": "target", "part": "validation"}], "rows": MAPPING["rows"][:2]},
+         "of which data has only the part 'train'"),
         ({"task": "speech"}, "task must be one of language, image"),
     ],
 )  # fmt: skip
 def test_a_file_that_makes_no_sense_is_refused(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         read_experiment(write_experiment(tmp_path / "tiny.yaml", {**MAPPING, **change}))
+
+
+def test_the_names_of_the_harnesss_tasks_are_no_paths(tmp_path):
+    tasks = [*MAPPING["tasks"], {"kind": "lm_eval", "source": "mbpp", "include_path": "own"}]
+    found = read_experiment(write_experiment(tmp_path / "tiny.yaml", {**MAPPING, "tasks": tasks}))
+    located = found.located(tmp_path / "data", "model").tasks
+    assert [task.source for task in located] == [
+        str(tmp_path / "data/test.jsonl"),
+        str(tmp_path / "data/text.txt"),
+        "mbpp",
+    ]
+    assert located[2].include_path == str(tmp_path / "data/own")
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (BENCHMARKS / "paper").glob("*.yaml")))

@@ -292,7 +292,15 @@ def test_a_model_read_from_another_file_is_refused(tmp_path, monkeypatch):
     assert pipeline_module.base_model(first, tmp_path / "out") == saved
     with pytest.raises(InputError, match=r"out/model was made of another file than .*b\.gguf"):
         pipeline_module.base_model(ModelConfig(str(tmp_path / "b.gguf")), tmp_path / "out")
-    (tmp_path / "a.gguf").write_text("another one")
+    # Models of one architecture and packing are of one length.
+    for other in ("another one", "z.gguf"):
+        (tmp_path / "a.gguf").write_text(other)
+        with pytest.raises(InputError, match="was made of another file"):
+            pipeline_module.base_model(first, tmp_path / "out")
+    mark = tmp_path / "out/source.json"
+    mark.write_text(json.dumps({"source": "a.gguf", "bytes": 6}))  # as versions before wrote it
+    assert pipeline_module.base_model(first, tmp_path / "out") == saved
+    mark.write_text(json.dumps({"source": "a.gguf", "bytes": 7}))
     with pytest.raises(InputError, match="was made of another file"):
         pipeline_module.base_model(first, tmp_path / "out")
 

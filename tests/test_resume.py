@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from flow_finetune import checkpoint as checkpoint_module
-from flow_finetune.checkpoint import TrainDirectory
+from flow_finetune.checkpoint import TrainDirectory, restore_generators
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
 from flow_finetune.models import load_model
@@ -177,3 +177,17 @@ def test_logged_learning_rates_are_those_of_the_steps(setup, tmp_path):
     # Two steps up from 0, then half a cosine down over the four that are left.
     expected = [0.0, 0.5, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4))]
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3 * e for e in expected])
+
+
+def test_generators_of_gpus_that_are_not_seen_any_more_are_left_out(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: found.append((device, state)))
+    restore_generators(["a", "b", "c"])
+    assert found == [(0, "a"), (1, "b")]
+
+
+def test_a_link_to_a_directory_stands_for_it(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert TrainDirectory(tmp_path / "link", {}, None).saved == (tmp_path / "disk/saved").resolve()

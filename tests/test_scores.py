@@ -20,7 +20,8 @@ from flow_finetune.journal import Journal
 from flow_finetune.methods import make_weights
 from flow_finetune.models import load_model
 from flow_finetune.processes import Processes
-from flow_finetune.scores import read_metadata, read_scores, score, scoring_fingerprints
+from flow_finetune.scores import METADATA_KEY, read_metadata, read_scores, score, scoring_fingerprints
+from flow_finetune.storage import exclusive_file
 from processes import kill_when, run_python, spawn_two
 
 import flow_kernels
@@ -363,3 +364,22 @@ def test_extremes_are_in_order(scored):
     for name, indices in (("easiest", order[:5]), ("hardest", order[::-1][:5])):
         assert [e["id"] for e in found["extremes"][name]] == [samples.samples[i].id for i in indices]
         assert [e["loss"] for e in found["extremes"][name]] == loss[indices].tolist()
+
+
+def test_a_second_scoring_into_one_file_is_refused(scored, tmp_path):
+    config, lm, tokenizer, samples, _ = scored
+    path = tmp_path / "other.parquet"
+    with exclusive_file(path), pytest.raises(InputError, match=r"another process makes .*other.parquet; wait for it"):
+        score(lm, tokenizer, samples, path, model_config=config)
+    score(lm, tokenizer, samples, path, model_config=config)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["other.parquet", "scores.parquet"]
+
+
+def test_scores_of_images_are_told_apart(scored, tmp_path):
+    *_, samples, path = scored
+    table, metadata = pq.read_table(path), read_metadata(path)
+    metadata = {"fingerprints": {"model": "0", "images": "1"}, "temperature": metadata["temperature"]}
+    other = tmp_path / "images.parquet"
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()}), other)
+    with pytest.raises(InputError, match=r"images\.parquet has the scores of images; score this data with"):
+        read_scores(other, samples, {"model": "0", "tokenizer": "2"})

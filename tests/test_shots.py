@@ -165,6 +165,22 @@ def test_bad_shots(tiny, paths, tmp_path, task, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_question_that_is_asked_of_other_things_is_no_leak(tiny, paths, tmp_path):
+    stem = {"context": "Which of these is true?"}
+    shot = write_rows(tmp_path / "shots.jsonl", [{**stem, "choices": ["The 9 is 12.", "the 3"], "answer": 1}])
+    other = write_rows(tmp_path / "other.jsonl", [{**stem, "choices": [" a basket", " Anna"], "answer": 0}])
+    same = write_rows(tmp_path / "same.jsonl", [{**stem, "choices": [" the 3", " a basket"], "answer": 0}])
+    run(tiny, [TaskConfig("multiple_choice", other, num_shots=1, shots_source=shot)], tmp_path / "out")
+    with pytest.raises(InputError, match="is row 0 of"):
+        run(tiny, [TaskConfig("multiple_choice", same, num_shots=1, shots_source=shot)], tmp_path / "out2")
+
+
+def test_subjects_matter_to_shots_alone(tiny, paths, tmp_path):
+    rows = [{**stem, "subject": None} for stem in ({"context": "Who?", "choices": [" Anna", " no one"], "answer": 0},)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    run(tiny, [TaskConfig("multiple_choice", file)], tmp_path / "out")
+
+
 def test_bad_shots_of_questions(tiny, paths, tmp_path):
     same = {**DEV[0], "question": "which is WORST", "choices": ["a basket", "an apple"]}
     leak = write_rows(tmp_path / "leak.jsonl", [DEV[0], same])

@@ -1,6 +1,7 @@
 """Files are whole or absent."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import pytest
 from flow_finetune.errors import InputError
 from flow_finetune.storage import (
     atomic_path,
+    describe_file,
     exclusive,
+    exclusive_file,
     fingerprint,
+    is_described,
     is_used,
     require_disk_space,
     require_writable,
@@ -150,3 +154,49 @@ def test_a_directory_that_another_process_has_made_is_not_removed(tmp_path, monk
     with exclusive(path):
         pass
     assert path.is_dir()
+
+
+def test_a_link_stays_and_what_it_stands_for_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with atomic_path(tmp_path / "link") as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["new"]
+
+
+def test_one_process_at_a_time_makes_a_file(tmp_path):
+    path = tmp_path / "new" / "scores.parquet"
+    lock = path.with_name(".scores.parquet.lock")
+    lock.mkdir(parents=True)  # of a process that was killed
+    with exclusive_file(path):
+        with (
+            pytest.raises(InputError, match=r"another process makes .*scores.parquet; wait for it"),
+            exclusive_file(path),
+        ):
+            pass
+        assert lock.is_dir()
+        # What is made beside it is another's.
+        with exclusive_file(path.with_name("other")), exclusive(path.parent):
+            pass
+    assert not list(path.parent.iterdir())
+
+
+def test_a_file_is_known_by_its_content_wherever_it_lies(tmp_path):
+    path = tmp_path / "a" / "m.gguf"
+    path.parent.mkdir()
+    path.write_bytes(bytes(1000))
+    stored = json.loads(json.dumps(describe_file(path)))
+    assert is_described(path, stored)
+    copy = tmp_path / "m.gguf"
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(1, 1))
+    assert is_described(copy, stored)
+    assert not is_described(copy.rename(tmp_path / "n.gguf"), stored)
+    path.write_bytes(bytes(999) + b"1")
+    os.utime(path, ns=(2, 2))
+    assert not is_described(path, stored)
+    path.write_bytes(bytes(999))
+    assert not is_described(path, stored)

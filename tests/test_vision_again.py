@@ -50,6 +50,17 @@ def test_trainings_and_scorings_do_not_share_a_directory(image_run, image_mappin
     assert "another process works in" in " ".join(result.output.split())
 
 
+def test_a_directory_may_be_a_link_to_another_disk(image_run, tmp_path):
+    method, config = MethodConfig("plain", weights="none"), dataclasses.replace(image_run.config.train, epochs=1)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "t").symlink_to(tmp_path / "disk")
+    for overwrite in (False, True):
+        summary = train_method(image_run, method, tmp_path / "t", config, overwrite=overwrite)
+    assert summary["method"]["name"] == "plain"
+    assert (tmp_path / "t").is_symlink()
+    assert (tmp_path / "disk/model").is_dir()
+
+
 class _Killed(BaseException):
     """As a signal is: no handler of errors sees it."""
 

@@ -365,7 +365,7 @@ def test_a_cache_that_another_process_fills_is_waited_for(images, tmp_path):
     (stored,) = (tmp_path / "cache").glob("*.npy")
     for file in list((tmp_path / "cache").iterdir()):
         file.unlink()
-    with exclusive(tmp_path / "cache" / f".{stored.stem}.lock"):
+    with exclusive(tmp_path / "cache" / f".{stored.name}.lock"):
         thread = threading.Thread(target=lambda: done.append(load_images(config, 16)))
         thread.start()
         time.sleep(0.5)
@@ -377,3 +377,13 @@ def test_a_cache_that_another_process_fills_is_waited_for(images, tmp_path):
     with exclusive(tmp_path / "run"):
         load_images(dataclasses.replace(config, cache=str(tmp_path / "run")), 16)
     assert done[0].fingerprint == load_images(ImageDataConfig(str(path)), 16).fingerprint
+
+
+def test_a_cache_whose_pixels_were_deleted_is_filled_again(images, tmp_path):
+    path = tiny_images.write_parquet(tmp_path / "a.parquet", *images)
+    config = ImageDataConfig(str(path), cache=str(tmp_path / "cache"))
+    first = load_images(config, 16)
+    (stored,) = (tmp_path / "cache").glob("*.npy")
+    stored.unlink()
+    assert load_images(config, 16).fingerprint == first.fingerprint
+    assert stored.is_file()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 import tracemalloc
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from flow_finetune import wise_ft as wise_ft_module
 from flow_finetune.cli import app
 from flow_finetune.errors import InputError
+from flow_finetune.storage import exclusive_file
 from flow_finetune.wise_ft import read_headers, wise_ft
 from processes import peak_allocated
 from safetensors.torch import load_file, save_file
@@ -181,9 +184,46 @@ def test_an_average_that_is_there_is_kept_and_another_is_refused(tmp_path, capsy
     wise_ft(p, f, 0.5, out)
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert "holds this average already" in capsys.readouterr().err
-    for change in (lambda: wise_ft(p, f, 0.4, out), lambda: (write(f, tensors(2)), wise_ft(p, f, 0.5, out))):
-        with pytest.raises(InputError, match="used by something else"):
-            change()
+    # The models may have been copied to another place since.
+    moved = [shutil.copytree(path, tmp_path / "moved" / path.name, copy_function=shutil.copy) for path in (p, f)]
+    wise_ft(*moved, 0.5, out, of="f")
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(
+        InputError, match="out holds an average already, of the method 'out' with other options; remove"
+    ):
+        wise_ft(p, f, 0.4, out)
+    write(f, tensors(2))
+    with pytest.raises(InputError, match="out holds an average already, of other models; remove it to average again"):
+        wise_ft(p, f, 0.5, out)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/notes").touch()
+    with pytest.raises(InputError, match="used by something else"):
+        wise_ft(p, f, 0.5, tmp_path / "used")
+
+
+def test_averages_of_before_are_known_by_the_times_of_their_sources(tmp_path):
+    p, f = write(tmp_path / "p", tensors(0)), write(tmp_path / "f", tensors(1))
+    path = wise_ft(p, f, 0.5, tmp_path / "out") / "train/summary.json"
+    summary = json.loads(path.read_text())
+    summary["sources"] = [[s["name"], s["bytes"], s["mtime_ns"]] for s in summary["sources"]]
+    path.write_text(json.dumps(summary))
+    wise_ft(p, f, 0.5, tmp_path / "out")
+    summary["sources"][1][2] += 1
+    path.write_text(json.dumps(summary))
+    with pytest.raises(InputError, match="of other models"):
+        wise_ft(p, f, 0.5, tmp_path / "out")
+
+
+def test_an_average_that_another_process_makes_is_waited_for(tmp_path):
+    p, f = write(tmp_path / "p", tensors(0)), write(tmp_path / "f", tensors(1))
+    with exclusive_file(tmp_path / "out"):
+        thread = threading.Thread(target=wise_ft, args=(p, f, 0.5, tmp_path / "out"))
+        thread.start()
+        time.sleep(0.3)
+        assert not (tmp_path / "out").exists()
+    thread.join(60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "out", "p"]
+    assert load_file(tmp_path / "out/model.safetensors").keys() == tensors(0).keys()
 
 
 def test_quantised_weights_are_refused(tmp_path):

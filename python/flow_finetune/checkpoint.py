@@ -27,6 +27,7 @@ from flow_finetune.errors import InputError
 from flow_finetune.storage import (
     DirectoryLock,
     atomic_path,
+    behind_link,
     differences,
     disk_space_errors,
     is_used,
@@ -47,7 +48,7 @@ class TrainDirectory:
     """
 
     def __init__(self, path: Path, identity: dict, accelerator) -> None:
-        self.path = path
+        path = self.path = behind_link(path)
         self._configs = {name: type(value) for name, value in identity.items() if dataclasses.is_dataclass(value)}
         plain = {name: non_defaults(v) if name in self._configs else v for name, v in identity.items()}
         self._identity = json.loads(json.dumps(plain))
@@ -139,8 +140,7 @@ class TrainDirectory:
             for name, part in parts.items():
                 part.load_state_dict(own[name] if name in OF_A_PROCESS else state[name])
             torch.set_rng_state(own["rng"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(own["cuda_rng"])
+            restore_generators(own["cuda_rng"])
             step = state["step"]
         if self._accelerator.is_main_process:
             lines = [line for line in self._log_lines() if line["step"] <= step]
@@ -221,3 +221,9 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _load_trained(model: nn.Module, stored: dict[str, Tensor]) -> None:
     for name, tensor in _trained(model).items():
         tensor.copy_(stored[name])
+
+
+def restore_generators(states: list[torch.Tensor]) -> None:
+    """Let the GPUs draw on from where they were, as many as there were then and are now: one not seen drew nothing."""
+    for index, state in zip(range(torch.cuda.device_count()), states, strict=False):
+        torch.cuda.set_rng_state(state, index)

@@ -172,8 +172,10 @@ def score_groups(
             sums[:, samples] = [column.cpu() for column in scores]
             bad = [s.id for i in indices for j, s in enumerate(groups[i], first[i]) if not math.isfinite(sums[0, j])]
             if bad:
+                # The harness's have no names.
+                first_of = f", first for item {', '.join(bad[:_NUM_NAMED])}" if all(bad) else ""
                 raise InputError(
-                    f"the model gives NaN or infinite losses in {name}, first for item {', '.join(bad[:_NUM_NAMED])}; "
+                    f"the model gives NaN or infinite losses in {name}{first_of}; "
                     "check the model, or evaluate it with --dtype float32 --precision full"
                 )
             tracker.advance(1, tokens=num_tokens)

@@ -64,6 +64,8 @@ def evaluate(
     choose("precision", precision, ("bf16", "full"))
     prepared = prepare(tasks, tokenizer) if prepared is None else prepared
     lm.eval()
+    for task in prepared:
+        _check_lengths(lm, task)
     records, columns, generations = [], [], []
     for task in prepared:
         start = time.perf_counter()
@@ -82,6 +84,15 @@ def evaluate(
         columns += [(task.name, metric, i) for metric, i in items.items()]
     fingerprints = {"model": model_fingerprint(lm.model), "tokenizer": tokenizer_fingerprint(tokenizer)}
     return write_evaluation(output, source, fingerprints, records, columns, generations, summary)
+
+
+def _check_lengths(lm: CausalLM, task: Task) -> None:
+    """Raise `InputError` for texts beyond the model's positions now, and not when the tasks before have been run."""
+    if task.samples:
+        lm.check_length(max(len(s.input_ids) for s in task.samples), task.name)
+    if task.answers:
+        longest = max(s.start for s in task.samples[: len(task.answers)])
+        lm.check_length(longest + task.config.max_new_tokens, f"answering {task.name}: a prompt with its answer")
 
 
 def _run_perplexity(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:

@@ -52,7 +52,10 @@ def summary_of(model: str) -> dict | None:
     Args:
         model: a directory that training saved to (of images, its `model/`); anything else has no summary.
     """
-    found = [d / SUMMARY_FILE for d in (Path(model), Path(model).parent) if (d / SUMMARY_FILE).is_file()]
+    path = Path(model).expanduser()
+    # A hub id is no path, even where a directory of its first part is here: the parent of "gpt2" would be this one.
+    parents = [path.parent] if path.is_file() or (path.is_dir() and path.name == "model") else []
+    found = [d / SUMMARY_FILE for d in (path, *parents) if (d / SUMMARY_FILE).is_file()]
     return json.loads(found[0].read_text()) if found else None
 
 

@@ -19,7 +19,7 @@ from flow_finetune.models import CausalLM, autocast
 from flow_finetune.progress import Tracker, track
 
 # A sign belongs to a number unless it is a minus between two of them.
-_NUMBER = re.compile(r"((?:(?<![\d.])[-+])?\d[\d,]*(?:\.\d+)?)")
+_NUMBER = re.compile(r"((?:(?<![\d.)])[-+\u2212])?\$?(?:\d[\d,]*(?:\.\d+)?|(?<![\d.])\.\d+))")
 # Finished sequences leave the batch when they are a quarter of it: each time the cache is copied.
 _KEEP_SHARE = 0.75
 # Logits of which one is looked for at a time.
@@ -27,6 +27,8 @@ _BLOCK = 512
 # A prompt's tokens but the last leave only keys and values behind, and a step reads all weights, whatever its rows: 64
 # answers of 192 tokens take Gemma 3 270M 66 s in one batch and 80 in two (2 Xeon cores).
 _PROMPT_TOKENS = 2
+# What a batch may hold by its end, in parts of `batch_tokens`: a short prompt's answer may be many times as long.
+_KEPT_TOKENS = 8
 
 
 def generate_texts(
@@ -82,23 +84,31 @@ def generate_greedily(
         prompts: token ids, BOS included where the model wants one.
         stop_ids: tokens that end a sequence; they are not part of what is returned.
         pad_id: fills up shorter prompts; never attended to.
-        batch_tokens: padded tokens of one forward pass elsewhere; here a batch has up to twice as many of prompts.
+        batch_tokens: padded tokens of one forward pass elsewhere; here a batch has up to twice as many of prompts, and 8
+            times as many with all new tokens. Of a model that runs every text again it is a forward pass's, too.
         ends: whether the new tokens of a sequence, the last of them included, end it.
 
     Returns:
         The new tokens of every prompt, in the order of the prompts.
+
+    Raises:
+        InputError: texts beyond the model's positions, or a model that gives NaN.
     """
     lm.eval()
     device = lm.head.weight.device
-    start = _Continued if continues_contexts(lm) else _RunAgain
     lm.check_length(max(len(p) for p in prompts) + max_new_tokens, f"{description}: a prompt with its answer")
-    batches = token_batches([len(p) for p in prompts], _PROMPT_TOKENS * batch_tokens)
+    if continues_contexts(lm):
+        start, most = _Continued, _KEPT_TOKENS * batch_tokens
+        lengths = [max(_KEPT_TOKENS // _PROMPT_TOKENS * len(p), len(p) + max_new_tokens) for p in prompts]
+    else:
+        start, most, lengths = _RunAgain, batch_tokens, [len(p) + max_new_tokens for p in prompts]
+    batches = token_batches(lengths, most)
     results: list[list[int]] = [[] for _ in prompts]
     # One autocast context over everything: it keeps the cast weights, which would cost more than a step of decoding.
     with track(description, len(prompts)) as tracker, autocast(device, precision):
         for indices in batches:
             texts = start(lm, [prompts[i] for i in indices], pad_id)
-            _decode(lm.head, texts, set(stop_ids), ends, max_new_tokens, indices, results, tracker)
+            _decode(lm.head, texts, set(stop_ids), ends, max_new_tokens, indices, results, tracker, description)
     return results
 
 
@@ -138,7 +148,7 @@ class _RunAgain:
         self._texts = [self._texts[row] for row in rows.tolist()]
 
 
-def _decode(head, texts, stop_ids, ends, max_new_tokens, owners, results, tracker: Tracker) -> None:
+def _decode(head, texts, stop_ids, ends, max_new_tokens, owners, results, tracker: Tracker, description: str) -> None:
     """Extend `results[owner]` for every row of a batch of texts."""
     owners, going = list(owners), [True] * len(owners)
     chosen = None
@@ -146,7 +156,13 @@ def _decode(head, texts, stop_ids, ends, max_new_tokens, owners, results, tracke
         if chosen is not None:
             texts.extend(chosen)
         # The soft-cap is monotone, so the largest logit is the same without it.
-        chosen = _argmax(head(texts.last_hidden))
+        logits = head(texts.last_hidden)
+        chosen = _argmax(logits)
+        if not logits.gather(-1, chosen[:, None]).isfinite().all():
+            raise InputError(
+                f"{description}: the model gives NaN or infinite values; check the model, or evaluate it with --dtype "
+                "float32 --precision full"
+            )
         num_new = sum(going)
         for row, token in enumerate(chosen.tolist()):
             if going[row] and token in stop_ids:
@@ -197,14 +213,17 @@ def extract_answer(text: str, pattern: re.Pattern, *, or_last_number: bool = Fal
     found = [m for m in pattern.finditer(text) if m.group(1)]
     if not found and or_last_number:
         found = list(_NUMBER.finditer(text))
-    return found[-1].group(1).replace(",", "").replace("$", "").strip().rstrip(".") if found else None
+    if not found:
+        return None
+    return found[-1].group(1).replace(",", "").replace("$", "").replace("\u2212", "-").strip().rstrip(".")
 
 
 def same_answer(a: str | None, b: str | None) -> bool:
     """Whether two answers are equal, as numbers if both are numbers."""
-    if a is None or b is None:
-        return False
+    if a is None or b is None or a == b:
+        return a is not None and a == b
     try:
-        return Decimal(a) == Decimal(b)
+        numbers = Decimal(a), Decimal(b)
     except InvalidOperation:
-        return a == b
+        return False
+    return all(number.is_finite() for number in numbers) and numbers[0] == numbers[1]

@@ -38,6 +38,11 @@ class _Room:
 class _GrowingLayer(DynamicLayer):
     """All keys and values of an attention layer."""
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        # Or the memory of all rows would stay beside that of the chosen ones until each layer's next token.
+        vars(self).pop("_rooms", None)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
         return self._append(key_states, value_states, None)
 
@@ -53,6 +58,10 @@ class _GrowingSlidingWindowLayer(DynamicSlidingWindowLayer):
     """Those of the last tokens that a window reaches."""
 
     _append = _GrowingLayer._append
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        vars(self).pop("_rooms", None)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
         self.cumulative_length += key_states.shape[-2]

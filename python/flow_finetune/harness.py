@@ -75,8 +75,20 @@ def load_harness(config: TaskConfig) -> HarnessTasks:
             "must be on this machine or its hub within reach)"
         ) from error
     instances = [instance for task in loaded["tasks"].values() for instance in task.instances]
+    _check_generation(wanted, instances, config.max_length)
     requests = [json.dumps([i.doc_id, i.args, i.doc], default=str, sort_keys=True).encode() for i in instances]
     return HarnessTasks(loaded, len({(i.task_name, i.doc_id) for i in instances}), requests)
+
+
+def _check_generation(name: str, instances: list, max_length: int) -> None:
+    """Raise `InputError` for answers that cannot be made, before any task is run."""
+    asked = [i.args[1] for i in instances if i.request_type == "generate_until"]
+    if not asked:
+        return
+    from flow_finetune.harness_model import generation_options
+
+    for options in dict.fromkeys(json.dumps(options, sort_keys=True) for options in asked):
+        generation_options(json.loads(options), name, max_length)
 
 
 @functools.lru_cache(maxsize=4)

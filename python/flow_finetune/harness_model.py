@@ -25,6 +25,20 @@ from flow_finetune.models import CausalLM
 _MAX_NEW_TOKENS = 256
 
 
+def generation_options(options: dict, name: str, max_length: int) -> dict:
+    """What a request says of its answer, complete.
+
+    Raises:
+        InputError: answers that are sampled, or leave no room for a prompt in `max_length`.
+    """
+    options = normalize_gen_kwargs(options, _MAX_NEW_TOKENS)
+    if options.get("do_sample"):
+        raise InputError(f"{name} samples its answers; only greedy answers are made here")
+    if options["max_gen_toks"] >= max_length:
+        raise InputError(f"{name} generates {options['max_gen_toks']} tokens; raise max_length={max_length}")
+    return options
+
+
 class HarnessModel(TemplateLM):
     """Log-likelihoods and greedy answers of a model, with the harness's names."""
 
@@ -105,13 +119,9 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _generate(self, contexts: list[str], options: dict) -> list[str]:
-        options = normalize_gen_kwargs(options, _MAX_NEW_TOKENS)
-        if options.get("do_sample"):
-            raise InputError(f"{self.name} samples its answers; only greedy answers are made here")
+        options = generation_options(options, self.name, self.max_length)
         until, max_new_tokens = options["until"], options["max_gen_toks"]
         room = self.max_length - max_new_tokens
-        if room < 1:
-            raise InputError(f"{self.name} generates {max_new_tokens} tokens; raise max_length={self.max_length}")
         prompts = [self.tok_encode(context) for context in contexts]
         self.num_truncated += sum(len(prompt) > room for prompt in prompts)
         return generate_texts(

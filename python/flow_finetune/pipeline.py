@@ -38,7 +38,7 @@ from flow_finetune.progress import say
 from flow_finetune.report import write_report
 from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.scores import read_metadata, score, score_header
-from flow_finetune.storage import exclusive, write_json
+from flow_finetune.storage import describe_file, exclusive, is_described, write_json
 from flow_finetune.tasks import check_task, prepare
 from flow_finetune.train import train
 from flow_finetune.train_checks import check_dtype, check_grad_filter, check_gradient_checkpointing, check_train
@@ -180,15 +180,22 @@ def _saved_model(config: ModelConfig, pretrained: Path) -> ModelConfig:
     path = Path(config.source).expanduser()
     if path == directory:
         return config
-    source = {"source": path.name, **({"bytes": path.stat().st_size} if path.is_file() else {})}
     if not directory.is_dir():
         say(f"reading {config.source}")
         lm, tokenizer = load_model(config)
-        write_json(mark, source)
+        write_json(mark, {"source": path.name, **({"file": describe_file(path)} if path.is_file() else {})})
         save_model(lm.model, tokenizer, directory)
-    elif mark.is_file() and json.loads(mark.read_text()) != source:
+    elif mark.is_file() and not _is_marked(path, json.loads(mark.read_text())):
         raise InputError(f"{directory} was made of another file than {config.source}; choose another directory")
     return _at(config, directory)
+
+
+def _is_marked(path: Path, mark: dict) -> bool:
+    """Whether `mark`, beside a saved model, is of `path`, a file or a hub id."""
+    if "file" in mark:
+        return path.is_file() and is_described(path, mark["file"])
+    # Those of before had a file's size and not its content.
+    return mark == {"source": path.name, **({"bytes": path.stat().st_size} if path.is_file() else {})}
 
 
 def _at(config: ModelConfig, directory: Path) -> ModelConfig:

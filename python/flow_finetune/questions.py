@@ -47,15 +47,15 @@ class Row:
     subject: str | None = None
 
 
-def read_questions(rows, source: str, context_field: str = "context") -> list[Row]:
-    """The rows of a multiple-choice file, each checked.
+def read_questions(rows, source: str, context_field: str = "context", *, with_subjects: bool = True) -> list[Row]:
+    """The rows of a multiple-choice file, each checked; the subjects only matter to shots.
 
     Raises:
         InputError: a field that is not there, choices that are no list of texts, or an answer that is none of them.
     """
     contexts = text_column(rows, context_field, source)
     field = next((name for name in ("subtask", "subject") if name in rows.column_names), None)
-    subjects = text_column(rows, field, source) if field else [None] * len(contexts)
+    subjects = text_column(rows, field, source) if field and with_subjects else [None] * len(contexts)
     columns = zip(contexts, choice_columns(rows, source, "choices", "answer"), subjects, strict=True)
     return [Row(context, choices, answer, subject) for context, (choices, answer), subject in columns]
 

@@ -12,6 +12,8 @@ import base64
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from flow_finetune.models import CausalLM, autocast, model_fingerprint, tokenize
 from flow_finetune.packing import packs_texts
 from flow_finetune.processes import Processes
 from flow_finetune.progress import say, track
-from flow_finetune.storage import atomic_path, disk_space_errors
+from flow_finetune.storage import atomic_path, disk_space_errors, exclusive_file
 
 METADATA_KEY = b"flow_finetune"
 NUM_EXTREMES = 5
@@ -95,12 +97,36 @@ def score(
         raise InputError(f"{path} is a directory; give a file for the scores, for example {path / 'scores.parquet'}")
     lm.check_length(max(len(s.input_ids) for s in samples.samples), "a sample")
     header = score_header(lm, tokenizer, samples, model_config, batch_tokens, tokens)
+    processes = Processes(lm.head.weight.device)
+    with _alone(path, processes):
+        return _score(lm, tokenizer, samples, path, header, processes, model_config, batch_tokens, tokens, overwrite)
+
+
+@contextmanager
+def _alone(path: Path, processes: Processes) -> Iterator[None]:
+    """Keep other calls from scoring into `path`: the main process does, for all of a launch."""
+    with ExitStack() as stack:
+        refused = None
+        if processes.is_main:
+            try:
+                stack.enter_context(exclusive_file(path))
+            except InputError as error:
+                refused = str(error)
+        if refused := processes.agree(refused):
+            raise InputError(refused)
+        yield
+
+
+def _score(
+    lm, tokenizer, samples: SampleSet, path: Path, header: dict, processes: Processes, model_config: ModelConfig,
+    batch_tokens: int, tokens: bool, overwrite: bool,
+) -> float:  # fmt: skip
+    """`score`, with nobody else at it."""
     if path.exists() and not overwrite:
         differences = header_differences(read_metadata(path), header)
         if not differences:
             return 0.0
         raise InputError(f"{path} holds other scores ({differences}); choose another file or pass --overwrite")
-    processes = Processes(lm.head.weight.device)
     journal = Journal(path, header, overwrite, processes)
     batches = token_batches([len(s.input_ids) for s in samples.samples], batch_tokens, packed=packs_texts(lm))
     # The batches of a call before may have been others: whether texts are packed is the machine's and the model's answer.
@@ -255,6 +281,8 @@ def read_scores(path: Path, samples: SampleSet, fingerprints: dict[str, str], *,
         raise InputError(f"{path} has {len(repeated)} repeated ids, the first is {repeated[0]!r}; score again")
     differences = header_differences({"fingerprints": metadata["fingerprints"]}, {"fingerprints": fingerprints})
     if differences:
+        if "settings" not in metadata:
+            raise InputError(f"{path} has the scores of images; score this data with flow-finetune score")
         raise InputError(
             f"{path} does not belong to this training: {differences}; score again with this model (its dtype counts: "
             f"scored in {metadata['settings']['dtype']}), tokenizer, template and data"

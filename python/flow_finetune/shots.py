@@ -95,16 +95,20 @@ def questions_after_shots(rows: Sequence[Row], config: TaskConfig) -> list[Row]:
     fronts: dict[tuple, str] = {}
     used, answered = [], []
     for row in rows:
-        lettered = row.choices == [f" {letter}" for letter in string.ascii_uppercase[: len(row.choices)]]
+        lettered = _is_lettered(row)
         key = (row.subject, lettered)
         if key not in fronts:
             chosen = _of_subject(shots, row.subject, config)
             solved = [_solved(shot, plain, lettered) for shot in chosen]
-            used += [_identity(text, shot) for shot, (text, _) in zip(chosen, solved, strict=True)]
+            used += [
+                _identity(text, shot, lettered or _is_lettered(shot))
+                for shot, (text, _) in zip(chosen, solved, strict=True)
+            ]
             fronts[key] = "".join(f"{text}{answer}{_BETWEEN}" for text, answer in solved)
         header, text = _split_header(row.context)
         answered.append(replace(row, context=header + fronts[key] + text))
-    _check_leaks(used, [_identity(_split_header(row.context)[1], row) for row in rows], config)
+    items = [_identity(_split_header(row.context)[1], row, _is_lettered(row)) for row in rows]
+    _check_leaks(used, items, config)
     return answered
 
 
@@ -142,9 +146,20 @@ def _split_header(context: str) -> tuple[str, str]:
     return context[:end], context[end:]
 
 
-def _identity(text: str, row: Row) -> str:
-    """What makes a question the same: its text, or its choices where they are all there is."""
-    return text or " ".join(sorted(row.choices))
+def _is_lettered(row: Row) -> bool:
+    """Whether the choices are letters, which the text explains."""
+    return row.choices == [f" {letter}" for letter in string.ascii_uppercase[: len(row.choices)]]
+
+
+def _identity(text: str, row: Row, lettered: bool) -> str:
+    """What makes a question the same, so that a shot gives its answer away.
+
+    Its text with the right answer ("Which of these is true?" is asked of many things), its text alone where that has the
+    choices in it, its choices where they are all there is.
+    """
+    if not text:
+        return " ".join(sorted(row.choices))
+    return text if lettered else f"{text}\n{row.choices[row.answer].strip()}"
 
 
 def _check_number(found: int, config: TaskConfig, of: str = "") -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flow_finetune.errors import InputError
@@ -24,7 +24,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     A file is synced before it is renamed, so a crash leaves the old file or the new one. The temporary path may also
     be made a directory.
     """
-    path = Path(path)
+    path = behind_link(Path(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     _remove(temporary)
@@ -40,6 +40,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             _sync_entry(path.parent)
     finally:
         _remove(temporary)
+
+
+def behind_link(path: Path) -> Path:
+    """What a symbolic link stands for, such as a directory on another disk: a link cannot be removed and made again."""
+    return path.resolve() if path.is_symlink() else path
 
 
 @contextmanager
@@ -106,15 +111,16 @@ class DirectoryLock:
 
 
 @contextmanager
-def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
+def exclusive(path: Path, *, wait: bool = False, is_lock: bool = False) -> Iterator[None]:
     """Work in the directory `path`, which is made if need be, alone; one that is left empty is not left behind.
 
-    Another process that works there is an `InputError`, or waited for with `wait`.
+    Another process that works there is an `InputError`, or waited for with `wait`. What `is_lock` and nothing else does
+    not stay even if a killed process has left it.
     """
     lock, is_new = DirectoryLock(), not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     # Not in the try: a directory that another process has locked, which may have made it meanwhile, is not ours to remove.
-    is_new = lock.take(path, wait=wait) or is_new
+    is_new = lock.take(path, wait=wait) or is_new or is_lock
     try:
         yield
     finally:
@@ -122,6 +128,39 @@ def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
         if is_new and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
         lock.release()
+
+
+@contextmanager
+def exclusive_file(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Make `path`, a file or a directory that is put in place whole, alone; the lock is a hidden directory beside it.
+
+    Another process that makes it is an `InputError`, or waited for with `wait`.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(path.with_name(f".{path.name}.lock"), wait=wait, is_lock=True))
+        except InputError:
+            raise InputError(f"another process makes {path}; wait for it, or choose another name") from None
+        yield
+
+
+def describe_file(path: Path) -> dict[str, object]:
+    """What `is_described` knows a file by, wherever it lies."""
+    stat = path.stat()
+    return {"name": path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(path)}
+
+
+def is_described(path: Path, stored: dict[str, object]) -> bool:
+    """Whether `path` has the content that was described; it is read only where it is another time's."""
+    stat = path.stat()
+    if (path.name, stat.st_size) != (stored["name"], stored["bytes"]):
+        return False
+    return stat.st_mtime_ns == stored["mtime_ns"] or _sha256(path) == stored["sha256"]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_used(path: Path) -> bool:

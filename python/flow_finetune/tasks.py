@@ -133,7 +133,7 @@ def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
     if config.kind == "completion":
         return Task(name, config, completions(config, tokenizer))
     if config.kind == "multiple_choice":
-        rows = read_questions(task_rows(config), describe_rows(config))
+        rows = read_questions(task_rows(config), describe_rows(config), with_subjects=bool(config.num_shots))
         rows = questions_after_shots(rows, config) if config.num_shots else rows
         return Task(name, config, *choice_samples(rows, config, tokenizer))
     pattern = compile_answer_pattern(config.answer_pattern, name)

@@ -21,7 +21,17 @@ import torch
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
 from flow_finetune.progress import say
-from flow_finetune.storage import SUMMARY_FILE, atomic_path, is_used, require_disk_space, used_error, write_json
+from flow_finetune.storage import (
+    SUMMARY_FILE,
+    atomic_path,
+    describe_file,
+    exclusive_file,
+    is_described,
+    is_used,
+    require_disk_space,
+    used_error,
+    write_json,
+)
 
 # Far below the largest tensor of any model; large enough for the disk.
 PIECE_BYTES = 2**22
@@ -73,20 +83,41 @@ def wise_ft(pretrained: Path, finetuned: Path, alpha: float, output: Path, *, na
     ours, theirs = read_headers(pretrained), read_headers(finetuned)
     _require_same(ours, theirs, pretrained, finetuned)
     files = sorted({stored.path for stored in theirs.values()})
-    method = MethodConfig(name=name or output.name, of=of or finetuned.name, wise_ft=alpha)
-    summary = {
-        "method": dataclasses.asdict(method),
-        "model": str(pretrained),
-        "sources": [[p.name, p.stat().st_size, p.stat().st_mtime_ns]
-                    for p in [*sorted({s.path for s in ours.values()}), *files]],
-    }  # fmt: skip
-    if is_used(output):
-        found = output / SUMMARY_FILE
-        if found.is_file() and json.loads(found.read_text()) == summary:
+    sources = [*sorted({stored.path for stored in ours.values()}), *files]
+    method = dataclasses.asdict(MethodConfig(name=name or output.name, of=of or finetuned.name, wise_ft=alpha))
+    with exclusive_file(output, wait=True):
+        if is_used(output):
+            _require_this_average(output, method, sources)
             say(f"{output} holds this average already")
             return output
+        require_disk_space(output, sum(path.stat().st_size for path in files))
+        summary = {"method": method, "model": str(pretrained), "sources": [describe_file(path) for path in sources]}
+        _write(ours, theirs, finetuned, alpha, output, summary)
+    return output
+
+
+def _require_this_average(output: Path, method: dict, sources: list[Path]) -> None:
+    """Raise `InputError` unless `output` holds the average of these files by `method`, wherever they lay."""
+    path = output / SUMMARY_FILE
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if "sources" not in found:
         raise used_error(output)
-    require_disk_space(output, sum(path.stat().st_size for path in files))
+    stored = found["sources"]
+    # Averages of before were known by the times of their sources.
+    is_same = len(stored) == len(sources) and all(
+        is_described(p, s) if isinstance(s, dict) else s == [p.name, p.stat().st_size, p.stat().st_mtime_ns]
+        for p, s in zip(sources, stored, strict=True)
+    )
+    if not is_same or found["method"] != method:
+        what = "other models" if not is_same else f"the method {found['method']['name']!r} with other options"
+        raise InputError(
+            f"{output} holds an average already, of {what}; remove it to average again, or choose another directory"
+        )
+
+
+def _write(ours: dict, theirs: dict, finetuned: Path, alpha: float, output: Path, summary: dict) -> None:
+    """Write the average and what stands beside it, whole or not at all."""
+    files = sorted({stored.path for stored in theirs.values()})
     with atomic_path(output) as temporary:
         temporary.mkdir()
         for path in files:
@@ -95,7 +126,6 @@ def wise_ft(pretrained: Path, finetuned: Path, alpha: float, output: Path, *, na
             for path in finetuned.glob(pattern):
                 shutil.copyfile(path, temporary / path.name)
         write_json(temporary / SUMMARY_FILE, summary)
-    return output
 
 
 def read_headers(directory: Path) -> dict[str, Stored]:

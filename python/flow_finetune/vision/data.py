@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from flow_finetune.data import is_local
 from flow_finetune.errors import InputError
 from flow_finetune.progress import say
-from flow_finetune.storage import atomic_path, exclusive, fingerprint, require_disk_space
+from flow_finetune.storage import atomic_path, exclusive_file, fingerprint, require_disk_space
 from flow_finetune.vision.config import ImageDataConfig, ImageTaskConfig
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
@@ -304,8 +304,8 @@ def _decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, lis
     path = Path(config.cache).expanduser() / f"{key}.npy"
     bad_path = path.with_suffix(".json")
     # Runs that share a cache would write to one temporary file. The cache's directory may be locked by a run of its own.
-    with exclusive(path.with_name(f".{key}.lock"), wait=True):
-        if not bad_path.is_file():
+    with exclusive_file(path, wait=True):
+        if not (path.is_file() and bad_path.is_file()):
             require_disk_space(path, int(np.prod(shape)))
             with atomic_path(path) as temporary:
                 pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)

@@ -23,6 +23,7 @@ from flow_finetune.storage import (
     SUMMARY_FILE,
     DirectoryLock,
     atomic_path,
+    behind_link,
     disk_space_errors,
     is_used,
     require_disk_space,
@@ -66,7 +67,7 @@ class _Directory:
     """
 
     def __init__(self, path: Path, identity: dict) -> None:
-        self.path, self._identity = Path(path), json.loads(json.dumps(identity))
+        self.path, self._identity = behind_link(Path(path)), json.loads(json.dumps(identity))
         self._train = self.path / "train"
         self._lock = DirectoryLock()
         self._started, self._earlier = time.perf_counter(), 0.0
