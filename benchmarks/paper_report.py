@@ -54,7 +54,9 @@ def _protocol(results: Results, command: str) -> list[str]:
     setup = non_defaults(experiment.setup)
     lines = [f"Written by `{command}` from the records in `{experiment.name}/`; these were made by", ""]
     lines += [f"- `{made}`" for made in sorted({record["command"] for record in results.records.values()})]
-    lines += ["", "on", "", *(f"- {m}" for m in sorted({record["machine"] for record in results.records.values()})), ""]
+    machines = {key: record["machine"] for key, record in results.records.items()}
+    names = sorted(set(machines.values()))
+    lines += ["", "on", "", *(f"- {m}" + (f": {_cells(machines, m)}" if len(names) > 1 else "") for m in names), ""]
     lines += [f"- {_words(name, setup[name])}" for name in ("model", "data") if name in setup]
     lines += _train_settings(results)
     listed = ", ".join(f"{n} {items_text(t)}" for n, t in results.shown_runs()[0].tasks.items())

@@ -21,6 +21,7 @@ from flow_finetune.data import (
     load_samples,
     read_rows,
     starts_with_bos,
+    text_column,
 )
 from flow_finetune.errors import InputError
 from flow_finetune.generate import _stop_ids
@@ -351,3 +352,12 @@ def test_without_a_home_it_says_what_to_set(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "relative/datasets")
     assert read_rows(str(tmp_path / "a.jsonl"))["a"] == [1]
+
+
+def test_text_that_looks_like_dates_is_named_and_kept_in_csv(tmp_path):
+    rows = [{"question": "When?", "answer": "2024-01-01"}, {"question": "And then?", "answer": "2024-01-02 10:00:00"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"a\.jsonl: field 'answer' is taken for dates.*; save the rows as CSV"):
+        text_column(read_rows(str(tmp_path / "a.jsonl")), "answer", "a.jsonl")
+    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"{r['question']},{r['answer']}\n" for r in rows))
+    assert text_column(read_rows(str(tmp_path / "a.csv")), "answer", "a.csv") == [row["answer"] for row in rows]

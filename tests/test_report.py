@@ -1,5 +1,6 @@
 """The page and the table hold the right numbers, the pictures are pictures, and bad input is named."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from flow_finetune import pipeline
+from flow_finetune import pipeline, plots
 from flow_finetune.errors import InputError
 from flow_finetune.report import summary_table, write_report
 from flow_finetune.results import find_pretrained, load_runs
@@ -170,6 +171,20 @@ def test_pictures(page):
         assert 600 <= width <= 1100
         assert height >= 400
     assert sorted(p.name for p in page.parent.iterdir()) == sorted([*linked, "report.md"])
+
+
+def test_the_legend_names_runs_that_one_panel_lacks(runs, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    a, b = load_runs(runs[0])[1:3]
+    kept = [task for task in b.evaluation["tasks"] if task["kind"] != "perplexity"]
+    b = dataclasses.replace(b, evaluation={**b.evaluation, "tasks": kept})
+    assert plots.plot_tradeoff([a, b], tmp_path / "tradeoff.png")
+    (figure,) = figures
+    drawn = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
+    assert [a.name] in drawn
+    assert [a.name, b.name] in drawn
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [a.name, b.name]
 
 
 def test_samples_are_shown_as_text(page):

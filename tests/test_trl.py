@@ -5,7 +5,7 @@ import pytest
 import torch
 from flow_finetune.errors import InputError
 from tokenised_rows import new_model, shifted_losses
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 from trl import SFTConfig
 
 from flow_finetune.integrations.trl import WeightedSFTTrainer  # isort: skip
@@ -110,6 +110,29 @@ def test_weights_of_ones_own_and_an_evaluation_without(tiny_model_dir, tmp_path)
     assert found == pytest.approx(float(by_batch[0]), rel=1e-4)
 
 
+def test_a_collator_that_pads_sees_what_trainer_shows_it(tiny_model_dir, tmp_path):
+    """TRL leaves the texts in its data, which Trainer hides from the collator."""
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(tiny_model_dir))
+    made, plain = trainer(tiny_model_dir, tmp_path, data_collator=collator), trainer(tiny_model_dir, tmp_path)
+    assert {"prompt", "completion", "sample_weight"} <= set(made.train_dataset.column_names)
+    assert made.train_dataset["sample_weight"][:] == pytest.approx(plain.train_dataset["sample_weight"][:], rel=1e-5)
+    made.train()
+    plain.train()
+    assert losses_of(made) == pytest.approx(losses_of(plain), rel=1e-4)
+
+
+def test_evaluation_data_that_lack_their_labels_are_refused_as_by_trl(tiny_model_dir, tmp_path):
+    prepared = trainer(tiny_model_dir, tmp_path).train_dataset
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in prepared]
+    made = trainer(tiny_model_dir, tmp_path, rows, config={"dataset_kwargs": {"skip_prepare_dataset": True}})
+    masked = [
+        {"input_ids": row["input_ids"], "completion_mask": [int(n != -100) for n in row["labels"]]} for row in rows
+    ]
+    with pytest.raises(ValueError, match="mask columns but no 'labels'"):
+        made.evaluate(datasets.Dataset.from_list(masked))
+    assert made.evaluate(datasets.Dataset.from_list(rows))["eval_loss"] > 0
+
+
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
@@ -117,6 +140,7 @@ def test_weights_of_ones_own_and_an_evaluation_without(tiny_model_dir, tmp_path)
         ({"loss_type": "dft"}, {}, "stands for loss_type 'nll'"),
         ({"label_smoothing_factor": 0.1}, {}, "give label_smoothing in loss_options"),
         ({}, {"rows": [{**row, "sample_weight": 1.0} for row in ROWS], "weight_options": {"quantile": 0.9}}, "change nothing"),
+        ({}, {"compute_metrics": dict}, "compute_metrics would not be called, as the weighted loss makes no logits"),
     ],
 )  # fmt: skip
 def test_what_would_lose_the_weights_is_refused(tiny_model_dir, tmp_path, config, options, message):

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,11 @@ def text_column(rows, name: str, source: str) -> list[str]:
         raise InputError(f"{source} has no field {name!r}; it has {', '.join(rows.column_names)}")
     values = list(rows[name])
     for index, value in enumerate(values):
+        if isinstance(value, datetime):
+            raise InputError(
+                f"{source}: field {name!r} is taken for dates, because all of it looks like them, and what they were "
+                "written as is lost; save the rows as CSV, or as Parquet with text in that field"
+            )
         if not isinstance(value, str):
             raise InputError(
                 f"{source}: field {name!r} of row {index} is {type(value).__name__} ({value!r:.60}), not text"

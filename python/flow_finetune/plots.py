@@ -95,8 +95,13 @@ def plot_tradeoff(runs: Sequence[Run], path: Path) -> bool:
         _tidy(axes, x_label, y_label)
         axes.set_title("better: " + ("up and right" if higher else "down and left"), fontsize=11, color="0.35")
         axes.margins(0.12)
+    # A run that lacks one panel's metric is in another.
+    drawn = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    names = [run.name for run in runs if run.name in drawn]
     figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 5), fontsize=11,
+        [drawn[name] for name in names], names, loc="outside upper center", ncols=min(len(runs), 5), fontsize=11,
         frameon=False,
     )  # fmt: skip
     _save(figure, path)

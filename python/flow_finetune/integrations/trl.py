@@ -36,8 +36,8 @@ class WeightedSFTTrainer(SFTTrainer):
     from there, are not logged. Evaluation gives the plain loss.
 
     Raises:
-        InputError: packed or streamed data, whose samples have no weight of their own, images, or another loss than
-            "nll"; and what `add_sample_weights` and `use_weighted_loss` refuse.
+        InputError: packed or streamed data, whose samples have no weight of their own, images, another loss than "nll",
+            or metrics of logits without `logits_in_eval` in `loss_options`; and what `add_sample_weights` and `use_weighted_loss` refuse.
     """
 
     def __init__(self, *args, weight_options: dict | None = None, loss_options: dict | None = None, **options) -> None:
@@ -55,15 +55,35 @@ class WeightedSFTTrainer(SFTTrainer):
             # Of samples that stay apart, whatever the trainer does with them.
             padding = copy.copy(self.data_collator)
             padding.padding_free = False
-            self.train_dataset = add_sample_weights(
-                self.train_dataset, self.model, padding, remove_unused_columns=False, **(weight_options or {})
+            weighted = add_sample_weights(
+                self._seen_columns(), self.model, padding, remove_unused_columns=False, **(weight_options or {})
             )
+            self.train_dataset = self.train_dataset.add_column(COLUMN, weighted[COLUMN][:])
         elif weight_options:
             raise InputError(f"the data set has its {COLUMN}, so weight_options would change nothing; leave them away")
+        judges = [n for n in ("compute_metrics", "preprocess_logits_for_metrics") if getattr(self, n, None) is not None]
+        if judges and not (loss_options or {}).get("logits_in_eval"):
+            raise InputError(
+                f"{judges[0]} would not be called, as the weighted loss makes no logits; give "
+                "loss_options={'logits_in_eval': True}"
+            )
         self.data_collator = KeepWeights(self.data_collator)
         use_weighted_loss(self.model, **(loss_options or {}))
         # What Trainer has found of the model before it had this loss.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+
+    def _seen_columns(self):
+        """The training data as Trainer shows it to the collator: TRL leaves the texts in it."""
+        if not self.args.remove_unused_columns or not hasattr(self.train_dataset, "select_columns"):
+            return self.train_dataset
+        self._set_signature_columns_if_needed()
+        names = self.train_dataset.column_names or []
+        return self.train_dataset.select_columns([name for name in names if name in self._signature_columns])
+
+    def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:
+        # It looks at the collator's class.
+        inner = data_collator.data_collator if isinstance(data_collator, KeepWeights) else data_collator
+        super()._reject_skip_prepare_without_labels(datasets, inner)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
