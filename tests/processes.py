@@ -1,5 +1,6 @@
 """Processes that tests start, with an end to their waiting, and what a function holds of memory."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -51,6 +52,8 @@ def spawn_two(worker: Callable, arguments: tuple) -> None:
 
 def peak_allocated(function: Callable) -> int:
     """The most bytes that torch's CPU allocator held while `function` ran, beyond those at its beginning."""
+    # What earlier tests have left in cycles would be freed meanwhile, and be taken off.
+    gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     held = most = 0
