@@ -65,7 +65,7 @@ class EagerCausalLM(CausalLM):
         return flow_kernels.TokenScores(losses, torch.zeros_like(losses, dtype=torch.bool))
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
     """Seconds, when all that has been asked of `device` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -90,11 +90,11 @@ def bench_score(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
         batch = collate([samples[i] for i in indices], 0).to(device)
         means = {}
         for name, side in sides if number % 2 else sides[::-1]:
-            started = _clock(device)
+            started = clock(device)
             with autocast(device, "bf16"):
                 scores = side.score(batch)
             means[name] = _sample_means(scores, batch)
-            seconds[name] += _clock(device) - started
+            seconds[name] += clock(device) - started
         differences.append((means["flow"] - means["transformers"]).cpu())
         num_tokens += int(batch.attention_mask.sum())
         num_targets += len(batch.target)
@@ -123,12 +123,12 @@ def bench_train(lm: CausalLM, eager: CausalLM, samples, arguments) -> dict:
     for number, indices in enumerate(plan):
         for name in list(sides)[:: 1 if number % 2 else -1]:
             side, meter = sides[name], Meter()
-            started = _clock(device)
+            started = clock(device)
             accumulate_gradients(side, samples, indices, weights, accelerator, config, model_config, meter)
             torch.nn.utils.clip_grad_norm_(side.parameters(), config.max_grad_norm)
             optimizers[name].step()
             optimizers[name].zero_grad()
-            seconds[name] += _clock(device) - started
+            seconds[name] += clock(device) - started
             losses[name].append(float(meter.weighted_sum) / meter.num_targets)
         num_tokens += sum(len(samples[i].input_ids) for i in indices)
         num_targets += sum(samples[i].num_targets for i in indices)

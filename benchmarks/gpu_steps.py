@@ -11,19 +11,17 @@ to results/gpu_steps.csv, one row a step: the first ones, which compile and plan
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import harness
 import numpy as np
 import torch
-from accelerate import Accelerator
-from end_to_end import EagerCausalLM
-from flow_finetune.config import DataConfig, ModelConfig, TrainConfig
+from end_to_end import EagerCausalLM, clock
+from flow_finetune.config import DataConfig, TrainConfig
 from flow_finetune.data import Sample, load_samples
-from flow_finetune.methods import Weights
 from flow_finetune.models import CausalLM
-from flow_finetune.train import Meter, accumulate_gradients, make_optimizer, step_plan
+from flow_finetune.train import step_plan
+from step_profile import optimiser_steps
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 KEYS = ("device", "side", "cudnn_attention", "batch_size", "step")
@@ -60,35 +58,26 @@ def main() -> None:
     with device:
         body = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arguments.config))
     lm = (CausalLM if arguments.side == "flow" else EagerCausalLM)(body.to(device)).train()
-    lm.shares_tied_gradient = arguments.side == "flow"  # as training sets it
     config = TrainConfig(batch_size=arguments.batch_size, micro_batch_tokens=arguments.batch_tokens, learning_rate=1e-5)
-    weights = Weights(torch.linspace(0.2, 0.6, len(samples)), None, None, 0.4, float(len(samples)))
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    optimizer = make_optimizer(lm, config, config.learning_rate)
+    plan = step_plan(len(samples), config)[: arguments.steps]
+    step = optimiser_steps(lm, samples, plan, config)
+    about = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "side": arguments.side,
+        "cudnn_attention": arguments.cudnn_attention, "batch_size": config.batch_size,
+    }  # fmt: skip
+    source = harness.provenance("gpu_steps.py", programs=("harness", "end_to_end", "step_profile", "gpu_steps"))
     rows = []
-    for number, indices in enumerate(step_plan(len(samples), config)[: arguments.steps]):
-        _wait(device)
-        started, meter = time.perf_counter(), Meter()
-        accumulate_gradients(
-            lm, samples, indices, weights, accelerator, config, ModelConfig("", precision="bf16"), meter
-        )
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        _wait(device)
-        rows.append({
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "side": arguments.side,
-            "cudnn_attention": arguments.cudnn_attention, "batch_size": config.batch_size, "step": number,
-            "seconds": f"{time.perf_counter() - started:.4f}",
-            "tokens": sum(len(samples[i].input_ids) for i in indices), "targets": meter.num_targets,
-        } | harness.provenance("gpu_steps.py", programs=("harness", "end_to_end", "gpu_steps")))  # fmt: skip
-        print({key: rows[-1][key] for key in ("step", "seconds", "tokens", "targets")}, flush=True)
+    for number, indices in enumerate(plan):
+        started = clock(device)
+        step(number)
+        row = {
+            "step": number, "seconds": f"{clock(device) - started:.4f}",
+            "tokens": sum(len(samples[i].input_ids) for i in indices),
+            "targets": sum(samples[i].num_targets for i in indices),
+        }  # fmt: skip
+        print(row, flush=True)
+        rows.append(about | row | source)
     harness.update_csv("gpu_steps", rows, KEYS)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

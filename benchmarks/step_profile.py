@@ -45,7 +45,7 @@ def group_of(name: str) -> str:
 def optimiser_steps(lm: CausalLM, samples: list, plan: list[list[int]], config: TrainConfig):
     """A function that makes the K-th step of `plan`."""
     weights = Weights(torch.ones(len(samples)), None, None, 1.0, float(len(samples)))
-    model_config, accelerator = ModelConfig("", precision="bf16"), Accelerator(cpu=True)
+    model_config, accelerator = ModelConfig("", precision="bf16"), Accelerator(cpu=lm.head.weight.device.type == "cpu")
     optimizer = make_optimizer(lm.train(), config, config.learning_rate)
     lm.shares_tied_gradient = True  # as training sets it
 

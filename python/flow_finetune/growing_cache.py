@@ -35,16 +35,8 @@ class _Room:
         return whole, self._held
 
 
-class _GrowingLayer(DynamicLayer):
-    """All keys and values of an attention layer."""
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        # Or the memory of all rows would stay beside that of the chosen ones until each layer's next token.
-        vars(self).pop("_rooms", None)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
-        return self._append(key_states, value_states, None)
+class _Growing:
+    """What layers that grow where they are have in common."""
 
     def _append(self, key_states: Tensor, value_states: Tensor, keep: int | None) -> tuple[Tensor, Tensor]:
         if not hasattr(self, "_rooms"):
@@ -53,15 +45,21 @@ class _GrowingLayer(DynamicLayer):
         values, self.values = self._rooms[1].append(self.values, value_states, keep)
         return keys, values
 
-
-class _GrowingSlidingWindowLayer(DynamicSlidingWindowLayer):
-    """Those of the last tokens that a window reaches."""
-
-    _append = _GrowingLayer._append
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
+        # Or the memory of all rows would stay beside that of the chosen ones until each layer's next token.
         vars(self).pop("_rooms", None)
+
+
+class _GrowingLayer(_Growing, DynamicLayer):
+    """All keys and values of an attention layer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
+        return self._append(key_states, value_states, None)
+
+
+class _GrowingSlidingWindowLayer(_Growing, DynamicSlidingWindowLayer):
+    """Those of the last tokens that a window reaches."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
         self.cumulative_length += key_states.shape[-2]

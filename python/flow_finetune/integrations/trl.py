@@ -37,7 +37,8 @@ class WeightedSFTTrainer(SFTTrainer):
 
     Raises:
         InputError: packed or streamed data, whose samples have no weight of their own, images, another loss than "nll",
-            or metrics of logits without `logits_in_eval` in `loss_options`; and what `add_sample_weights` and `use_weighted_loss` refuse.
+            or metrics of logits without `logits_in_eval` in `loss_options`; and what `add_sample_weights` and
+            `use_weighted_loss` refuse.
     """
 
     def __init__(self, *args, weight_options: dict | None = None, loss_options: dict | None = None, **options) -> None:
