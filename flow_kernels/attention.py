@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flow_kernels import backends, ops
 from flow_kernels.autocast import cast_all_for_autocast
-from flow_kernels.rows import check_floating
+from flow_kernels.rows import check_floating, check_no_tangent, check_same_device
 
 
 def packed_attention(
@@ -33,7 +33,7 @@ def packed_attention(
 
     Args:
         query: `[N, H, d]`, fp32, bf16 or fp16 (fp64 by the eager code). Sums are fp32.
-        key: `[N, G, d]` with H a multiple of G; each key head serves H / G query heads.
+        key: `[N, G, d]` with H a multiple of G; each key head serves H / G query heads (at most 256 by "cpu").
         value: as key.
         segments: `[S, 3]` int64: the first token, the one behind the last, and the index of the segment that it comes
             after, an earlier one, or -1. They follow each other without gaps.
@@ -45,9 +45,10 @@ def packed_attention(
         `[N, H, d]` of query's dtype. Differentiable in query, key and value, once.
 
     Raises:
-        ValueError: shapes that do not fit, segments with gaps or after a later one, a window below 1, or a scale that is
-            not above 0.
+        ValueError: shapes or devices that do not fit, segments with gaps or after a later one, a window below 1, or a
+            scale that is not above 0.
         TypeError: dtypes that differ, or one that is no floating dtype.
+        NotImplementedError: forward mode.
         BackendUnavailable: the named backend cannot serve the device or dtype.
     """
     query, key, value = cast_all_for_autocast(query, key, value)
@@ -64,6 +65,9 @@ def packed_attention(
             f"query [N, H, d], key and value [N, G, d] with H a multiple of G, and none of them 0 but N, do not fit: "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
+    if not isinstance(segments, Tensor):
+        raise TypeError(f"segments must be a tensor, got {type(segments).__name__}")
+    check_same_device(query, of="query", key=key, value=value, segments=segments)
     if segments.dtype != torch.int64 or segments.ndim != 2 or segments.shape[1] != 3:
         raise ValueError(f"segments must be int64 of shape [S, 3], got {segments.dtype} of {tuple(segments.shape)}")
     scale = dim**-0.5 if scale is None else float(scale)
@@ -73,6 +77,7 @@ def packed_attention(
         raise ValueError(f"window must be at least 1, a token sees itself; got {window}")
     if not torch.compiler.is_compiling():
         check_segments(segments, num_tokens)
+    check_no_tangent("scaled_dot_product_attention", query, key, value)
     chosen = backends.resolve(backend, query.device.type, query.dtype, "packed_attention_bwd")
     return ops.packed_attention_fwd(query, key, value, segments, scale, window or 0, chosen)[0]
 

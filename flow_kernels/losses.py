@@ -6,7 +6,6 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from flow_kernels import backends, ops
 from flow_kernels.autocast import cast_for_autocast, stays_wide
@@ -14,8 +13,9 @@ from flow_kernels.reference import accumulation_dtype
 from flow_kernels.rows import (
     Rows,
     check_floating,
+    check_no_tangent,
     check_same_device,
-    drop_zero_weight,
+    drop_rows,
     flatten,
     row_weights,
     spread_sample_weight,
@@ -53,7 +53,7 @@ def cross_entropy(
         weight: class weights, `[V]`, as in torch.
         sample_weight: one weight per row (`[...]`, the shape of `target`), per leading index (`[B]` for a target
             `[B, ...]`), or per sequence of `cu_seqlens` (which is meant where there are as many as rows). Zero and negative weights are legal; a row of weight 0 is
-            left out as if its target were ignored.
+            left out as if its target were ignored, and the weight of a row without a target is not read.
         cu_seqlens: `[num_sequences + 1]` row offsets of packed sequences, from 0 to the number of rows.
         ignore_index: target value of rows that do not count.
         reduction: "mean", "sum" or "none" (weighted row losses in the shape of `target`).
@@ -92,9 +92,9 @@ def cross_entropy(
     rows = flatten(input, target, cu_seqlens, ignore_index, shift)
     weight = check_options(rows, input.shape[-1], weight, label_smoothing, softcap, z_loss)
     row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
-    kept = drop_zero_weight(rows, row_weight)
+    kept, row_weight = drop_rows(rows, row_weight)
     options = (weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss))
-    _forbid_forward_mode(input, sample_weight)
+    check_no_tangent("cross_entropy", input, sample_weight)
     needs_grad = torch.is_grad_enabled() and rows.input.requires_grad
     kind = _kind(needs_grad, reduction, rows.input)
     backend = backends.resolve(backend, input.device.type, input.dtype, f"cross_entropy_{kind}", softcap is not None)
@@ -165,12 +165,12 @@ def linear_cross_entropy(
     check_head(input, linear_weight, linear_bias)
     weight = check_options(rows, linear_weight.shape[0], weight, label_smoothing, softcap, z_loss)
     row_weight = spread_sample_weight(sample_weight, rows, cu_seqlens, shift)
-    kept = drop_zero_weight(rows, row_weight)
+    kept, row_weight = drop_rows(rows, row_weight)
     options = (
         weight, ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss), check_chunk_size(chunk_size),
     )  # fmt: skip
     grad_filter_eps = check_grad_filter_eps(grad_filter_eps, label_smoothing)
-    _forbid_forward_mode(input, linear_weight, linear_bias, sample_weight)
+    check_no_tangent("cross_entropy", input, linear_weight, linear_bias, sample_weight)
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.input, linear_weight, linear_bias)
     ]
@@ -284,17 +284,6 @@ def _kind(needs_grad: bool, reduction: str, input: Tensor) -> str:
     # fp16 gradients of p / N underflow unless a loss scale reaches them before they are rounded, and that scale is the
     # upstream gradient, which a one-pass operator does not know yet: fp16 takes the two-pass operators.
     return "bwd" if reduction == "none" or input.dtype == torch.float16 else "fwd_bwd"
-
-
-def _forbid_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise where a forward-mode tangent is carried, which would be lost in silence."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(
-            "flow_kernels' losses have no forward-mode derivative (torch.func.jvp, jacfwd); "
-            "use reverse mode, or torch.nn.functional.cross_entropy"
-        )
 
 
 def _no_normalizer(normalizer: Normalizer) -> None:

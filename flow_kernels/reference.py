@@ -215,7 +215,9 @@ def sum_rows(columns, cu_seqlens):
     """Sum `columns [S, T, C]` over T, or with `cu_seqlens [S + 1]` `columns [N, C]` over each sample's rows; `[S, C]`."""
     if cu_seqlens is None:
         return columns.sum(1)
-    return torch.segment_reduce(columns, "sum", lengths=cu_seqlens.to(torch.int64).diff(), axis=0, unsafe=True)
+    # Offsets beyond the rows, which nobody has looked at on a GPU, take none.
+    lengths = cu_seqlens.to(torch.int64).clamp(max=columns.shape[0]).diff()
+    return torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)
 
 
 def flow_weights(loss, target, temperature, cu_seqlens, ignore_index, normalize):

@@ -12,6 +12,8 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from flow_kernels.reference import accumulation_dtype
 
@@ -46,11 +48,22 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
-def check_same_device(input: Tensor, **others: Tensor | None) -> None:
-    """Raise unless every tensor given is on the device of `input`."""
+def check_same_device(input: Tensor, of: str = "input", **others: Tensor | None) -> None:
+    """Raise unless every tensor given is on the device of `input`, which the caller knows as `of`."""
     for name, tensor in others.items():
         if isinstance(tensor, Tensor) and tensor.device != input.device:
-            raise ValueError(f"{name} is on {tensor.device} but input is on {input.device}; move one of them")
+            raise ValueError(f"{name} is on {tensor.device} but {of} is on {input.device}; move one of them")
+
+
+def check_no_tangent(instead: str, *tensors: Tensor | None) -> None:
+    """Raise where a forward-mode tangent is carried, which would be lost in silence; `instead` is what carries it."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "flow_kernels' operators have no forward-mode derivative (torch.func.jvp, jacfwd); "
+            f"use reverse mode, or torch.nn.functional.{instead}"
+        )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
@@ -135,16 +148,18 @@ def spread_sample_weight(
     if not isinstance(sample_weight, Tensor):
         raise TypeError(f"sample_weight must be a tensor, got {type(sample_weight).__name__}")
     check_same_device(rows.input, sample_weight=sample_weight)
-    dtype = accumulation_dtype(rows.input.dtype)
-    weight = sample_weight.to(dtype)
+    weight = sample_weight.to(accumulation_dtype(rows.input.dtype))
+    spread = _spread(weight, rows, cu_seqlens, shift)
     if reads_values(weight) and not _is_finite_at_a_glance(weight):
-        bad = (~torch.isfinite(weight)).nonzero()
-        if bad.shape[0]:
-            index = bad[0].tolist()
-            raise ValueError(f"sample_weight{index} is {float(weight[tuple(index)])}; weights must be finite")
+        _check_finite(weight, spread, rows, cu_seqlens, shift)
+    return spread
+
+
+def _spread(weight: Tensor, rows: Rows, cu_seqlens: Tensor | None, shift: bool) -> Tensor:
     num_rows = rows.target.numel()
     if cu_seqlens is not None and weight.shape == (cu_seqlens.numel() - 1,):
-        return weight[segment_ids(cu_seqlens, num_rows)]
+        # Rows behind the last offset, which only eager code on the CPU refuses, have no weight: NaN, if they count.
+        return F.pad(weight, (0, 1), value=math.nan)[segment_ids(cu_seqlens, num_rows)]
     if weight.shape == rows.shape:
         if not shift:
             return weight.reshape(-1)
@@ -160,6 +175,17 @@ def spread_sample_weight(
     raise ValueError(f"sample_weight has shape {tuple(weight.shape)}; it must be {' or '.join(allowed)}")
 
 
+def _check_finite(weight: Tensor, spread: Tensor, rows: Rows, cu_seqlens: Tensor | None, shift: bool) -> None:
+    """Raise for the first weight of a row that counts which is not finite."""
+    bad = ~torch.isfinite(spread) & (rows.target != rows.ignore_index)
+    if not bool(bad.any()):
+        return
+    places = torch.arange(weight.numel(), dtype=torch.float64).reshape(weight.shape)
+    flat = int(_spread(places, rows, cu_seqlens, shift)[bad].min())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), weight.shape)]
+    raise ValueError(f"sample_weight{index} is {float(weight[tuple(index)])}; weights must be finite")
+
+
 def _is_finite_at_a_glance(weight: Tensor) -> bool:
     """Whether the sum says that all are finite; where it does not, because it is too large as well, each is looked at.
 
@@ -168,11 +194,15 @@ def _is_finite_at_a_glance(weight: Tensor) -> bool:
     return torch._C._len_torch_dispatch_stack() == 0 and math.isfinite(weight.detach().sum().item())
 
 
-def drop_zero_weight(rows: Rows, weight: Tensor | None) -> Tensor:
-    """The target with rows of weight 0 turned into ignored ones, so that they never enter a computation."""
+def drop_rows(rows: Rows, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Target and weight of the rows that count: a row of weight 0 becomes an ignored one, an ignored row's weight 0.
+
+    Neither enters a computation then: the weight of a sample without targets may be 0 / 0.
+    """
     if weight is None:
-        return rows.target
-    return rows.target.masked_fill(weight == 0, rows.ignore_index)
+        return rows.target, None
+    kept = rows.target.masked_fill(weight == 0, rows.ignore_index)
+    return kept, weight.masked_fill(rows.target == rows.ignore_index, 0)
 
 
 def row_weights(
@@ -219,7 +249,8 @@ def _count(rows: Rows, weight: Tensor, class_weight: Tensor | None, normalizer: 
         raise TypeError(f"normalizer must be 'targets', 'weights', a number or a 0-d tensor, got {got}")
     if isinstance(normalizer, Tensor) and normalizer.dim() != 0:
         raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-    count = scalar(normalizer, weight.device, weight.dtype)
-    if reads_values(count) and not bool(torch.isfinite(count)):
-        raise ValueError(f"normalizer must be finite, got {float(count)}")
-    return count
+    # A number is the host's to look at, wherever the rows are; a compiler's may be a symbol.
+    is_known = reads_values(normalizer) if isinstance(normalizer, Tensor) else not torch.compiler.is_compiling()
+    if is_known and not math.isfinite(normalizer):
+        raise ValueError(f"normalizer must be finite, got {float(normalizer)}")
+    return scalar(normalizer, weight.device, weight.dtype)

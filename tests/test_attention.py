@@ -188,6 +188,9 @@ BAD = {
     "a batch": ({"query": Q[None]}, ValueError, "query must have shape"),
     "integers": ({"key": K.long()}, TypeError, "key must be a floating-point tensor"),
     "another dtype": ({"key": K.double()}, TypeError, "key is torch.float64 but query is torch.float32"),
+    "segments in a list": ({"segments": S.tolist()}, TypeError, "segments must be a tensor, got list"),
+    "segments elsewhere": ({"segments": S.to("meta")}, ValueError, "segments is on meta but query is on cpu"),
+    "a key elsewhere": ({"key": K.to("meta")}, ValueError, "key is on meta but query is on cpu"),
     "no such backend here": ({"backend": "triton"}, RuntimeError, "no packed attention|Triton|triton"),
 }
 
@@ -197,6 +200,16 @@ def test_bad_input_is_named(changes, kind, message):
     arguments = {"query": Q, "key": K, "value": V, "segments": S, **changes}
     with pytest.raises(kind, match=message):
         packed_attention(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_forward_mode_is_refused(backend):
+    def of_query(query):
+        return packed_attention(query, K, V, S, backend=backend)
+
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*scaled_dot_product_attention"):
+        torch.func.jvp(of_query, (Q,), (torch.ones_like(Q),))
+    of_query(Q)  # outside, nothing is refused
 
 
 def test_the_compiled_operator_checks_what_it_is_given():

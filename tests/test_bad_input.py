@@ -215,6 +215,48 @@ def test_nan_weight_of_a_single_row(backend):
         cross_entropy(torch.zeros(5), torch.tensor(1), sample_weight=torch.tensor(NAN), backend=backend)
 
 
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_weight_of_a_sample_without_targets_is_not_read(backend, value, reduction):
+    # Its mean loss is 0 / 0.
+    logits, labels = torch.randn(2, 3, 5), TARGET.clone()
+    labels[0] = -100
+    weight, found = torch.tensor([value, 0.5]), []
+    for w in (weight, torch.tensor([0.0, 0.5])):
+        leaf = logits.clone().requires_grad_()
+        loss = cross_entropy(leaf, labels, sample_weight=w, reduction=reduction, backend=backend)
+        found.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert bool(torch.isfinite(found[0][0]).all())
+    # The one that counts is named, not the first.
+    with pytest.raises(ValueError, match=re.escape("sample_weight[1] is nan")):
+        cross_entropy(logits, labels, sample_weight=torch.tensor([value, NAN]), backend=backend)
+
+
+def test_in_a_compiled_step_the_weight_of_a_sample_without_targets_is_not_read_either(backend):
+    # Where nobody looks at values, as on a GPU.
+    labels = TARGET.clone()
+    labels[0] = -100
+    torch.compiler.reset()
+    step = torch.compile(lambda x, w: cross_entropy(x, labels, sample_weight=w, backend=backend), backend="aot_eager")
+    logits = torch.randn(2, 3, 5)
+    assert step(logits, torch.tensor([NAN, 0.5])) == step(logits, torch.tensor([0.0, 0.5]))
+    assert bool(step(logits, torch.tensor([0.0, NAN])).isnan())
+
+
+def test_in_a_compiled_step_rows_behind_the_last_offset_count_as_nan(backend):
+    # On a GPU, where nobody looks, an index beyond the weights would take the context down.
+    torch.compiler.reset()
+    logits, labels, ends = torch.randn(6, 5), torch.ones(6, dtype=torch.long), torch.tensor([0, 2, 4])
+    options = {"sample_weight": torch.tensor([1.0, 0.5]), "cu_seqlens": ends, "backend": backend, "reduction": "none"}
+    found = torch.compile(lambda x, t: cross_entropy(x, t, **options), backend="aot_eager")(logits, labels)
+    assert found.isnan().tolist() == [False] * 4 + [True] * 2
+    # As padding, without a target, they are nothing.
+    labels[4:] = -100
+    found = torch.compile(lambda x, t: cross_entropy(x, t, **options), backend="aot_eager")(logits, labels)
+    assert found[4:].tolist() == [0, 0]
+
+
 def test_shift_of_a_scalar(backend):
     with pytest.raises(ValueError, match="shift=True needs a sequence dimension"):
         cross_entropy(torch.zeros(5), torch.tensor(1), shift=True, backend=backend)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from evaluation_cases import MC, QA, TEXT, metrics_of, qa_task, run, target_log_probabilities, write_rows
 from flow_finetune import evaluate as evaluation
-from flow_finetune.config import TaskConfig
-from flow_finetune.data import ALPACA_TEMPLATE
+from flow_finetune.config import DataConfig, TaskConfig
+from flow_finetune.data import ALPACA_TEMPLATE, template_fingerprint
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items, summary_of
 from flow_finetune.models import CausalLM
-from flow_finetune.results import load_runs
+from flow_finetune.results import items_text, load_runs
 from flow_finetune.storage import SUMMARY_FILE, write_json
 from flow_finetune.tasks import prepare
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -220,6 +220,37 @@ def test_bad_tasks(tiny, files, tmp_path):
             with pytest.raises(InputError, match=message):
                 prepare(configs, tiny[1])
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_one_name_are_told_apart_by_their_directories(tiny, files, tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "text.txt").write_text(TEXT)
+    tasks = [TaskConfig("perplexity", str(tmp_path / place / "text.txt")) for place in ("a", "b")]
+    assert [task.name for task in prepare(tasks, tiny[1])] == ["a-text", "b-text"]
+    assert [task.name for task in prepare(tasks[:1], tiny[1])] == ["text"]
+
+
+def test_what_does_not_fit_is_said_and_shown(tiny, tmp_path, capsys):
+    rows = [{"prompt": "Which?", "response": "That."}, {"prompt": "Why so? " * 40, "response": "For that."},
+            {"prompt": "What is it?", "response": "It is " * 60}]  # fmt: skip
+    config = TaskConfig("qa", write_rows(tmp_path / "long.jsonl", rows), max_length=120, num_generate=0)
+    (task,) = run(tiny, [config], tmp_path / "out")["tasks"]
+    assert (task["num_items"], task["num_truncated"], task["num_dropped"]) == (2, 1, 1)
+    assert items_text(task) == "2, 1 truncated, 1 more left out"
+    said = " ".join(capsys.readouterr().err.split())
+    assert "long: 1 of 2 texts truncated to max_length=120, 1 items left out" in said
+
+
+def test_another_template_than_the_trainings_is_said(tiny, files, tmp_path, capsys):
+    trained = DataConfig("", template="Q: {prompt}")
+    summary = {"fingerprints": {"template": template_fingerprint(trained, tiny[1])}}
+    for name, template in (("other", "alpaca"), ("same", "Q: {prompt}")):
+        config = qa_task(files["qa"], name=name, template=template, num_generate=0)
+        run(tiny, [config], tmp_path / name, summary=summary)
+    said = capsys.readouterr().err
+    assert "other: this model was trained with another template" in " ".join(said.split())
+    assert "same:" not in said
 
 
 def test_evaluation_is_in_eval_mode(tiny, files, tmp_path):

@@ -12,12 +12,14 @@ import torch
 import yaml
 from flow_finetune import pipeline as pipeline_module
 from flow_finetune.cli import app
-from flow_finetune.config import ModelConfig, RunConfig, from_mapping
+from flow_finetune.config import ModelConfig, RunConfig, TaskConfig, from_mapping
 from flow_finetune.data import ALPACA_TEMPLATE
 from flow_finetune.errors import InputError
+from flow_finetune.models import load_model
 from flow_finetune.pipeline import run
 from flow_finetune.results import find_pretrained, load_runs
 from flow_finetune.scores import read_metadata
+from flow_finetune.tasks import prepare
 from processes import run_python
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -253,6 +255,29 @@ def test_options_alone_describe_a_run(mapping, tmp_path):
 def test_method_names_are_directories_of_their_own(mapping, tmp_path, name):
     mapping["methods"] = [{"name": name, "weights": "none"}]
     with pytest.raises(InputError, match="must be a plain directory name"):
+        run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_targets_questions_are_asked_as_in_training(mapping, tmp_path):
+    mapping["data"]["template"] = "Q: {prompt} A:"
+    mapping["methods"], qa = [{"name": "standard", "weights": "none"}], mapping["tasks"][0]
+    stated = {**qa, "name": "stated", "template": "alpaca", "num_generate": 0}
+    retained = {**qa, "name": "retained", "role": "retained", "num_generate": 0}
+    mapping["tasks"] = [qa, stated, retained]
+    run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
+    evaluation = json.loads((tmp_path / "out/standard/evaluation.json").read_text())
+    tokenizer = load_model(ModelConfig(mapping["model"]["source"], device="cpu"))[1]
+    for task, found, template in zip(
+        mapping["tasks"], evaluation["tasks"], ("Q: {prompt} A:", "alpaca", "alpaca"), strict=True
+    ):
+        config = from_mapping(TaskConfig, {**task, "template": template}, "test")
+        assert found["fingerprint"] == prepare([config], tokenizer)[0].fingerprint()
+
+
+def test_a_batch_that_nothing_fits_in_is_refused_before_anything_is_made(mapping, tmp_path):
+    mapping["batch_tokens"] = 0
+    with pytest.raises(InputError, match="batch_tokens must be at least 1, got 0"):
         run(from_mapping(RunConfig, mapping, "test"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -9,16 +9,18 @@ import os
 import pytest
 import torch
 from flow_finetune import checkpoint as checkpoint_module
+from flow_finetune.adapters import prepare_parameters
 from flow_finetune.checkpoint import TrainDirectory, restore_generators
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
+from flow_finetune.methods import named_method
 from flow_finetune.models import load_model
 from flow_finetune.scores import score
 from flow_finetune.storage import DirectoryLock
 from flow_finetune.train import Meter
 from run_files import assert_same_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import Setup
+from training import PLAIN, Setup
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 
@@ -136,6 +138,52 @@ def test_room_is_asked_for_checkpoints_too(setup, tmp_path, monkeypatch):
     num_bytes = 4 * sum(p.numel() for p in setup.lm.parameters())
     # The model; beside it two checkpoints, the old one and the new, of the weights and two moments each.
     assert asked == [num_bytes, 7 * num_bytes]
+    # Of the head alone, and of adapters, those of what is trained.
+    asked.clear()
+    trained = {}
+    for name in ("linear-probe", "lora"):
+        setup.train(tmp_path / name, named_method(name), epochs=1, batch_size=24, checkpoint_every=1)
+        lm = copy.deepcopy(setup.lm)
+        prepare_parameters(lm, named_method(name))
+        trained[name] = 4 * sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    assert asked == [num_bytes + 6 * trained["linear-probe"], num_bytes + 6 * trained["lora"]]
+
+
+def test_a_run_that_is_continued_asks_for_what_is_not_there_yet(setup, tmp_path, monkeypatch):
+    options = {"epochs": 1, "batch_size": 6, "learning_rate": 1e-3, "checkpoint_every": 2}
+    _interrupted(setup, tmp_path / "out", monkeypatch, PLAIN, **options)
+    asked = []
+    monkeypatch.setattr(checkpoint_module, "require_disk_space", lambda path, num_bytes: asked.append(num_bytes))
+    there = sum(p.stat().st_size for p in (tmp_path / "out/checkpoints").rglob("*") if p.is_file())
+    setup.train(tmp_path / "out", PLAIN, **options)
+    num_bytes = 4 * sum(p.numel() for p in setup.lm.parameters())
+    assert there > 3 * num_bytes
+    assert asked == [7 * num_bytes - there]
+
+
+def test_the_same_command_with_overwrite_continues_what_it_began(setup, tmp_path, monkeypatch):
+    options = {"epochs": 1, "batch_size": 6, "learning_rate": 1e-3, "checkpoint_every": 2}
+    setup.train(tmp_path / "undisturbed", PLAIN, **options)
+    setup.train(tmp_path / "out", PLAIN, **{**options, "learning_rate": 2e-3})  # another's, finished
+    _interrupted(setup, tmp_path / "out", monkeypatch, PLAIN, overwrite=True, **options)
+    # How it is recorded may change on the way, as where memory or the disk was short.
+    first = json.loads((tmp_path / "out/train/log.jsonl").read_text().splitlines()[0])
+    setup.train(tmp_path / "out", PLAIN, overwrite=True, **{**options, "track_distance": False, "checkpoint_every": 3})
+    assert json.loads((tmp_path / "out/train/log.jsonl").read_text().splitlines()[0]) == first
+    names = ("undisturbed", "out")
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in names}) == 1
+    # Finished, it is made again.
+    setup.train(tmp_path / "out", PLAIN, overwrite=True, **options)
+    assert json.loads((tmp_path / "out/train/log.jsonl").read_text().splitlines()[0]) != first
+
+
+def test_a_model_is_not_replaced_by_what_is_trained_from_it(setup, tmp_path):
+    setup.train(tmp_path / "out", PLAIN, epochs=1, batch_size=24)
+    other = copy.copy(setup)
+    other.config = dataclasses.replace(setup.config, source=str(tmp_path / "out"))
+    with pytest.raises(InputError, match=r"--overwrite would remove .*out, which this training starts from"):
+        other.train(tmp_path / "out", PLAIN, epochs=2, batch_size=24, overwrite=True)
+    assert (tmp_path / "out/model.safetensors").is_file()
 
 
 def test_precision_and_temperature_are_part_of_what_a_run_is(setup, tmp_path):

@@ -20,9 +20,14 @@ from typer.testing import CliRunner
 def test_parameters_in_float16_are_refused_but_for_lora():
     for name in ("standard", "flow", "linear-probe"):
         with pytest.raises(InputError, match="parameters in float16 cannot be trained; use dtype float32"):
-            check_dtype(named_method(name), "float16")
-        check_dtype(named_method(name), "bfloat16")
-    check_dtype(named_method("flow+lora"), "float16")
+            check_dtype(named_method(name), "float16", "bf16")
+        check_dtype(named_method(name), "bfloat16", "full")
+    check_dtype(named_method("flow+lora"), "float16", "bf16")
+    # Gradients through a body in float16 would be lost too, as no loss is scaled.
+    with pytest.raises(
+        InputError, match=r"products in float16 lose the gradients of confident samples.*precision bf16"
+    ):
+        check_dtype(named_method("flow+lora"), "float16", "full")
 
 
 def test_updates_that_bfloat16_rounds_away_are_counted(tiny_model_dir, capsys):

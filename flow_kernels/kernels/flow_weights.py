@@ -37,7 +37,8 @@ def _mean_losses(
     exists = sample < num_samples
     if cu_seqlens_ptr is not None:
         start = tl.load(cu_seqlens_ptr + sample, mask=exists, other=0)
-        end = tl.load(cu_seqlens_ptr + sample + 1, mask=exists, other=0)
+        # num_tokens are all that there are: offsets beyond them, which nobody has looked at on a GPU, read nothing.
+        end = tl.minimum(tl.load(cu_seqlens_ptr + sample + 1, mask=exists, other=0), num_tokens)
     else:
         start = sample.to(tl.int64) * num_tokens
         end = tl.where(exists, start + num_tokens, start)
@@ -122,7 +123,7 @@ def flow_weights(
                 loss.contiguous(), target.contiguous(),
                 None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
                 temperature.to(loss.device, torch.float32), mean_loss, weights,
-                num_samples, 0 if cu_seqlens is not None else loss.shape[1], ignore_index, int(normalize == "mean"),
+                num_samples, loss.shape[0 if cu_seqlens is not None else 1], ignore_index, int(normalize == "mean"),
                 IS_NORMALIZED=is_normalized, BLOCK_SAMPLES=BLOCK_SAMPLES, BLOCK_TOKENS=BLOCK_TOKENS,
                 num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip

@@ -5,6 +5,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+from flow_finetune.errors import InputError
+
+
+def check_batch_tokens(batch_tokens: int) -> None:
+    """Raise `InputError` for batches that nothing fits in."""
+    if batch_tokens < 1:
+        raise InputError(f"batch_tokens must be at least 1, got {batch_tokens}")
+
 
 def token_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
     """Indices in batches of at most `max_tokens` tokens each (or one sample), longest first.

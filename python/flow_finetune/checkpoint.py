@@ -31,6 +31,7 @@ from flow_finetune.storage import (
     differences,
     disk_space_errors,
     is_used,
+    refuse_own_source,
     require_disk_space,
     used_error,
     write_json,
@@ -59,8 +60,13 @@ class TrainDirectory:
         self._lock = DirectoryLock()
         self.saved = path / "saved"  # where the model is written before its files move up
 
-    def open(self, lm, *, overwrite: bool, keeps_checkpoints: bool) -> dict | None:
+    def open(self, lm, *, overwrite: bool, source: str, checkpoint_bytes: int) -> dict | None:
         """Claim the directory; returns the summary if the run is finished already.
+
+        Args:
+            overwrite: replace what is another's or finished; an unfinished run of the same identity is continued.
+            source: the model that the run starts from.
+            checkpoint_bytes: size of a checkpoint, 0 for none.
 
         Raises:
             InputError: it is used by something else, or the disk is too small for what will be written.
@@ -68,7 +74,7 @@ class TrainDirectory:
         error = summary = None
         if self._accelerator.is_main_process:
             try:
-                summary = self._claim(lm, overwrite, keeps_checkpoints)
+                summary = self._claim(lm, overwrite, source, checkpoint_bytes)
             except InputError as caught:
                 error = caught
         if self._accelerator.num_processes > 1:
@@ -79,7 +85,7 @@ class TrainDirectory:
             raise error
         return summary
 
-    def _claim(self, lm, overwrite: bool, keeps_checkpoints: bool) -> dict | None:
+    def _claim(self, lm, overwrite: bool, source: str, checkpoint_bytes: int) -> dict | None:
         identity = self._train / "identity.json"
         if self.path.is_dir():
             self._lock.take(self.path)
@@ -90,20 +96,24 @@ class TrainDirectory:
             # Trainings of before did not say what their weights were.
             wanted = {k: v for k, v in self._identity.items() if k != "scores" or k in stored}
             found = differences(stored, wanted)
-            if overwrite:
+            is_finished = (self._train / "summary.json").is_file()
+            # The same command made again continues, also one with --overwrite that was killed.
+            if overwrite and (found or is_finished):
+                refuse_own_source(self.path, source)
                 shutil.rmtree(self.path)
             elif found:
                 raise InputError(
                     f"{self.path} holds another run (it differs in {', '.join(found)}); choose another directory "
                     "or pass --overwrite"
                 )
-            elif (self._train / "summary.json").is_file():
+            elif is_finished:
                 # Of a call that was killed between the summary and their removal.
                 shutil.rmtree(self._checkpoints, ignore_errors=True)
                 return self.read_summary()
         num_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
-        # A checkpoint holds the parameters and two moments of each; the old one goes when the new one is there.
-        require_disk_space(self.path, num_bytes * (1 + (6 if keeps_checkpoints else 0)))
+        # The old checkpoint goes when the new one is there; one of them may be there already.
+        there = sum(p.stat().st_size for p in self._checkpoints.rglob("*") if p.is_file())
+        require_disk_space(self.path, num_bytes + max(0, 2 * checkpoint_bytes - there))
         self._train.mkdir(parents=True, exist_ok=True)
         self._lock.take(self.path)  # a new one, where there was none or the old one was removed
         write_json(identity, self._identity)
@@ -142,6 +152,12 @@ class TrainDirectory:
             torch.set_rng_state(own["rng"])
             restore_generators(own["cuda_rng"])
             step = state["step"]
+        steps = gather_object([step]) if self._accelerator.num_processes > 1 else [step]
+        if len(set(steps)) > 1:
+            raise InputError(
+                f"the processes of this launch would continue {self.path} after different steps ({steps}): they must see "
+                "one file system; make the call again on one machine or with a directory that all share, or pass --overwrite"
+            )
         if self._accelerator.is_main_process:
             lines = [line for line in self._log_lines() if line["step"] <= step]
             with atomic_path(self._train / "log.jsonl") as temporary:

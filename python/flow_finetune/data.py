@@ -190,7 +190,8 @@ def text_column(rows, name: str, source: str) -> list[str]:
             )
         if not isinstance(value, str):
             raise InputError(
-                f"{source}: field {name!r} of row {index} is {type(value).__name__} ({value!r:.60}), not text"
+                f"{source}: field {name!r} of row {index} is {type(value).__name__} ({value!r:.60}), not text; write "
+                "it as text or leave the row out, or name another field (an index into choices takes --choices-field)"
             )
     return values
 

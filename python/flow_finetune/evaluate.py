@@ -13,14 +13,17 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from flow_finetune.batches import check_batch_tokens
 from flow_finetune.choices import score_groups
 from flow_finetune.compiled_layers import is_compiled
-from flow_finetune.config import TaskConfig, choose
+from flow_finetune.config import DataConfig, TaskConfig, choose
+from flow_finetune.data import template_fingerprint
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import exponential, metric_record, require_unused, write_evaluation
 from flow_finetune.generate import compile_answer_pattern, extract_answer, generate_texts, same_answer
 from flow_finetune.harness import run_harness
 from flow_finetune.models import CausalLM, model_fingerprint, tokenizer_fingerprint
+from flow_finetune.progress import say
 from flow_finetune.shots import stop_texts
 from flow_finetune.statistics import Items
 from flow_finetune.tasks import Task, prepare
@@ -62,10 +65,12 @@ def evaluate(
     if not tasks:
         raise InputError("there is nothing to evaluate: give at least one task")
     choose("precision", precision, ("bf16", "full"))
+    check_batch_tokens(batch_tokens)
     prepared = prepare(tasks, tokenizer) if prepared is None else prepared
     lm.eval()
     for task in prepared:
         _check_lengths(lm, task)
+        _say_another_template(task, tokenizer, summary)
     records, columns, generations = [], [], []
     for task in prepared:
         start = time.perf_counter()
@@ -93,6 +98,20 @@ def _check_lengths(lm: CausalLM, task: Task) -> None:
     if task.answers:
         longest = max(s.start for s in task.samples[: len(task.answers)])
         lm.check_length(longest + task.config.max_new_tokens, f"answering {task.name}: a prompt with its answer")
+
+
+def _say_another_template(task: Task, tokenizer, summary: dict | None) -> None:
+    """Say where the target's questions are not asked as in the training that made the model."""
+    trained = (summary or {}).get("fingerprints", {}).get("template")
+    config = task.config
+    if trained is None or (config.kind, config.role) != ("qa", "target") or config.num_shots:
+        return
+    template = config.template or DataConfig.template
+    if template_fingerprint(DataConfig("", template=template, max_length=config.max_length), tokenizer) != trained:
+        say(
+            f"{task.name}: this model was trained with another template, max_length or end of a response than "
+            f"{template!r} and {config.max_length}, with which it is measured here"
+        )
 
 
 def _run_perplexity(lm, tokenizer, task: Task, batch_tokens, precision, generations) -> dict[str, Items]:

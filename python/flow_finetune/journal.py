@@ -21,7 +21,7 @@ class Journal:
     Args:
         path: the file that is being made.
         header: what it is made from; a journal with another header is another's.
-        overwrite: begin again.
+        overwrite: begin again where a journal is another's.
         processes: those that share the work. The main one puts the files in order before any of them writes.
     """
 
@@ -39,15 +39,16 @@ class Journal:
         """Mend what a kill has left, or say why it cannot be continued."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for path in self._all():
-            if overwrite:
-                path.unlink()
-                continue
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if not whole:
                 path.unlink()
                 continue
             found = _header_in(whole)
+            # Another's; of the same scoring it is what a call like this one left.
+            if overwrite and (found is None or header_differences(found, header)):
+                path.unlink()
+                continue
             if found is None:
                 return f"{path} is no journal of a scoring; choose another file or pass --overwrite"
             if differences := header_differences(found, header):

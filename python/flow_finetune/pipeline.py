@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from flow_finetune.batches import check_batch_tokens
 from flow_finetune.config import (
     DataConfig,
     MethodConfig,
@@ -52,8 +53,10 @@ def run(config: RunConfig, output: Path) -> Path:
         InputError: the directory holds another run, or any part's own reason.
     """
     require_matplotlib()
+    config = _with_template(config)
     check_rows(config, [task.name for task in config.tasks])
     check_data(config.data)
+    check_batch_tokens(config.batch_tokens)
     for task in config.tasks:
         check_task(task)
     # WiSE-FT rows average a trained row, wherever that stands.
@@ -61,7 +64,7 @@ def run(config: RunConfig, output: Path) -> Path:
     for method in methods:
         if method.of is None:
             check_train(config.train, method)
-            check_dtype(method, config.model.dtype)
+            check_dtype(method, config.model.dtype, config.model.precision)
     check_grad_filter(config.train, config.model.backend, resolve_device(config.model.device).type)
     with exclusive(output):
         claim(config, output)
@@ -79,6 +82,18 @@ def run(config: RunConfig, output: Path) -> Path:
                 train_into(directory, base, samples, method, config.train, scores=used)
             evaluate_saved(directory, base, config.tasks, batch_tokens=config.batch_tokens)
         return write_report(run_directories(config, output), output / "report", scores=scores)
+
+
+def _with_template(config: RunConfig) -> RunConfig:
+    """The same with questions of the target asked as they are in training, where their task does not say how."""
+    tasks = [
+        dataclasses.replace(task, template=config.data.template)
+        if (task.kind, task.role) == ("qa", "target") and not (task.template or task.num_shots)
+        and config.data.template != DataConfig.template
+        else task
+        for task in config.tasks
+    ]  # fmt: skip
+    return dataclasses.replace(config, tasks=tuple(tasks))
 
 
 def base_model(config: ModelConfig, directory: Path) -> ModelConfig:

@@ -186,10 +186,11 @@ def _hardest_metrics(runs: Sequence[Run], task: str, kind: str) -> list[Metric]:
 
 
 def items_text(task: dict) -> str:
-    """How many items a task of an evaluation has, and how many a metric has that is of fewer."""
+    """How many items a task of an evaluation has, how many a metric has that is of fewer, and what became of others."""
     counts = {name: metric["num_items"] for name, metric in task["metrics"].items() if "num_items" in metric}
     fewer = [f"{count:,} of them for {name}" for name, count in counts.items() if count != task["num_items"]]
-    return ", ".join([f"{task['num_items']:,}", *fewer])
+    lost = [(task.get("num_truncated"), "truncated"), (task.get("num_dropped"), "more left out")]
+    return ", ".join([f"{task['num_items']:,}", *fewer, *(f"{count:,} {what}" for count, what in lost if count)])
 
 
 def first_metric(metrics: Sequence[Metric], role: str, name: str) -> Metric | None:

@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import flow_kernels
-from flow_finetune.batches import token_batches
+from flow_finetune.batches import check_batch_tokens, token_batches
 from flow_finetune.config import ModelConfig
 from flow_finetune.data import Batch, SampleSet, collate
 from flow_finetune.errors import InputError
@@ -95,6 +95,7 @@ def score(
     """
     if path.is_dir():
         raise InputError(f"{path} is a directory; give a file for the scores, for example {path / 'scores.parquet'}")
+    check_batch_tokens(batch_tokens)
     lm.check_length(max(len(s.input_ids) for s in samples.samples), "a sample")
     header = score_header(lm, tokenizer, samples, model_config, batch_tokens, tokens)
     processes = Processes(lm.head.weight.device)
@@ -260,9 +261,9 @@ def read_metadata(path: Path) -> dict:
     try:
         metadata = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
     except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file: {error}") from error
+        raise InputError(f"{path} is not a Parquet file: {error}; make it with flow-finetune score") from error
     if metadata is None:
-        raise InputError(f"{path} was not written by flow-finetune score")
+        raise InputError(f"{path} was not written by flow-finetune score; make it with that")
     return json.loads(metadata)
 
 

@@ -197,16 +197,31 @@ def require_same_run(path: Path, found: dict, wanted: dict) -> None:
         raise InputError(f"{path} holds another run (its {', '.join(different)} differ); choose another directory")
 
 
+# Options of a training that its weights do not depend on: it may be continued with others.
+_RECORDING = {"train.log_every", "train.checkpoint_every", "train.track_distance"}
+
+
 def differences(found: dict, wanted: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the entries in which two identities differ."""
+    """Dotted names of the entries in which two identities differ, but for how a training is recorded."""
     names = []
     for name in sorted({*found, *wanted}):
+        if prefix + name in _RECORDING:
+            continue
         a, b = found.get(name), wanted.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             names += differences(a, b, f"{prefix}{name}.")
         elif a != b:
             names.append(prefix + name)
     return names
+
+
+def refuse_own_source(output: Path, source: str) -> None:
+    """Raise `InputError` where replacing `output` would remove the model that its training starts from."""
+    place = Path(source).expanduser()
+    if place.exists() and output.resolve() in (place.resolve(), *place.resolve().parents):
+        raise InputError(
+            f"--overwrite would remove {source}, which this training starts from, before it is done; choose another output"
+        )
 
 
 def require_disk_space(path: Path, num_bytes: int) -> None:

@@ -22,6 +22,7 @@ from flow_finetune.data import Sample, describe_rows, load_samples, starts_with_
 from flow_finetune.errors import InputError
 from flow_finetune.generate import compile_answer_pattern, extract_answer
 from flow_finetune.harness import HarnessTasks, load_harness
+from flow_finetune.progress import say
 from flow_finetune.questions import Question, choice_samples, completions, read_questions, task_rows
 from flow_finetune.shots import answers_after_shots, check_shots, questions_after_shots, stop_texts
 from flow_finetune.storage import fingerprint
@@ -93,17 +94,34 @@ def task_name(config: TaskConfig) -> str:
     return config.name or Path(config.source).name.split(".")[0] or config.kind
 
 
+def task_names(configs: Sequence[TaskConfig]) -> list[str]:
+    """A name for each task; files of one name have their directory's in front.
+
+    Raises:
+        InputError: two tasks of one name all the same.
+    """
+    plain = [task_name(config) for config in configs]
+    names = [
+        f"{Path(config.source).resolve().parent.name}-{name}" if plain.count(name) > 1 and not config.name else name
+        for config, name in zip(configs, plain, strict=True)
+    ]
+    for name, given in zip(names, plain, strict=True):
+        if names.count(name) > 1:
+            raise InputError(f"{names.count(name)} evaluations are named {given!r}; give each its own name")
+    return names
+
+
 def prepare(configs: Sequence[TaskConfig], tokenizer: PreTrainedTokenizerBase) -> list[Task]:
     """Read and tokenise every task, so that bad input is met before any model is run.
 
     Raises:
         InputError: a file, field or row that cannot be used, or two tasks of one name.
     """
-    names = [task_name(config) for config in configs]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{names.count(name)} evaluations are named {name!r}; give each its own name")
-    return [_prepare(config, name, tokenizer) for config, name in zip(configs, names, strict=True)]
+    names = task_names(configs)
+    tasks = [_prepare(config, name, tokenizer) for config, name in zip(configs, names, strict=True)]
+    for task in tasks:
+        _say_what_is_lost(task)
+    return tasks
 
 
 def check_task(config: TaskConfig) -> None:
@@ -148,6 +166,16 @@ def _prepare(config: TaskConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
         loaded = load_samples(data, tokenizer)
         samples, num_dropped = loaded.samples, len(loaded.dropped)
     return Task(name, config, samples, num_dropped=num_dropped, answers=_right_answers(config, pattern, samples))
+
+
+def _say_what_is_lost(task: Task) -> None:
+    # What the harness cuts is known, and said, when it is run.
+    truncated = 0 if task.harness else task.num_truncated
+    if truncated or task.num_dropped:
+        say(
+            f"{task.name}: {truncated:,} of {len(task.samples):,} texts truncated to max_length={task.config.max_length}, "
+            f"{task.num_dropped:,} items left out, whose prompt fills it or whose response is empty"
+        )
 
 
 def _right_answers(config: TaskConfig, pattern: re.Pattern, samples: Sequence[Sample]) -> list[str]:

@@ -144,7 +144,7 @@ def train(
     accelerator = make_accelerator(lm.head.weight.device)
     fingerprints = scoring_fingerprints(lm, tokenizer, samples)
     check_scores(method, scores)
-    check_dtype(method, model_config.dtype)
+    check_dtype(method, model_config.dtype, model_config.precision)
     check_grad_filter(config, lm.backend, lm.head.weight.device.type)
     check_gradient_checkpointing(config, method, lm)
     found = None
@@ -171,7 +171,10 @@ def train(
     }
     directory = TrainDirectory(output, identity, accelerator)
     with contextlib.closing(directory):
-        summary = directory.open(lm, overwrite=overwrite, keeps_checkpoints=config.checkpoint_every > 0)
+        summary = directory.open(
+            lm, overwrite=overwrite, source=model_config.source,
+            checkpoint_bytes=_checkpoint_bytes(lm, method) if config.checkpoint_every else 0,
+        )  # fmt: skip
         if summary is not None:
             say(f"{output} holds this run already, finished")
             return summary
@@ -203,6 +206,15 @@ def train(
             directory.finish(summary)
         accelerator.wait_for_everyone()
         return directory.read_summary()
+
+
+def _checkpoint_bytes(lm, method: MethodConfig) -> int:
+    """Of what will be trained and two moments of each number; known before adapters are put in."""
+    if method.train == "lora":
+        linear = [m for m in lm.model.modules() if isinstance(m, torch.nn.Linear) and m is not lm.head]
+        return 3 * 4 * method.lora_rank * sum(m.in_features + m.out_features for m in linear)
+    parameters = lm.head.parameters() if method.train == "head" else lm.parameters()
+    return 3 * sum(p.numel() * p.element_size() for p in parameters)
 
 
 def _optimise(lm, samples, weights, directory, accelerator, method, config, model_config, temperature):
@@ -267,7 +279,7 @@ def _optimise(lm, samples, weights, directory, accelerator, method, config, mode
                 meter.reset()
             if config.checkpoint_every and step % config.checkpoint_every == 0 and step < len(steps):
                 directory.save_checkpoint(step, lm, parts)
-            tracker.advance(1, tokens=num_tokens, note=f"loss {last.get('loss', float('nan')):.3f}")
+            tracker.advance(1, tokens=num_tokens, note=_loss_note(last))
     if lora is not None:
         lora.merge()
     return last, meter, weights
@@ -318,13 +330,20 @@ def num_weighted_targets(weight: Tensor, num_targets: list[int]) -> int:
     return int(counts[weight != 0].sum())
 
 
+def _loss_note(line: dict) -> str:
+    loss = line.get("loss")
+    return "loss -" if loss is None else f"loss {loss:.3f}"
+
+
 def _log_line(step, num_steps, config, meter: Meter, accelerator, distance, extra: dict) -> dict:
     # fp32 counts whole numbers exactly up to 16 million, far above the tokens between two log lines.
     sums = [meter.loss_sum, meter.weighted_sum, meter.num_weighted]
     sums = torch.stack([torch.as_tensor(s, dtype=torch.float32, device=accelerator.device) for s in sums])
     loss_sum, weighted_sum, num_weighted = accelerator.reduce(sums, "sum").tolist()
-    loss, weighted_loss = loss_sum / max(num_weighted, 1), weighted_sum / meter.num_targets
-    if not (math.isfinite(loss) and math.isfinite(weighted_loss)):
+    # Where every sample has weight 0, nothing was computed: no loss, rather than one of 0.
+    loss = loss_sum / num_weighted if num_weighted else None
+    weighted_loss = weighted_sum / meter.num_targets
+    if not math.isfinite(weighted_loss) or (loss is not None and not math.isfinite(loss)):
         raise DivergedError(
             f"the loss is {loss} (weighted {weighted_loss}) at step {step}; lower the learning rate or use "
             "--precision full"

@@ -52,8 +52,13 @@ def check_scores(method: MethodConfig, scores: Path | None) -> None:
         read_metadata(scores)
 
 
-def check_dtype(method: MethodConfig, dtype: str) -> None:
-    """Raise `InputError` for parameters in fp16, which AdamW cannot train: squares of small gradients are 0 there."""
+def check_dtype(method: MethodConfig, dtype: str, precision: str) -> None:
+    """Raise `InputError` for fp16 where it loses gradients: AdamW's squares of small ones, and small ones themselves."""
+    if dtype == "float16" and precision == "full":
+        raise InputError(
+            "products in float16 lose the gradients of confident samples, as losses are not scaled; use precision bf16, or "
+            "dtype bfloat16 or float32"
+        )
     if dtype == "float16" and method.train != "lora":
         raise InputError(
             "parameters in float16 cannot be trained; use dtype float32 (matrix products are in bf16 all the same, unless "

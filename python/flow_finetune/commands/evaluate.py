@@ -155,6 +155,7 @@ def evaluate(
         from flow_finetune import models
         from flow_finetune.evaluate import evaluate as run_evaluation
         from flow_finetune.evaluation_files import summary_of
+        from flow_finetune.tasks import task_names
 
         model_config = ModelConfig(
             model, revision, dtype, precision, device, backend, trust_remote_code, compile, packing
@@ -188,6 +189,7 @@ def evaluate(
                 "nothing to evaluate; give --perplexity, --qa, --multiple-choice, --completion or --lm-eval"
             )
         _refuse_unused(context, {task.kind for task in tasks})
+        task_names(tasks)  # two of one name are met before the model is read
         lm, tokenizer = models.load_model(model_config)
         result = run_evaluation(
             lm, tokenizer, tasks, output,

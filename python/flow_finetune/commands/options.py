@@ -83,7 +83,12 @@ MaxLength = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.", rich_help_panel=DATA_PANEL)]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Padded tokens of one forward pass.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left there.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace what an earlier call left there; what this very call left unfinished is continued."
+    ),
+]
 Learning = Annotated[
     float, typer.Option("--learning-rate", "--lr", help="Peak learning rate.", rich_help_panel=OPTIMISATION_PANEL)
 ]

@@ -201,7 +201,7 @@ def train(
         )  # fmt: skip
         check_train(config, method_config)
         check_scores(method_config, scores)
-        check_dtype(method_config, dtype)
+        check_dtype(method_config, dtype, precision)
         if scores is not None and not (needs_scores(method_config) or method_config.online):
             say(f"--scores is not used: method {method_config.name} weights nothing")
         lm, tokenizer = models.load_model(model_config)
@@ -211,9 +211,10 @@ def train(
             lm, tokenizer, samples, output,
             method=method_config, config=config, model_config=model_config, scores=scores, overwrite=overwrite,
         )  # fmt: skip
+        last = "none" if summary["final_loss"] is None else f"{summary['final_loss']:.4f} nats/token"
         say(
             f"{output}: {summary['num_steps']} steps in {summary['seconds']:,.0f} s, "
-            f"{summary['tokens_per_second']:,.0f} tokens/s, last loss {summary['final_loss']:.4f} nats/token, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s, last loss {last}, "
             f"mean weight {summary['mean_weight']:.3f}, effective sample size {summary['effective_sample_size']:,.1f}"
         )
 

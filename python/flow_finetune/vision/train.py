@@ -24,6 +24,7 @@ from flow_finetune.storage import (
     DirectoryLock,
     atomic_path,
     behind_link,
+    differences,
     disk_space_errors,
     is_used,
     require_disk_space,
@@ -75,7 +76,7 @@ class _Directory:
     def open(self, *, overwrite: bool = False) -> dict | None:
         """Claim the directory; returns the summary if it is finished already, else leaves only a checkpoint of it.
 
-        `overwrite` leaves nothing of a finished or another training either.
+        `overwrite` leaves nothing of a finished or another training either; an unfinished one is continued.
         """
         identity = self._train / "identity.json"
         if self.path.is_dir():
@@ -83,13 +84,16 @@ class _Directory:
         if is_used(self.path):
             if not identity.is_file():
                 raise used_error(self.path)
+            found, is_finished = json.loads(identity.read_text()), (self._train / "summary.json").is_file()
             if not overwrite:
-                require_same_run(self.path, json.loads(identity.read_text()), self._identity)
-                if (self._train / "summary.json").is_file():
+                require_same_run(self.path, found, self._identity)
+                if is_finished:
                     say(f"{self.path} holds this run already, finished")
                     self._checkpoint.unlink(missing_ok=True)  # of a call that was killed before it removed it
                     return json.loads((self._train / "summary.json").read_text())
-            if overwrite or not self._checkpoint.is_file():
+            # The same command made again continues, also one with --overwrite that was killed.
+            is_replaced = overwrite and (is_finished or differences(found, self._identity))
+            if is_replaced or not self._checkpoint.is_file():
                 shutil.rmtree(self.path)
         self._train.mkdir(parents=True, exist_ok=True)
         self._lock.take(self.path)  # a new one, where there was none or the old one was removed
