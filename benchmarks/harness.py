@@ -63,13 +63,14 @@ def provenance(program: str, arguments: list[str] | None = None, programs: Seque
 
     `arguments` stand for those of the command line, where these would name a machine's own paths.
     """
-    # Which implementations there are depends on it.
-    interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    # Which implementations there are depends on the first, and what they take on the second (huge pages).
+    names = ("TRITON_INTERPRET", "THP_MEM_ALLOC_ENABLE")
+    variables = "".join(f"{name}=1 " for name in names if os.environ.get(name) == "1")
     words = shlex.join(sys.argv[1:] if arguments is None else arguments)
     return {
         "machine": machine(),
         "commit": commit(programs),
-        "command": f"{interpreted}python benchmarks/{program} {words}",
+        "command": f"{variables}python benchmarks/{program} {words}",
     }
 
 

@@ -1,7 +1,7 @@
 """Keep your accelerate loop: the weighted loss with gradient accumulation, in one process or several.
 
     python examples/accelerate_loop.py
-    accelerate launch --num_processes 2 examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py     # accelerate launch, where there are several GPUs
 
 One optimiser step minimises `sum of weight * nll / target tokens of the whole step`, into however many equal parts it is divided: the
 normalizer is that count over all micro-batches and processes, and what is averaged afterwards, over micro-batches by
