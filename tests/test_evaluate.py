@@ -1,5 +1,6 @@
 """Every metric against plain loops over the full logits of a tiny model; bad input."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -19,7 +20,7 @@ from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items, summary_of
 from flow_finetune.models import CausalLM
 from flow_finetune.results import items_text, load_runs
-from flow_finetune.storage import SUMMARY_FILE, write_json
+from flow_finetune.storage import SUMMARY_FILE, is_used, write_json
 from flow_finetune.tasks import prepare
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -240,6 +241,54 @@ def test_what_does_not_fit_is_said_and_shown(tiny, tmp_path, capsys):
     assert items_text(task) == "2, 1 truncated, 1 more left out"
     said = " ".join(capsys.readouterr().err.split())
     assert "long: 1 of 2 texts truncated to max_length=120, 1 items left out" in said
+
+
+def test_an_evaluation_that_fails_keeps_what_is_finished(tiny, files, tmp_path, monkeypatch):
+    tasks = [qa_task(files["qa"], num_generate=2, max_new_tokens=4), TaskConfig("multiple_choice", files["mc"]),
+             TaskConfig("perplexity", files["text"])]  # fmt: skip
+    expected = run(tiny, tasks, tmp_path / "undisturbed")
+    ran = []
+
+    def counted(kind, original, fails=False):
+        def measure(*arguments):
+            ran.append(kind)
+            if fails:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        return measure
+
+    originals = dict(evaluation._RUN)
+    for kind, original in originals.items():
+        monkeypatch.setitem(evaluation._RUN, kind, counted(kind, original, fails=kind == "perplexity"))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, tasks, tmp_path / "out")
+    assert not is_used(tmp_path / "out")
+    for kind, original in originals.items():
+        monkeypatch.setitem(evaluation._RUN, kind, counted(kind, original))
+    # Another precision, or another number of answers, is another result.
+    run(tiny, tasks[1:2], tmp_path / "other", precision="bf16")
+    ran.clear()
+    found = run(tiny, [dataclasses.replace(tasks[0], num_generate=1), *tasks[1:]], tmp_path / "out")
+    assert ran == ["qa", "perplexity"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "evaluation.json",
+        "generations.jsonl",
+        "items.parquet",
+    ]
+    assert [without_seconds(t) for t in found["tasks"][1:]] == [without_seconds(t) for t in expected["tasks"][1:]]
+
+    with monkeypatch.context() as patch:
+        patch.setitem(evaluation._RUN, "perplexity", counted("perplexity", None, fails=True))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, tasks, tmp_path / "again")
+    run(tiny, tasks, tmp_path / "again")
+    for name in ("items.parquet", "generations.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def without_seconds(task):
+    return {key: value for key, value in task.items() if key != "seconds"}
 
 
 def test_another_template_than_the_trainings_is_said(tiny, files, tmp_path, capsys):

@@ -20,6 +20,7 @@ from flow_finetune.config import DataConfig, TaskConfig, choose
 from flow_finetune.data import template_fingerprint
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import exponential, metric_record, require_unused, write_evaluation
+from flow_finetune.finished_tasks import Finished, FinishedTasks
 from flow_finetune.generate import compile_answer_pattern, extract_answer, generate_texts, same_answer
 from flow_finetune.harness import run_harness
 from flow_finetune.models import CausalLM, model_fingerprint, tokenizer_fingerprint
@@ -54,6 +55,9 @@ def evaluate(
         prepared: `tasks.prepare(tasks, tokenizer)`, where the caller has it already.
         summary: of the training that made the model, for a report of `output` alone.
 
+    Tasks that a call before had finished, of the same model, items and settings, when it was killed or failed are not
+    run again.
+
     Returns:
         The content of `evaluation.json`: for each task its metrics, each `{"value", "standard_error", "num_items"}`.
 
@@ -71,24 +75,38 @@ def evaluate(
     for task in prepared:
         _check_lengths(lm, task)
         _say_another_template(task, tokenizer, summary)
+    fingerprints = {"model": model_fingerprint(lm.model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    settings = {"precision": precision, "compile": is_compiled(lm.model)}
+    finished = FinishedTasks(output, {**fingerprints, **settings, "batch_tokens": batch_tokens})
     records, columns, generations = [], [], []
     for task in prepared:
-        start = time.perf_counter()
-        items = _RUN[task.config.kind](lm, tokenizer, task, batch_tokens, precision, generations)
-        metrics = {name: metric_record(i) for name, i in items.items()}
-        if task.config.kind == "perplexity":
-            metrics["perplexity"] = exponential(metrics["nats_per_token"])
-        records.append(
-            {
-                "name": task.name, "kind": task.config.kind, "role": task.config.role, "source": task.config.source,
-                "num_items": task.num_items, "num_dropped": task.num_dropped, "num_truncated": task.num_truncated,
-                "fingerprint": task.fingerprint(), "settings": {"precision": precision, "compile": is_compiled(lm.model), **task.settings()},
-                "seconds": time.perf_counter() - start, "metrics": metrics,
-            }
-        )  # fmt: skip
+        found = finished.read(task)
+        if found is None:
+            found = _measure(lm, tokenizer, task, batch_tokens, settings)
+            finished.write(task, *found)
+        record, items, generated = found
+        records.append(record)
         columns += [(task.name, metric, i) for metric, i in items.items()]
-    fingerprints = {"model": model_fingerprint(lm.model), "tokenizer": tokenizer_fingerprint(tokenizer)}
-    return write_evaluation(output, source, fingerprints, records, columns, generations, summary)
+        generations += generated
+    result = write_evaluation(output, source, fingerprints, records, columns, generations, summary)
+    finished.remove()
+    return result
+
+
+def _measure(lm: CausalLM, tokenizer, task: Task, batch_tokens: int, settings: dict) -> Finished:
+    """Run one task: its record in `evaluation.json`, its items and what was generated for it."""
+    start, generations = time.perf_counter(), []
+    items = _RUN[task.config.kind](lm, tokenizer, task, batch_tokens, settings["precision"], generations)
+    metrics = {name: metric_record(i) for name, i in items.items()}
+    if task.config.kind == "perplexity":
+        metrics["perplexity"] = exponential(metrics["nats_per_token"])
+    record = {
+        "name": task.name, "kind": task.config.kind, "role": task.config.role, "source": task.config.source,
+        "num_items": task.num_items, "num_dropped": task.num_dropped, "num_truncated": task.num_truncated,
+        "fingerprint": task.fingerprint(), "settings": {**settings, **task.settings()},
+        "seconds": time.perf_counter() - start, "metrics": metrics,
+    }  # fmt: skip
+    return record, items, generations
 
 
 def _check_lengths(lm: CausalLM, task: Task) -> None:
