@@ -219,7 +219,8 @@ def train_and_evaluate(
 
 def _evaluate_saved(prepared: Prepared, model: Path, directory: Path) -> None:
     """Evaluate into `directory` what was saved, not what is still in memory, unless that is done on the same images."""
-    forget_other_evaluation(directory, {task.name: task.fingerprint for task in prepared.tasks})
+    wanted = {task.name: task.fingerprint for task in prepared.tasks}
+    forget_other_evaluation(directory, wanted, {task.name: task.config.role for task in prepared.tasks})
     if (directory / EVALUATION_FILE).is_file():
         return
     result = evaluate_classifier(
