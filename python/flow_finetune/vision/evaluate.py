@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +41,13 @@ class Original:
 class ImageTask:
     """An evaluation whose images are decoded."""
 
-    config: ImageTaskConfig
+    config: ImageTaskConfig  # with its name
     images: ImageSet
     size: int
 
     @property
     def name(self) -> str:
-        return self.config.name or Path(self.config.source).stem
+        return self.config.name
 
     @property
     def fingerprint(self) -> str:
@@ -53,18 +55,40 @@ class ImageTask:
         return fingerprint([self.images.fingerprint.encode(), str(self.size).encode()])
 
 
+def named_tasks(tasks: Sequence[ImageTaskConfig]) -> list[ImageTaskConfig]:
+    """`tasks` with the names of those that have none: the source's stem, behind its folder's name where others have it.
+
+    Raises:
+        InputError: two tasks of one name.
+    """
+    names = [task.name or Path(task.source).stem for task in tasks]
+    names = [
+        name if task.name or names.count(name) == 1 else f"{_folder_name(task.source)}-{name}"
+        for task, name in zip(tasks, names, strict=True)
+    ]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"two tasks are named {repeated[0]!r}; give them different names (name: in a run's file), or evaluate them in "
+            "two calls"
+        )
+    return [replace(task, name=name) for task, name in zip(tasks, names, strict=True)]
+
+
+def _folder_name(source: str) -> str:
+    path = Path(source).expanduser()
+    # Of a path such as "test" the folder is that of the call; a hub id has its owner there.
+    return (Path(os.path.abspath(path)) if path.exists() else path).parent.name
+
+
 def prepare_tasks(tasks: Sequence[ImageTaskConfig], original: Description, size: int) -> list[ImageTask]:
     """Decode the images of every task: target ones for `size` pixels, retained ones for the model's own size."""
     prepared = []
-    for config in tasks:
+    for config in named_tasks(tasks):
         wanted = config.size or (size if config.role == "target" else original.size)
         prepared.append(ImageTask(config, load_images(config, wanted), wanted))
         if config.role == "retained":
             align_labels(prepared[-1].images, original.class_names, original.num_classes)
-    names = [task.name for task in prepared]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two tasks are named {name!r}; give them different names")
     return prepared
 
 
@@ -156,6 +180,7 @@ def evaluate_saved(
     require_unused(output, overwrite, model.source)
     if not tasks:
         raise InputError("there is nothing to evaluate: give at least one task")
+    tasks = named_tasks(tasks)
     classifier = load_classifier(model)
     original = Original.of(classifier if pretrained is None else load_classifier(pretrained))
     shapes = [

@@ -31,7 +31,7 @@ from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.storage import exclusive, is_used, used_error, write_json
 from flow_finetune.vision.config import ImageRunConfig, ImageTrainConfig, check_image_run
 from flow_finetune.vision.data import ImageSet, align_labels, load_images
-from flow_finetune.vision.evaluate import ImageTask, Original, evaluate_classifier, prepare_tasks
+from flow_finetune.vision.evaluate import ImageTask, Original, evaluate_classifier, named_tasks, prepare_tasks
 from flow_finetune.vision.models import ImageClassifier, classifier_fingerprint, load_classifier, save_classifier
 from flow_finetune.vision.scores import write_scores
 from flow_finetune.vision.stages import extract_features, losses_of, train_head
@@ -93,6 +93,7 @@ def check_run(config: ImageRunConfig) -> None:
     """Raise `InputError` for anything that can be seen to be wrong before a model is loaded."""
     check_image_run(config)
     check_rows(config, [])
+    named_tasks(config.tasks)
     for method in config.methods:
         check_image_method(method)
 
