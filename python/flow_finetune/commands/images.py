@@ -128,11 +128,12 @@ def train_images(
     check_image_run(dataclasses.replace(config, train=train))
     if not all((scores / name).is_file() for name in (PROBE_FILE, "scores.parquet")):
         raise InputError(f"{scores} is no directory that score --task image -o {scores} has made; make it first")
-    # The probe is the one that is there, whatever stage 1's options are: all methods and seeds start from one model.
+    # The probe is the one that is there, whatever stage 1's options are: all methods and seeds start from one model, and
+    # stage 2 trains the head as stage 0 did.
     probe = json.loads((scores / PROBE_FILE).read_text())
-    epochs, size, rate = probe["head"]
-    probed = ImageTrainConfig(seed=probe["seed"], head_epochs=epochs, head_batch_size=size, head_learning_rate=rate)
-    config = dataclasses.replace(config, train=probed)
+    head = dict(zip(("head_epochs", "head_batch_size", "head_learning_rate"), probe["head"], strict=True))
+    config = dataclasses.replace(config, train=ImageTrainConfig(seed=probe["seed"], **head))
+    train = dataclasses.replace(train, **head)
     summary = train_method(probe_and_score(config, scores), method, output, train, overwrite=overwrite)
     speed = f", {summary['images_per_second']:,.0f} images/s" if "images_per_second" in summary else ""
     say(
