@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flow_finetune.config import MethodConfig, choose, from_mapping
 from flow_finetune.errors import InputError
@@ -16,6 +17,16 @@ class ImageModelConfig:
     revision: str | None = None  # of a hub id
     precision: str = "bf16"  # "bf16": convolutions and matrix products under bf16 autocast; "full": fp32
     device: str = "auto"  # "auto": cuda, then cpu
+
+
+def _holdout_of_a_part(entries: dict, where: str) -> dict:
+    """`entries`; without a part, a holdout would be read and hold nothing out."""
+    if "holdout" in entries and entries.get("part", "all") == "all":
+        raise InputError(
+            f"{where}: holdout has no effect without a part; give part: train (without that share of the images) or "
+            "part: validation (that share alone)"
+        )
+    return entries
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,8 @@ class ImageDataConfig:
     limit: int | None = None  # the first so many images; of a folder from all classes alike
     bad_images: str = "stop"  # an image that does not decode: "stop", or "skip" it and say so
     cache: str | None = None  # directory for memory-mapped decoded pixels; held in memory when not given
+
+    complete = staticmethod(_holdout_of_a_part)
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,8 @@ class ImageTaskConfig:
     bad_images: str = "stop"
     cache: str | None = None
     kind: str = "classification"
+
+    complete = staticmethod(_holdout_of_a_part)
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,8 @@ def check_image_run(config: ImageRunConfig) -> None:
             raise InputError(f"{place.source}: limit is a number of images, at least 1, got {place.limit}")
         if not 0.0 < place.crop <= 1.0:
             raise InputError(f"{place.source}: crop is a share of the short side, in (0, 1], got {place.crop}")
+    for task in config.tasks:
+        _check_held_out(config.data, task)
     counts = {"train: epochs": train.epochs, "train: batch_size": train.batch_size, "batch_size": config.batch_size,
               "train: head_epochs": train.head_epochs, "train: head_batch_size": train.head_batch_size,
               "train: log_every": train.log_every}  # fmt: skip
@@ -150,3 +167,25 @@ def check_image_run(config: ImageRunConfig) -> None:
         raise InputError(f"train: seed must be between 0 and 2^32 - 1, got {train.seed}")
     if not 0.0 <= train.warmup <= 1.0:
         raise InputError(f"train: warmup is a share of all steps, in [0, 1], got {train.warmup}")
+
+
+def _check_held_out(data: ImageDataConfig, task: ImageTaskConfig) -> None:
+    """Refuse validation images of the training's own source that are trained on."""
+    if task.part != "validation" or _origin(task, "test") != _origin(data, "train"):
+        return
+    if data.part != "train":
+        raise InputError(
+            f"task {task.source}: its validation part would be of images that are trained on; give data part: train, "
+            f"and holdout: {task.holdout:g}"
+        )
+    # Both are the beginning of one permutation: the smaller share is a part of the larger.
+    if task.holdout > data.holdout:
+        raise InputError(
+            f"task {task.source}: of its holdout {task.holdout:g} only {data.holdout:g} is held out of the training; "
+            "give task and data one holdout"
+        )
+
+
+def _origin(place: ImageDataConfig | ImageTaskConfig, split: str) -> tuple:
+    path = Path(place.source).expanduser()
+    return (path.resolve(),) if path.exists() else (place.source, place.subset, place.split or split)
