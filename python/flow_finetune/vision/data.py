@@ -59,10 +59,12 @@ def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSe
     if len(set(encoded.ids)) < len(encoded.ids):
         raise InputError(f"{config.source}: ids are repeated; give a field with unique ids")
     side = stored_side(encoded, size, config.crop)
-    pixels, bad = decode_cached(config, encoded, side)
-    if bad:
+    pixels, undecoded = decode_cached(config, encoded, side)
+    if bad := undecoded.indices:
         first = ", ".join(encoded.ids[i] for i in bad[:_NUM_NAMED])
         message = f"{config.source}: {len(bad)} of {len(encoded.ids)} images do not decode, the first: {first}"
+        if undecoded.reason:
+            message += f"; why {encoded.ids[bad[0]]} does not: {undecoded.reason}"
         if config.bad_images == "stop":
             raise InputError(f"{message}; mend or remove them, or set bad_images: skip")
         if len(bad) == len(encoded.ids):

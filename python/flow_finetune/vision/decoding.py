@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,16 @@ def stored_side(encoded: Encoded, size: int, crop: float) -> int:
     return min([size, *sides])
 
 
-def decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, list[int]]:
-    """Pixels of all images and the indices of those that did not decode, whose pixels are 0."""
+@dataclass(frozen=True)
+class Undecoded:
+    """The indices of images that did not decode, and why the first of them did not."""
+
+    indices: list[int]
+    reason: str | None = None  # None where none is undecoded, and in caches that were made before it was kept
+
+
+def decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, Undecoded]:
+    """Pixels of all images and what did not decode, whose pixels are 0."""
     shape = (len(encoded.ids), side, side, 3)
     if config.cache is None:
         pixels = np.zeros(shape, np.uint8)
@@ -85,8 +94,11 @@ def decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, list
                 pixels.flush()
                 del pixels
             with atomic_path(bad_path) as temporary:
-                temporary.write_text(json.dumps(bad))
-    return np.load(path, mmap_mode="r"), json.loads(bad_path.read_text())
+                temporary.write_text(json.dumps(asdict(bad)))
+    found = json.loads(bad_path.read_text())
+    # Before the reason was kept, the file was the list of indices.
+    bad = Undecoded(found) if isinstance(found, list) else Undecoded(**found)
+    return np.load(path, mmap_mode="r"), bad
 
 
 def _bytes_or_nothing(encoded: Encoded) -> Callable[[int], bytes]:
@@ -100,14 +112,21 @@ def _bytes_or_nothing(encoded: Encoded) -> Callable[[int], bytes]:
     return read
 
 
-def _decode_into(pixels: np.ndarray, encoded: Encoded, crop: float) -> list[int]:
-    bad = []
+def _decode_into(pixels: np.ndarray, encoded: Encoded, crop: float) -> Undecoded:
+    indices, reason = [], None
     for index in range(len(pixels)):
         try:
             pixels[index] = _square(_to_rgb(_open(encoded, index)), pixels.shape[1], crop)
-        except _DECODE_ERRORS:
-            bad.append(index)
-    return bad
+        except _DECODE_ERRORS as error:
+            indices.append(index)
+            reason = reason or _reason(error)
+    return Undecoded(indices, reason)
+
+
+def _reason(error: BaseException) -> str:
+    # Pillow names the buffer that it was given, by its address.
+    text = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error)).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 _ORIENTATION = 0x0112
