@@ -21,6 +21,8 @@ from flow_finetune.vision.config import ImageDataConfig, ImageTaskConfig
 from flow_finetune.vision.decoding import Encoded, decode_cached, stored_side
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+# Read where this Pillow can; one of before 11.3, for example, has no AVIF.
+_MORE_SUFFIXES = {".jfif", ".jpe", ".jp2", ".avif"}
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 _NUM_NAMED = 5
 
@@ -190,11 +192,23 @@ def _read_folder(path: Path) -> Encoded:
         raise InputError(
             f"{path} has a folder per split ({', '.join(names)}), not one per class; give one of them, as {path / names[-1]}"
         )
-    files, labels = [], []
+    from PIL import Image
+
+    suffixes = _SUFFIXES | (_MORE_SUFFIXES & Image.registered_extensions().keys())
+    files, labels, others = [], [], Counter()
     for label, name in enumerate(names):
-        found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
-        files += found
+        found = []
+        for file in (path / name).rglob("*"):
+            if file.suffix.lower() in suffixes:
+                found += [file] if file.is_file() else []
+            elif not file.name.startswith(".") and file.is_file():
+                others[file.suffix.lower() or "none"] += 1
+        files += sorted(found)
         labels += [label] * len(found)
+    if others:
+        counts = ", ".join(f"{count:,} of {suffix}" for suffix, count in others.most_common(_NUM_NAMED))
+        more = ", ..." if len(others) > _NUM_NAMED else ""
+        say(f"{path}: files left out for their ending, which is no image's: {others.total():,} ({counts}{more})")
     # A name that is no UTF-8 is no text that Parquet could hold.
     ids = [os.fsencode(file.relative_to(path).as_posix()).decode("utf-8", "backslashreplace") for file in files]
     return Encoded(ids, labels, names, lambda index: files[index].read_bytes())
