@@ -13,6 +13,7 @@ from flow_finetune.commands.images import (
     ImageField,
     ImageSize,
     LabelField,
+    MatchClasses,
     TaskKind,
     evaluate_images,
     is_given,
@@ -133,6 +134,7 @@ def evaluate(
     image_field: ImageField = "image",
     label_field: LabelField = "label",
     bad_images: BadImages = "stop",
+    match_classes: MatchClasses = "name",
 ) -> None:
     """What a model can do: perplexity, target loss and exact match, multiple-choice accuracy, with standard errors.
 

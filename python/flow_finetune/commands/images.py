@@ -47,8 +47,15 @@ BadImages = Annotated[
     str,
     typer.Option(help="--task image: what does not decode: stop, or skip and say so.", rich_help_panel=IMAGE_PANEL),
 ]
+MatchClasses = Annotated[
+    str,
+    typer.Option(
+        help="--task image: the images' classes with the model's: by name, or number (names differ, one order).",
+        rich_help_panel=IMAGE_PANEL,
+    ),
+]
 _OF_IMAGES = {"size", "images", "source_images", "pretrained", "optimizer", "augment", "batch_norm", "image_field",
-              "label_field", "bad_images"}  # fmt: skip
+              "label_field", "bad_images", "match_classes"}  # fmt: skip
 # Options of the shared commands that an image task has a use for.
 _USED = _OF_IMAGES | {
     "task", "model", "data", "output", "limit", "split", "subset", "id_field", "revision", "precision", "device", "overwrite",
@@ -154,11 +161,15 @@ def evaluate_images(
     if source_images and not pretrained:
         raise InputError("--source-images needs --pretrained, the model whose head is put back")
     reading = _reading(context)
+    match = choose("--match-classes", context.params["match_classes"], ("name", "number"))
     # One --split is for the hub's of the sources, where another is a folder here; a folder alone refuses it.
     both = [str(path) for path in (*(images or ()), *(source_images or ()))]
     of_the_hub = {"split": None, "subset": None} if len({is_here(path) for path in both}) > 1 else {}
     tasks = [
-        ImageTaskConfig(str(path), role=role, **{**reading, **(of_the_hub if is_here(str(path)) else {})}, limit=limit)
+        ImageTaskConfig(
+            str(path), role=role, **{**reading, **(of_the_hub if is_here(str(path)) else {})}, limit=limit,
+            match_classes=match,
+        )  # fmt: skip
         for role, paths in (("target", images), ("retained", source_images))
         for path in paths or []
     ]

@@ -94,6 +94,7 @@ class ImageTaskConfig:
     bad_images: str = "stop"
     cache: str | None = None
     kind: str = "classification"
+    match_classes: str = "name"  # with those of the head; "number" where names differ and stand in one order
 
     complete = staticmethod(_holdout_of_a_part)
 
@@ -136,6 +137,7 @@ def check_image_run(config: ImageRunConfig) -> None:
     for task in config.tasks:
         choose(f"task {task.source}: role", task.role, ("target", "retained"))
         choose(f"task {task.source}: kind", task.kind, ("classification",))
+        choose(f"task {task.source}: match_classes", task.match_classes, ("name", "number"))
     for place in (config.data, *config.tasks):
         choose(f"{place.source}: bad_images", place.bad_images, ("stop", "skip"))
         choose(f"{place.source}: part", place.part, ("all", "train", "validation"))

@@ -82,22 +82,28 @@ def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSe
     return ImageSet(config.source, ids, pixels, labels, encoded.class_names, len(bad), mark)
 
 
-def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_classes: int) -> np.ndarray:
+def align_labels(
+    images: ImageSet, class_names: tuple[str, ...] | None, num_classes: int, match: str = "name"
+) -> np.ndarray:
     """The labels of `images` as outputs of a head with these classes, `[N]` int64.
 
     Classes with names on both sides are matched by name; numbers are taken as they are.
 
+    Args:
+        match: "number" for names on both sides that differ and stand in one order.
+
     Raises:
-        InputError: a class that the head does not have.
+        InputError: a class that the head does not have, or of which it has several.
     """
     if images.class_names and class_names:
-        unknown = [name for name in images.class_names if name not in class_names]
-        if unknown:
+        if match == "name":
+            return _by_name(images, class_names)
+        if len(images.class_names) != len(class_names):
             raise InputError(
-                f"{images.source} has the class {unknown[0]!r}, which the model was not trained on; its classes are "
-                f"{', '.join(class_names[:_NUM_NAMED])}{', ...' if len(class_names) > _NUM_NAMED else ''}"
+                f"{images.source} has {len(images.class_names)} classes, the model {len(class_names)}; match_classes: "
+                "number is for as many in the same order"
             )
-        return np.array([class_names.index(name) for name in images.class_names], np.int64)[images.labels]
+        return _by_number(images, class_names)
     if images.class_names and len(images.class_names) != num_classes:
         raise InputError(
             f"{images.source} has {len(images.class_names)} classes by name, the model {num_classes} without names; "
@@ -115,6 +121,40 @@ def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_clas
             f"{images.source}: image {images.ids[worst]} has label {images.labels[worst]}, but the model has "
             f"{num_classes} classes, 0 to {num_classes - 1}"
         )
+    return images.labels
+
+
+def _by_name(images: ImageSet, class_names: tuple[str, ...]) -> np.ndarray:
+    names = images.class_names
+    # transformers' ImageNet has "crane" twice, the bird and the machine.
+    repeated = {name for name, count in Counter(class_names).items() if count > 1}
+    number = {name: index for index, name in enumerate(class_names) if name not in repeated}
+    unclear, unknown = ([name for name in names if name in these] for these in (repeated, {*names} - {*class_names}))
+    if not unclear and not unknown:
+        return np.array([number[name] for name in names], np.int64)[images.labels]
+    same_count = len(names) == len(class_names)
+    moved = [name for index, name in enumerate(names) if number.get(name, index) != index]
+    if repeated and same_count and not moved:
+        return _by_number(images, class_names, f"the model has several classes named {min(repeated)!r}; ")
+    remedy = "rename the classes, or give labels as numbers of the model's classes"
+    if same_count and not moved:
+        remedy = f"where the order is the same, set match_classes: number (--match-classes number); else {remedy}"
+    if unclear:
+        places = " and ".join(str(index) for index, name in enumerate(class_names) if name == unclear[0])
+        raise InputError(
+            f"{images.source} has the class {unclear[0]!r}, and the model several of that name ({places}); {remedy}"
+        )
+    raise InputError(
+        f"{images.source} has the class {unknown[0]!r}, which the model was not trained on; its classes are "
+        f"{', '.join(class_names[:_NUM_NAMED])}{', ...' if len(class_names) > _NUM_NAMED else ''}; {remedy}"
+    )
+
+
+def _by_number(images: ImageSet, class_names: tuple[str, ...], why: str = "") -> np.ndarray:
+    say(
+        f"{why}the classes of {images.source} are matched by number: its {images.class_names[0]!r} is taken for "
+        f"{class_names[0]!r}, its {images.class_names[-1]!r} for {class_names[-1]!r}"
+    )
     return images.labels
 
 

@@ -51,8 +51,14 @@ class ImageTask:
 
     @property
     def fingerprint(self) -> str:
-        """Of what is measured: pixels, labels, ids, class names and the size that the network sees."""
-        return fingerprint([self.images.fingerprint.encode(), str(self.size).encode()])
+        """Of what is measured: pixels, labels, ids, class names, how they are matched, and the size that is seen."""
+        # Left out at its default, so that fingerprints stay what they were.
+        match = [] if self.config.match_classes == "name" else [self.config.match_classes.encode()]
+        return fingerprint([self.images.fingerprint.encode(), str(self.size).encode(), *match])
+
+    def labels(self, class_names: tuple[str, ...] | None, num_classes: int) -> np.ndarray:
+        """`align_labels` of its images, as its configuration says."""
+        return align_labels(self.images, class_names, num_classes, self.config.match_classes)
 
 
 def named_tasks(tasks: Sequence[ImageTaskConfig]) -> list[ImageTaskConfig]:
@@ -88,7 +94,7 @@ def prepare_tasks(tasks: Sequence[ImageTaskConfig], original: Description, size:
         wanted = config.size or (size if config.role == "target" else original.size)
         prepared.append(ImageTask(config, load_images(config, wanted), wanted))
         if config.role == "retained":
-            align_labels(prepared[-1].images, original.class_names, original.num_classes)
+            prepared[-1].labels(original.class_names, original.num_classes)
     return prepared
 
 
@@ -137,7 +143,7 @@ def evaluate_classifier(
 
 def _measure(classifier: ImageClassifier, original: Original | None, task: ImageTask, batch_size: int) -> dict:
     def run(description: Description) -> tuple[Tensor, Tensor, np.ndarray]:
-        labels = align_labels(task.images, description.class_names, description.num_classes)
+        labels = task.labels(description.class_names, description.num_classes)
         features = extract_features(classifier, task.images.pixels, task.size, batch_size)
         return *losses_of(classifier.head, features, torch.from_numpy(labels)), labels
 

@@ -138,7 +138,7 @@ def probe_and_score(config: ImageRunConfig, output: Path, *, overwrite: bool = F
     tasks = prepare_tasks(config.tasks, original.description, size)
     for task in tasks:
         if task.config.role == "target":
-            align_labels(task.images, images.class_names, images.num_classes)
+            task.labels(images.class_names, images.num_classes)
     say(f"{config.data.source}: {len(images.ids):,} images of {images.num_classes} classes, {images.num_bad} left out")
     prepared = Prepared(config, output, images, labels, size, tasks, original, {"images": images.fingerprint})
     _probe(prepared, classifier, overwrite)
