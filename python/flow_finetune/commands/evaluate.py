@@ -10,6 +10,7 @@ import typer
 from flow_finetune.commands.images import (
     IMAGE_PANEL,
     BadImages,
+    ImageCrop,
     ImageField,
     ImageSize,
     LabelField,
@@ -131,6 +132,7 @@ def evaluate(
         ),
     ] = None,
     size: ImageSize = None,
+    crop: ImageCrop = None,
     image_field: ImageField = "image",
     label_field: LabelField = "label",
     bad_images: BadImages = "stop",

@@ -40,7 +40,7 @@ class ImageDataConfig:
     label_field: str = "label"
     id_field: str | None = None  # row numbers (paths in a folder) when not given
     size: int | None = None  # pixels a side that training and the target task see; the model's own when not given
-    crop: float = 1.0  # side of the central square that is seen, as a share of the short side
+    crop: float | None = None  # side of the central square seen, as a share of the short side; the model's, mostly 1
     part: str = "all"  # "train" or "validation": without or only a random share of the images, always the same
     holdout: float = 0.1  # that share
     limit: int | None = None  # the first so many images; of a folder from all classes alike
@@ -87,7 +87,7 @@ class ImageTaskConfig:
     label_field: str = "label"
     id_field: str | None = None
     size: int | None = None  # target: the training's; retained: the model's own
-    crop: float = 1.0
+    crop: float | None = None  # target: the training's; retained: the model's own, mostly 1
     part: str = "all"
     holdout: float = 0.1
     limit: int | None = None
@@ -147,8 +147,7 @@ def check_image_run(config: ImageRunConfig) -> None:
             raise InputError(f"{place.source}: size is a number of pixels, at least 1, got {place.size}")
         if place.limit is not None and place.limit < 1:
             raise InputError(f"{place.source}: limit is a number of images, at least 1, got {place.limit}")
-        if not 0.0 < place.crop <= 1.0:
-            raise InputError(f"{place.source}: crop is a share of the short side, in (0, 1], got {place.crop}")
+        check_crop(f"{place.source}: crop", place.crop)
     for task in config.tasks:
         _check_held_out(config.data, task)
     counts = {"train: epochs": train.epochs, "train: batch_size": train.batch_size, "batch_size": config.batch_size,
@@ -169,6 +168,12 @@ def check_image_run(config: ImageRunConfig) -> None:
         raise InputError(f"train: seed must be between 0 and 2^32 - 1, got {train.seed}")
     if not 0.0 <= train.warmup <= 1.0:
         raise InputError(f"train: warmup is a share of all steps, in [0, 1], got {train.warmup}")
+
+
+def check_crop(name: str, crop: float | None) -> None:
+    """Raise `InputError` for a crop that is no share."""
+    if crop is not None and not 0.0 < crop <= 1.0:
+        raise InputError(f"{name} is a share of the short side, in (0, 1], got {crop}")
 
 
 def _check_held_out(data: ImageDataConfig, task: ImageTaskConfig) -> None:

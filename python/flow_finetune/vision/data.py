@@ -44,8 +44,11 @@ class ImageSet:
         return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
 
-def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSet:
+def load_images(config: ImageDataConfig | ImageTaskConfig, size: int, crop: float = 1.0) -> ImageSet:
     """Read and decode every image of `config.source` for a model that sees `size` pixels a side.
+
+    Args:
+        crop: the share of the short side that is seen, where `config` gives none.
 
     Raises:
         InputError: no such source, no images, labels that are none, repeated ids, or an image that does not decode
@@ -60,8 +63,9 @@ def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSe
         raise InputError(f"{config.source} holds no images")
     if len(set(encoded.ids)) < len(encoded.ids):
         raise InputError(f"{config.source}: ids are repeated; give a field with unique ids")
-    side = stored_side(encoded, size, config.crop)
-    pixels, undecoded = decode_cached(config, encoded, side)
+    crop = crop if config.crop is None else config.crop
+    side = stored_side(encoded, size, crop)
+    pixels, undecoded = decode_cached(encoded, side, crop, config.cache)
     if bad := undecoded.indices:
         first = ", ".join(encoded.ids[i] for i in bad[:_NUM_NAMED])
         message = f"{config.source}: {len(bad)} of {len(encoded.ids)} images do not decode, the first: {first}"

@@ -73,24 +73,24 @@ class Undecoded:
     reason: str | None = None  # None where none is undecoded, and in caches that were made before it was kept
 
 
-def decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, Undecoded]:
-    """Pixels of all images and what did not decode, whose pixels are 0."""
+def decode_cached(encoded: Encoded, side: int, crop: float, cache: str | None) -> tuple[np.ndarray, Undecoded]:
+    """Pixels of all images, and what did not decode, whose pixels are 0; mapped from a file in `cache` where given."""
     shape = (len(encoded.ids), side, side, 3)
-    if config.cache is None:
+    if cache is None:
         pixels = np.zeros(shape, np.uint8)
-        return pixels, _decode_into(pixels, encoded, config.crop)
+        return pixels, _decode_into(pixels, encoded, crop)
     key = fingerprint(
-        [json.dumps([shape, config.crop, _DECODING]).encode(), *map(_bytes_or_nothing(encoded), range(shape[0]))]
+        [json.dumps([shape, crop, _DECODING]).encode(), *map(_bytes_or_nothing(encoded), range(shape[0]))]
     )
-    path = Path(config.cache).expanduser() / f"{key}.npy"
+    path = Path(cache).expanduser() / f"{key}.npy"
     bad_path = path.with_suffix(".json")
-    # Runs that share a cache would write to one temporary file. The cache's directory may be locked by a run of its own.
+    # Runs that share a cache would write to one temporary file. Its directory may be locked by a run of its own.
     with exclusive_file(path, wait=True):
         if not (path.is_file() and bad_path.is_file()):
             require_disk_space(path, int(np.prod(shape)))
             with atomic_path(path) as temporary:
                 pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-                bad = _decode_into(pixels, encoded, config.crop)
+                bad = _decode_into(pixels, encoded, crop)
                 pixels.flush()
                 del pixels
             with atomic_path(bad_path) as temporary:

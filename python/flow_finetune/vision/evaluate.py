@@ -75,8 +75,8 @@ def named_tasks(tasks: Sequence[ImageTaskConfig]) -> list[ImageTaskConfig]:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise InputError(
-            f"two tasks are named {repeated[0]!r}; give them different names (name: in a run's file), or evaluate them in "
-            "two calls"
+            f"two tasks are named {repeated[0]!r}; give them different names (name: in a run's file), or evaluate them "
+            "in two calls"
         )
     return [replace(task, name=name) for task, name in zip(tasks, names, strict=True)]
 
@@ -87,12 +87,13 @@ def _folder_name(source: str) -> str:
     return (Path(os.path.abspath(path)) if path.exists() else path).parent.name
 
 
-def prepare_tasks(tasks: Sequence[ImageTaskConfig], original: Description, size: int) -> list[ImageTask]:
-    """Decode the images of every task: target ones for `size` pixels, retained ones for the model's own size."""
+def prepare_tasks(tasks: Sequence[ImageTaskConfig], original: Description, size: int, crop: float) -> list[ImageTask]:
+    """Decode the images of every task: target ones at training's `size` and `crop`, retained ones at the model's."""
     prepared = []
     for config in named_tasks(tasks):
-        wanted = config.size or (size if config.role == "target" else original.size)
-        prepared.append(ImageTask(config, load_images(config, wanted), wanted))
+        seen = (size, crop) if config.role == "target" else (original.size, original.crop)
+        wanted = config.size or seen[0]
+        prepared.append(ImageTask(config, load_images(config, wanted, seen[1]), wanted))
         if config.role == "retained":
             prepared[-1].labels(original.class_names, original.num_classes)
     return prepared
@@ -195,7 +196,8 @@ def evaluate_saved(
     ]
     if shapes[0] != shapes[1] or original.head.in_features != classifier.head.in_features:
         raise InputError(f"{model.source} is not a fine-tuned {pretrained.source}: their layers differ")
-    prepared = prepare_tasks(tasks, original.description, size or classifier.description.size)
+    own = classifier.description
+    prepared = prepare_tasks(tasks, original.description, size or own.size, own.crop)
     return evaluate_classifier(
         classifier, original, prepared, output,
         batch_size=batch_size, source=model.source, overwrite=overwrite, summary=summary_of(model.source),
