@@ -45,12 +45,14 @@ class Runner:
         while made:
             made = False
             for cell in cells:
-                if cell not in failed and self.records.read(cell) is None:
-                    try:
-                        made |= self._try(cell)
-                    except InputError as error:
-                        say(f"{cell.key} failed: {error}")
-                        failed.append(cell)
+                if cell in failed:
+                    continue
+                try:
+                    # A record may be of other settings by now: of what was best before the grid was made wider.
+                    made |= self.records.read(cell) is None and self._try(cell)
+                except InputError as error:
+                    say(f"{cell.key} failed: {error}")
+                    failed.append(cell)
         self._remove_models()
         return failed, [cell for cell in cells if cell not in failed and self.records.read(cell) is None]
 
@@ -117,13 +119,18 @@ class Runner:
         if self.keep_models:
             return
         cells = self.experiment.cells()
-        needed = {
-            source.key for c in cells if (source := self.experiment.source_of(c)) and self.records.read(c) is None
-        }
+        needed = {source.key for c in cells if (source := self.experiment.source_of(c)) and not self._is_finished(c)}
         for cell in cells[1:]:
             directory = self.work / cell.key
-            if directory.is_dir() and cell.key not in needed and self.records.read(cell) is not None:
+            if directory.is_dir() and cell.key not in needed and self._is_finished(cell):
                 shutil.rmtree(directory, ignore_errors=True)
+
+    def _is_finished(self, cell: Cell) -> bool:
+        """Whether a cell has a record; one of other settings is to be made again, and says so when that is tried."""
+        try:
+            return self.records.read(cell) is not None
+        except InputError:
+            return False
 
 
 def _seconds(directory: Path) -> dict[str, float]:

@@ -133,6 +133,26 @@ def test_a_learning_rate_of_images_is_tried_on_the_share_that_is_held_out(image_
     assert held_out.isdisjoint(trained)
 
 
+def test_an_evaluation_in_another_role_is_made_again_and_not_copied(image_mapping, tmp_path, capfd):
+    _, source = image_mapping["tasks"]
+
+    def accuracy(role, directory):
+        # Their numbers, 0 to 2, are classes of both heads.
+        task = {**source, "source": image_mapping["data"]["source"], "name": "both", "role": role}
+        setup = read_image_run({**image_mapping, "tasks": [task]}, "test")
+        ImageLaboratory(setup, None, directory).make_pretrained(directory / "cells/pretrained")
+        (found,) = json.loads((directory / "cells/pretrained/evaluation.json").read_text())["tasks"]
+        return found["role"], found["fingerprint"], found["metrics"]["nats"]["value"]
+
+    before = accuracy("retained", tmp_path / "work")
+    after = accuracy("target", tmp_path / "work")
+    assert after == accuracy("target", tmp_path / "fresh")
+    assert (before[0], after[0]) == ("retained", "target")
+    assert before[1] == after[1]  # the same images: the fingerprint alone does not tell
+    assert before[2] != after[2]
+    assert "pretrained was evaluated in another role of both; evaluating it again" in capfd.readouterr().err
+
+
 def test_a_learning_rate_of_images_of_the_hub_is_tried_on_the_split_that_is_trained_on(
     image_mapping, tmp_path, monkeypatch
 ):

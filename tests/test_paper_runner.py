@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -177,18 +178,46 @@ def test_a_failed_cell_does_not_stop_the_others(tiny_experiment, tmp_path):
 
 def test_a_wider_grid_keeps_what_is_finished_as_long_as_the_choice_stays(tiny_experiment, tmp_path):
     make_runner(tiny_experiment, tmp_path, FakeLaboratory()).run(tiny_experiment.cells())
-
-    def with_rate(rate):
-        rows = [{**r, "learning_rates": [*r["learning_rates"], rate]} if r["name"] == "flow" else r
-                for r in MAPPING["rows"]]  # fmt: skip
-        return read_experiment(write_experiment(tmp_path / "tiny.yaml", {**MAPPING, "rows": rows}))
-
-    worse, laboratory = with_rate(1e-2), FakeLaboratory()
+    worse, laboratory = _with_rate(tmp_path, "flow", 1e-2), FakeLaboratory()
     assert make_runner(worse, tmp_path, laboratory).run(worse.cells()) == ([], [])
     assert laboratory.calls == [("train", "flow-lr0.01", 1e-2)]
-    better = with_rate(3e-5)
-    with pytest.raises(InputError, match=r"cells/flow-seed0 was made with another method .* remove it"):
-        make_runner(better, tmp_path, FakeLaboratory()).run(better.cells())
+
+
+def _with_rate(root, row, rate):
+    """The experiment with one more learning rate in the grid of `row`."""
+    rows = [{**r, "learning_rates": [*r["learning_rates"], rate]} if r["name"] == row else r for r in MAPPING["rows"]]
+    return read_experiment(write_experiment(root / "tiny.yaml", {**MAPPING, "rows": rows}))
+
+
+def test_where_a_wider_grid_changes_the_choice_only_the_cells_of_the_old_one_fail(tiny_experiment, tmp_path, capfd):
+    make_runner(tiny_experiment, tmp_path, FakeLaboratory(), keep_models=True).run(tiny_experiment.cells())
+    shutil.rmtree(tmp_path / "records/tiny/cells/fixed-seed0")
+
+    class Better(FakeLaboratory):
+        """Whatever it tries out is better than what was tried before."""
+
+        def try_out(self, method, seed, directory):
+            return super().try_out(method, seed, directory) - 0.5
+
+    better, laboratory = _with_rate(tmp_path, "standard", 2e-5), Better()
+    runner = make_runner(better, tmp_path, laboratory)
+    failed, left = runner.run(better.cells())
+    old = ["standard-seed0", "standard-seed1", "standard-seed2", "l2-seed0", "wise-ft-seed0"]
+    assert ([cell.key for cell in failed], left) == ([f"cells/{name}" for name in old], [])
+    # The new rate is recorded and its cell not called failed; what does not depend on the choice is made.
+    assert laboratory.calls == [("train", "standard-lr2e-05", 2e-5), ("evaluate", "fixed-seed0")]
+    told = capfd.readouterr().err
+    assert "search/standard-lr2e-05 failed" not in told
+    assert re.search(r"cells/wise-ft-seed0 failed: .*wise-ft-seed0 was made with another .* remove it", told)
+    # Records of the old choice are no reason to delete models: those of finished cells are gone, these are not.
+    kept = sorted(path.parent.name for path in (tmp_path / "work").rglob("model.safetensors"))
+    assert kept == sorted(old)
+    for cell in failed:
+        shutil.rmtree(runner.records.directory(cell))
+        shutil.rmtree(tmp_path / "work" / cell.key)
+    again = Better()
+    assert make_runner(better, tmp_path, again).run(better.cells()) == ([], [])
+    assert {call[2] for call in again.calls if call[0] == "train"} == {2e-5}
 
 
 def test_an_evaluation_of_other_tasks_is_made_again(tiny_experiment, tmp_path):

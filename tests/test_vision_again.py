@@ -15,7 +15,8 @@ from flow_finetune.errors import InputError
 from flow_finetune.results import load_runs
 from flow_finetune.storage import DirectoryLock
 from flow_finetune.vision import train as train_module
-from flow_finetune.vision.config import read_image_run
+from flow_finetune.vision.config import ImageModelConfig, read_image_run
+from flow_finetune.vision.models import load_classifier
 from flow_finetune.vision.pipeline import probe_and_score, run
 from flow_finetune.vision.train import train_method
 from typer.testing import CliRunner
@@ -171,14 +172,27 @@ def test_scoring_again_forgets_what_the_old_probe_was_measured_at(image_mapping,
 
 
 def test_train_takes_the_probe_that_a_run_has_made(image_mapping, tmp_path):
-    """Its seed and its head's options are not asked for again: `train` has none for them."""
+    """Its seed and its head's options are not asked for again: `train` has none for them, and stage 2 has the same."""
     mapping = _small(image_mapping, tmp_path)
-    mapping["train"] = {**mapping["train"], "seed": 3, "head_epochs": 2}
+    head = {"head_epochs": 2, "head_batch_size": 10, "head_learning_rate": 0.03}
+    mapping["train"] = {**mapping["train"], "seed": 3, "epochs": 1, **head}
     run(read_image_run(mapping, "test"), tmp_path / "run")
     mark = (tmp_path / "run/pretrained/probe.json").read_text()
     assert json.loads(mark)["seed"] == 3
-    command = ["train", "-m", mapping["model"]["source"], "-d", mapping["data"]["source"], "--task", "image", "--epochs", "1",
-               "--precision", "full", "--device", "cpu", "--scores", str(tmp_path / "run"), "-o", str(tmp_path / "t")]  # fmt: skip
+    options = {"scores": tmp_path / "run", "output": tmp_path / "t", "method": "standard", "epochs": 1, "lr": 1e-3,
+               "seed": 3, "batch-size": 8, "augment": "none", "max-grad-norm": 0, "warmup": 0, "precision": "full",
+               "device": "cpu"}  # fmt: skip
+    command = ["train", "--task", "image", "-m", mapping["model"]["source"], "-d", mapping["data"]["source"]]
+    command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "run/pretrained/probe.json").read_text() == mark
+    summary = json.loads((tmp_path / "t/train/summary.json").read_text())
+    assert {name: summary["train"][name] for name in head} == head
+    # What the run made of the same options.
+    mine, theirs = (
+        load_classifier(ImageModelConfig(str(tmp_path / name / "model"), device="cpu")).state_dict()
+        for name in ("t", "run/standard")
+    )
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,8 +12,9 @@ import torch
 from flow_finetune.cli import app
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
-from flow_finetune.vision.config import ImageTrainConfig, read_image_run
-from flow_finetune.vision.pipeline import probe_and_score
+from flow_finetune.vision.config import ImageTaskConfig, ImageTrainConfig, read_image_run
+from flow_finetune.vision.evaluate import named_tasks
+from flow_finetune.vision.pipeline import check_run, probe_and_score
 from flow_finetune.vision.train import train_method
 from typer.testing import CliRunner
 
@@ -159,3 +161,32 @@ def test_labels_far_apart_are_no_classes(image_mapping, tmp_path, capfd):
         else:
             probe_and_score(config, tmp_path / "out")
             assert "2 of 4 classes have no image" in " ".join(capfd.readouterr().err.split())
+
+
+def test_tasks_of_one_name_are_told_apart_by_their_folders(image_mapping, tmp_path, monkeypatch):
+    target, retained = (task["source"] for task in image_mapping["tasks"])
+    places = []
+    for folder, source in (("flowers", target), ("imagenet", retained)):
+        (tmp_path / folder).mkdir()
+        places.append(shutil.copy(source, tmp_path / folder / "test.parquet"))
+    monkeypatch.chdir(tmp_path / "flowers")  # of which "test.parquet" alone says nothing
+    model = image_mapping["model"]["source"]
+    common = ["evaluate", "-m", model, "--task", "image", "--device", "cpu", "--pretrained", model, "--source-images"]
+    result = CliRunner().invoke(app, [*common, places[1], "--images", "test.parquet", "-o", str(tmp_path / "e")])
+    assert result.exit_code == 0, result.output
+    roles = {task["name"]: task["role"] for task in json.loads((tmp_path / "e/evaluation.json").read_text())["tasks"]}
+    assert roles == {"flowers-test": "target", "imagenet-test": "retained"}
+    # Where that does not help, it is found before a model is loaded.
+    monkeypatch.setattr("flow_finetune.vision.evaluate.load_classifier", None)
+    result = CliRunner().invoke(app, [*common, places[0], "--images", "test.parquet", "-o", str(tmp_path / "f")])
+    assert result.exit_code == 2
+    assert "two tasks are named 'flowers-test'; give them different names" in " ".join(result.output.split())
+    mapping = {**image_mapping, "tasks": [{**task, "name": "one"} for task in image_mapping["tasks"]]}
+    with pytest.raises(InputError, match="two tasks are named 'one'"):
+        check_run(read_image_run(mapping, "test"))
+
+
+def test_names_that_are_given_stay():
+    given = [("a/test", None), ("b/test", "mine"), ("c/val", "test"), ("org/test", None), ("d/other.parquet", None)]
+    named = named_tasks([ImageTaskConfig(source, name=name) for source, name in given])
+    assert [task.name for task in named] == ["a-test", "mine", "test", "org-test", "other"]

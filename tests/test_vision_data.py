@@ -15,7 +15,7 @@ import pytest
 import tiny_images
 from flow_finetune.errors import InputError
 from flow_finetune.storage import exclusive
-from flow_finetune.vision import data as data_module
+from flow_finetune.vision import decoding
 from flow_finetune.vision.config import ImageDataConfig
 from flow_finetune.vision.data import align_labels, load_images
 from PIL import Image, ImageOps
@@ -100,7 +100,7 @@ def test_a_cache_is_decoded_once_and_mapped(images, tmp_path, monkeypatch):
     config = ImageDataConfig(str(path), cache=str(tmp_path / "cache"))
     first = load_images(config, 16)
     assert isinstance(first.pixels, np.memmap)
-    monkeypatch.setattr(data_module, "_decode_into", None)
+    monkeypatch.setattr(decoding, "_decode_into", None)
     second = load_images(config, 16)
     assert second.fingerprint == first.fingerprint == _uncached(path, monkeypatch)
 

@@ -1,6 +1,7 @@
 """Classifiers as they are found: what their image processors do, heads that are missing, networks with several."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,15 +148,20 @@ def test_the_share_of_an_image_that_a_processor_sees(processor, share):
     assert share_seen(processor) == pytest.approx(share)
 
 
+@pytest.mark.parametrize(("of_timm", "share"), [({"crop_pct": 0.95}, 0.95), ({"crop_pct": None}, 1.0), ({}, 1.0)])
+def test_the_share_of_an_image_that_a_model_of_timm_sees(of_timm, share):
+    assert share_seen({}, SimpleNamespace(pretrained_cfg=of_timm)) == share
+    assert share_seen({"size": 224}, SimpleNamespace(pretrained_cfg=of_timm)) == 1.0  # a processor's file comes first
+
+
 def test_a_processor_that_crops_is_told(vit, tmp_path, capfd):
     path = tmp_path / "vit"
     transformers.ViTForImageClassification.from_pretrained(vit).save_pretrained(path)
     crop = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}
     (path / "preprocessor_config.json").write_text(json.dumps(crop))
     assert load(path).description.size == 16
-    assert "sees the central 0.8 of an image; for uncropped ones set crop: 0.8" in " ".join(
-        capfd.readouterr().err.split()
-    )
+    told = " ".join(capfd.readouterr().err.split())
+    assert "sees the central 0.8 of an image; for uncropped ones set crop: 0.8 (--crop 0.8)" in told
 
 
 def test_the_size_of_a_model_with_several_parts_is_its_vision_parts(tmp_path):

@@ -88,6 +88,19 @@ def test_a_model_of_the_hub_is_shown_what_its_config_says(tmp_path):
     torch.testing.assert_close(*_logits_of_both(load(tmp_path / "saved"), model), rtol=1e-5, atol=1e-5)
 
 
+def test_the_share_of_an_image_that_timm_shows_its_models_is_told(tmp_path, capfd):
+    path, model = _directory(tmp_path / "local", pretrained_cfg_overlay={"crop_pct": 0.9})
+    assert model.pretrained_cfg["crop_pct"] == 0.9
+    config = json.loads((path / "config.json").read_text())
+    del config["model_args"]
+    (path / "config.json").write_text(json.dumps(config))
+    for source in (f"timm:local-dir:{path}", path):
+        classifier = load(source)
+        assert classifier.description.crop == 1.0  # told, and not done unasked
+        told = " ".join(capfd.readouterr().err.split())
+        assert f"{source} sees the central 0.9 of an image; for uncropped ones set crop: 0.9 (--crop 0.9)" in told
+
+
 def test_weights_that_layers_share_are_saved_once(untrained, tmp_path):
     classifier = load("timm:coat_lite_tiny")
     save_classifier(classifier, tmp_path / "saved")

@@ -34,16 +34,22 @@ def require_unused(output: Path, overwrite: bool = False, source: str | None = N
     require_writable(output)
 
 
-def forget_other_evaluation(directory: Path, wanted: dict[str, str]) -> None:
-    """Remove an evaluation of tasks with other fingerprints than `wanted`; the model stays, and is evaluated again."""
+def forget_other_evaluation(directory: Path, wanted: dict[str, str], roles: dict[str, str] | None = None) -> None:
+    """Remove an evaluation of tasks with other fingerprints than `wanted`; the model stays, and is evaluated again.
+
+    Args:
+        roles: of tasks whose role decides what is measured: of images, with which head. No fingerprint has it in it.
+    """
     path = directory / EVALUATION_FILE
     if not path.is_file():
         return
-    found = {task["name"]: task["fingerprint"] for task in json.loads(path.read_text())["tasks"]}
-    changed = [name for name in wanted if found.get(name) != wanted[name]]
-    if changed:
-        say(f"{directory.name} was evaluated on other items of {', '.join(changed)}; evaluating it again")
-        path.unlink()
+    found = {task["name"]: task for task in json.loads(path.read_text())["tasks"]}
+    for entry, of, what in (("fingerprint", wanted, "on other items of"), ("role", roles or {}, "in another role of")):
+        changed = [name for name in of if found.get(name, {}).get(entry) != of[name]]
+        if changed:
+            say(f"{directory.name} was evaluated {what} {', '.join(changed)}; evaluating it again")
+            path.unlink()
+            return
 
 
 def summary_of(model: str) -> dict | None:

@@ -10,9 +10,11 @@ import typer
 from flow_finetune.commands.images import (
     IMAGE_PANEL,
     BadImages,
+    ImageCrop,
     ImageField,
     ImageSize,
     LabelField,
+    MatchClasses,
     TaskKind,
     evaluate_images,
     is_given,
@@ -130,9 +132,11 @@ def evaluate(
         ),
     ] = None,
     size: ImageSize = None,
+    crop: ImageCrop = None,
     image_field: ImageField = "image",
     label_field: LabelField = "label",
     bad_images: BadImages = "stop",
+    match_classes: MatchClasses = "name",
 ) -> None:
     """What a model can do: perplexity, target loss and exact match, multiple-choice accuracy, with standard errors.
 

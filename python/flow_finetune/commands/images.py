@@ -23,6 +23,14 @@ ImageSize = Annotated[
     int | None,
     typer.Option(min=1, help="--task image: pixels a side; the model's own otherwise.", rich_help_panel=IMAGE_PANEL),
 ]
+ImageCrop = Annotated[
+    float | None,
+    typer.Option(
+        help="--task image: side of the central square that is seen, as a share of the short side; what the model's "
+        "training saw, mostly 1, otherwise.",
+        rich_help_panel=IMAGE_PANEL,
+    ),
+]
 Optimizer = Annotated[
     str | None, typer.Option(help="--task image: adamw, or sgd with momentum 0.9.", rich_help_panel=IMAGE_PANEL)
 ]
@@ -47,8 +55,15 @@ BadImages = Annotated[
     str,
     typer.Option(help="--task image: what does not decode: stop, or skip and say so.", rich_help_panel=IMAGE_PANEL),
 ]
-_OF_IMAGES = {"size", "images", "source_images", "pretrained", "optimizer", "augment", "batch_norm", "image_field",
-              "label_field", "bad_images"}  # fmt: skip
+MatchClasses = Annotated[
+    str,
+    typer.Option(
+        help="--task image: the images' classes with the model's: by name, or number (names differ, one order).",
+        rich_help_panel=IMAGE_PANEL,
+    ),
+]
+_OF_IMAGES = {"size", "crop", "images", "source_images", "pretrained", "optimizer", "augment", "batch_norm",
+              "image_field", "label_field", "bad_images", "match_classes"}  # fmt: skip
 # Options of the shared commands that an image task has a use for.
 _USED = _OF_IMAGES | {
     "task", "model", "data", "output", "limit", "split", "subset", "id_field", "revision", "precision", "device", "overwrite",
@@ -86,7 +101,7 @@ def _run_config(context: typer.Context):
     from flow_finetune.vision.config import ImageDataConfig, ImageModelConfig, ImageRunConfig
 
     given = context.params
-    shared = {name: given[name] for name in ("id_field", "size", "limit")}
+    shared = {name: given[name] for name in ("id_field", "size", "crop", "limit")}
     return ImageRunConfig(
         ImageModelConfig(given["model"], given["revision"], given["precision"], given["device"]),
         ImageDataConfig(given["data"], **_reading(context), **shared),
@@ -129,10 +144,11 @@ def train_images(
     if not all((scores / name).is_file() for name in (PROBE_FILE, "scores.parquet")):
         raise InputError(f"{scores} is no directory that score --task image -o {scores} has made; make it first")
     # The probe is the one that is there, whatever stage 1's options are: all methods and seeds start from one model.
+    # Stage 2 trains the head as stage 0 did.
     probe = json.loads((scores / PROBE_FILE).read_text())
-    epochs, size, rate = probe["head"]
-    probed = ImageTrainConfig(seed=probe["seed"], head_epochs=epochs, head_batch_size=size, head_learning_rate=rate)
-    config = dataclasses.replace(config, train=probed)
+    head = dict(zip(("head_epochs", "head_batch_size", "head_learning_rate"), probe["head"], strict=True))
+    config = dataclasses.replace(config, train=ImageTrainConfig(seed=probe["seed"], **head))
+    train = dataclasses.replace(train, **head)
     summary = train_method(probe_and_score(config, scores), method, output, train, overwrite=overwrite)
     speed = f", {summary['images_per_second']:,.0f} images/s" if "images_per_second" in summary else ""
     say(
@@ -146,18 +162,21 @@ def evaluate_images(
     device, overwrite,
 ) -> None:  # fmt: skip
     """`evaluate --task image`: accuracy and loss, of the pre-trained classes with their own head put back."""
-    from flow_finetune.vision.config import ImageModelConfig, ImageTaskConfig
+    from flow_finetune.vision.config import ImageModelConfig, ImageTaskConfig, check_crop
     from flow_finetune.vision.data import is_here
     from flow_finetune.vision.evaluate import evaluate_saved
 
     if source_images and not pretrained:
         raise InputError("--source-images needs --pretrained, the model whose head is put back")
     reading = _reading(context)
+    check_crop("--crop", context.params["crop"])
+    match = choose("--match-classes", context.params["match_classes"], ("name", "number"))
     # One --split is for the hub's of the sources, where another is a folder here; a folder alone refuses it.
     both = [str(path) for path in (*(images or ()), *(source_images or ()))]
     of_the_hub = {"split": None, "subset": None} if len({is_here(path) for path in both}) > 1 else {}
+    shared = {"limit": limit, "match_classes": match, "crop": context.params["crop"]}
     tasks = [
-        ImageTaskConfig(str(path), role=role, **{**reading, **(of_the_hub if is_here(str(path)) else {})}, limit=limit)
+        ImageTaskConfig(str(path), role=role, **{**reading, **(of_the_hub if is_here(str(path)) else {})}, **shared)
         for role, paths in (("target", images), ("retained", source_images))
         for path in paths or []
     ]

@@ -10,6 +10,7 @@ import typer
 
 from flow_finetune.commands.images import (
     BadImages,
+    ImageCrop,
     ImageField,
     ImageSize,
     LabelField,
@@ -73,6 +74,7 @@ def score(
     overwrite: Overwrite = False,
     task: TaskKind = "language",
     size: ImageSize = None,
+    crop: ImageCrop = None,
     image_field: ImageField = "image",
     label_field: LabelField = "label",
     bad_images: BadImages = "stop",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flow_finetune.config import MethodConfig, choose, from_mapping
 from flow_finetune.errors import InputError
@@ -18,6 +19,16 @@ class ImageModelConfig:
     device: str = "auto"  # "auto": cuda, then cpu
 
 
+def _holdout_of_a_part(entries: dict, where: str) -> dict:
+    """`entries`; without a part, a holdout would be read and hold nothing out."""
+    if "holdout" in entries and entries.get("part", "all") == "all":
+        raise InputError(
+            f"{where}: holdout has no effect without a part; give part: train (without that share of the images) or "
+            "part: validation (that share alone)"
+        )
+    return entries
+
+
 @dataclass(frozen=True)
 class ImageDataConfig:
     """Which labelled images, and at which size the model sees them."""
@@ -29,12 +40,14 @@ class ImageDataConfig:
     label_field: str = "label"
     id_field: str | None = None  # row numbers (paths in a folder) when not given
     size: int | None = None  # pixels a side that training and the target task see; the model's own when not given
-    crop: float = 1.0  # side of the central square that is seen, as a share of the short side
+    crop: float | None = None  # side of the central square seen, as a share of the short side; the model's, mostly 1
     part: str = "all"  # "train" or "validation": without or only a random share of the images, always the same
     holdout: float = 0.1  # that share
     limit: int | None = None  # the first so many images; of a folder from all classes alike
     bad_images: str = "stop"  # an image that does not decode: "stop", or "skip" it and say so
     cache: str | None = None  # directory for memory-mapped decoded pixels; held in memory when not given
+
+    complete = staticmethod(_holdout_of_a_part)
 
 
 @dataclass(frozen=True)
@@ -74,13 +87,16 @@ class ImageTaskConfig:
     label_field: str = "label"
     id_field: str | None = None
     size: int | None = None  # target: the training's; retained: the model's own
-    crop: float = 1.0
+    crop: float | None = None  # target: the training's; retained: the model's own, mostly 1
     part: str = "all"
     holdout: float = 0.1
     limit: int | None = None
     bad_images: str = "stop"
     cache: str | None = None
     kind: str = "classification"
+    match_classes: str = "name"  # with those of the head; "number" where names differ and stand in one order
+
+    complete = staticmethod(_holdout_of_a_part)
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,7 @@ def check_image_run(config: ImageRunConfig) -> None:
     for task in config.tasks:
         choose(f"task {task.source}: role", task.role, ("target", "retained"))
         choose(f"task {task.source}: kind", task.kind, ("classification",))
+        choose(f"task {task.source}: match_classes", task.match_classes, ("name", "number"))
     for place in (config.data, *config.tasks):
         choose(f"{place.source}: bad_images", place.bad_images, ("stop", "skip"))
         choose(f"{place.source}: part", place.part, ("all", "train", "validation"))
@@ -130,8 +147,9 @@ def check_image_run(config: ImageRunConfig) -> None:
             raise InputError(f"{place.source}: size is a number of pixels, at least 1, got {place.size}")
         if place.limit is not None and place.limit < 1:
             raise InputError(f"{place.source}: limit is a number of images, at least 1, got {place.limit}")
-        if not 0.0 < place.crop <= 1.0:
-            raise InputError(f"{place.source}: crop is a share of the short side, in (0, 1], got {place.crop}")
+        check_crop(f"{place.source}: crop", place.crop)
+    for task in config.tasks:
+        _check_held_out(config.data, task)
     counts = {"train: epochs": train.epochs, "train: batch_size": train.batch_size, "batch_size": config.batch_size,
               "train: head_epochs": train.head_epochs, "train: head_batch_size": train.head_batch_size,
               "train: log_every": train.log_every}  # fmt: skip
@@ -150,3 +168,31 @@ def check_image_run(config: ImageRunConfig) -> None:
         raise InputError(f"train: seed must be between 0 and 2^32 - 1, got {train.seed}")
     if not 0.0 <= train.warmup <= 1.0:
         raise InputError(f"train: warmup is a share of all steps, in [0, 1], got {train.warmup}")
+
+
+def check_crop(name: str, crop: float | None) -> None:
+    """Raise `InputError` for a crop that is no share."""
+    if crop is not None and not 0.0 < crop <= 1.0:
+        raise InputError(f"{name} is a share of the short side, in (0, 1], got {crop}")
+
+
+def _check_held_out(data: ImageDataConfig, task: ImageTaskConfig) -> None:
+    """Refuse validation images of the training's own source that are trained on."""
+    if task.part != "validation" or _origin(task, "test") != _origin(data, "train"):
+        return
+    if data.part != "train":
+        raise InputError(
+            f"task {task.source}: its validation part would be of images that are trained on; give data part: train, "
+            f"and holdout: {task.holdout:g}"
+        )
+    # Both are the beginning of one permutation: the smaller share is a part of the larger.
+    if task.holdout > data.holdout:
+        raise InputError(
+            f"task {task.source}: of its holdout {task.holdout:g} only {data.holdout:g} is held out of the training; "
+            "give task and data one holdout"
+        )
+
+
+def _origin(place: ImageDataConfig | ImageTaskConfig, split: str) -> tuple:
+    path = Path(place.source).expanduser()
+    return (path.resolve(),) if path.exists() else (place.source, place.subset, place.split or split)

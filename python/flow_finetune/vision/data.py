@@ -1,16 +1,9 @@
-"""Labelled images from folders, Parquet files or the hub, decoded once into one array of bytes.
-
-An image is cropped to its central square. Where all images of a source are squares of one side no larger than the
-wanted size, they are kept as they are and enlarged batch by batch on the device (CIFAR-10: 3 KB an image, not 150 KB);
-otherwise they are kept at the wanted size.
-"""
+"""Labelled images from folders, Parquet files or the hub: which there are, of which class, and how classes match."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,24 +16,15 @@ import pyarrow.parquet as pq
 from flow_finetune.data import is_local
 from flow_finetune.errors import InputError
 from flow_finetune.progress import say
-from flow_finetune.storage import atomic_path, exclusive_file, fingerprint, require_disk_space
+from flow_finetune.storage import fingerprint
 from flow_finetune.vision.config import ImageDataConfig, ImageTaskConfig
+from flow_finetune.vision.decoding import Encoded, decode_cached, stored_side
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+# Read where this Pillow can; one of before 11.3, for example, has no AVIF.
+_MORE_SUFFIXES = {".jfif", ".jpe", ".jp2", ".avif"}
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 _NUM_NAMED = 5
-# Part of a cache's key: 2 since images are turned upright and 16 bits are reduced to 8.
-_DECODING = 3
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What was read from a source before anything is decoded."""
-
-    ids: list[str]
-    labels: list[int]
-    class_names: tuple[str, ...] | None  # None where labels are numbers
-    read: Callable[[int], bytes]  # the encoded bytes of one image
 
 
 @dataclass(frozen=True)
@@ -60,8 +44,11 @@ class ImageSet:
         return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
 
-def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSet:
+def load_images(config: ImageDataConfig | ImageTaskConfig, size: int, crop: float = 1.0) -> ImageSet:
     """Read and decode every image of `config.source` for a model that sees `size` pixels a side.
+
+    Args:
+        crop: the share of the short side that is seen, where `config` gives none.
 
     Raises:
         InputError: no such source, no images, labels that are none, repeated ids, or an image that does not decode
@@ -76,11 +63,14 @@ def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSe
         raise InputError(f"{config.source} holds no images")
     if len(set(encoded.ids)) < len(encoded.ids):
         raise InputError(f"{config.source}: ids are repeated; give a field with unique ids")
-    side = _stored_side(encoded, size, config.crop)
-    pixels, bad = _decode_cached(config, encoded, side)
-    if bad:
+    crop = crop if config.crop is None else config.crop
+    side = stored_side(encoded, size, crop)
+    pixels, undecoded = decode_cached(encoded, side, crop, config.cache)
+    if bad := undecoded.indices:
         first = ", ".join(encoded.ids[i] for i in bad[:_NUM_NAMED])
         message = f"{config.source}: {len(bad)} of {len(encoded.ids)} images do not decode, the first: {first}"
+        if undecoded.reason:
+            message += f"; why {encoded.ids[bad[0]]} does not: {undecoded.reason}"
         if config.bad_images == "stop":
             raise InputError(f"{message}; mend or remove them, or set bad_images: skip")
         if len(bad) == len(encoded.ids):
@@ -96,22 +86,28 @@ def load_images(config: ImageDataConfig | ImageTaskConfig, size: int) -> ImageSe
     return ImageSet(config.source, ids, pixels, labels, encoded.class_names, len(bad), mark)
 
 
-def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_classes: int) -> np.ndarray:
+def align_labels(
+    images: ImageSet, class_names: tuple[str, ...] | None, num_classes: int, match: str = "name"
+) -> np.ndarray:
     """The labels of `images` as outputs of a head with these classes, `[N]` int64.
 
     Classes with names on both sides are matched by name; numbers are taken as they are.
 
+    Args:
+        match: "number" for names on both sides that differ and stand in one order.
+
     Raises:
-        InputError: a class that the head does not have.
+        InputError: a class that the head does not have, or of which it has several.
     """
     if images.class_names and class_names:
-        unknown = [name for name in images.class_names if name not in class_names]
-        if unknown:
+        if match == "name":
+            return _by_name(images, class_names)
+        if len(images.class_names) != len(class_names):
             raise InputError(
-                f"{images.source} has the class {unknown[0]!r}, which the model was not trained on; its classes are "
-                f"{', '.join(class_names[:_NUM_NAMED])}{', ...' if len(class_names) > _NUM_NAMED else ''}"
+                f"{images.source} has {len(images.class_names)} classes, the model {len(class_names)}; match_classes: "
+                "number is for as many in the same order"
             )
-        return np.array([class_names.index(name) for name in images.class_names], np.int64)[images.labels]
+        return _by_number(images, class_names)
     if images.class_names and len(images.class_names) != num_classes:
         raise InputError(
             f"{images.source} has {len(images.class_names)} classes by name, the model {num_classes} without names; "
@@ -129,6 +125,40 @@ def align_labels(images: ImageSet, class_names: tuple[str, ...] | None, num_clas
             f"{images.source}: image {images.ids[worst]} has label {images.labels[worst]}, but the model has "
             f"{num_classes} classes, 0 to {num_classes - 1}"
         )
+    return images.labels
+
+
+def _by_name(images: ImageSet, class_names: tuple[str, ...]) -> np.ndarray:
+    names = images.class_names
+    # transformers' ImageNet has "crane" twice, the bird and the machine.
+    repeated = {name for name, count in Counter(class_names).items() if count > 1}
+    number = {name: index for index, name in enumerate(class_names) if name not in repeated}
+    unclear, unknown = ([name for name in names if name in these] for these in (repeated, {*names} - {*class_names}))
+    if not unclear and not unknown:
+        return np.array([number[name] for name in names], np.int64)[images.labels]
+    same_count = len(names) == len(class_names)
+    moved = [name for index, name in enumerate(names) if number.get(name, index) != index]
+    if repeated and same_count and not moved:
+        return _by_number(images, class_names, f"the model has several classes named {min(repeated)!r}; ")
+    remedy = "rename the classes, or give labels as numbers of the model's classes"
+    if same_count and not moved:
+        remedy = f"where the order is the same, set match_classes: number (--match-classes number); else {remedy}"
+    if unclear:
+        places = " and ".join(str(index) for index, name in enumerate(class_names) if name == unclear[0])
+        raise InputError(
+            f"{images.source} has the class {unclear[0]!r}, and the model several of that name ({places}); {remedy}"
+        )
+    raise InputError(
+        f"{images.source} has the class {unknown[0]!r}, which the model was not trained on; its classes are "
+        f"{', '.join(class_names[:_NUM_NAMED])}{', ...' if len(class_names) > _NUM_NAMED else ''}; {remedy}"
+    )
+
+
+def _by_number(images: ImageSet, class_names: tuple[str, ...], why: str = "") -> np.ndarray:
+    say(
+        f"{why}the classes of {images.source} are matched by number: its {images.class_names[0]!r} is taken for "
+        f"{class_names[0]!r}, its {images.class_names[-1]!r} for {class_names[-1]!r}"
+    )
     return images.labels
 
 
@@ -206,11 +236,23 @@ def _read_folder(path: Path) -> Encoded:
         raise InputError(
             f"{path} has a folder per split ({', '.join(names)}), not one per class; give one of them, as {path / names[-1]}"
         )
-    files, labels = [], []
+    from PIL import Image
+
+    suffixes = _SUFFIXES | (_MORE_SUFFIXES & Image.registered_extensions().keys())
+    files, labels, others = [], [], Counter()
     for label, name in enumerate(names):
-        found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
-        files += found
+        found = []
+        for file in (path / name).rglob("*"):
+            if file.suffix.lower() in suffixes:
+                found += [file] if file.is_file() else []
+            elif not file.name.startswith(".") and file.is_file():
+                others[file.suffix.lower() or "none"] += 1
+        files += sorted(found)
         labels += [label] * len(found)
+    if others:
+        counts = ", ".join(f"{count:,} of {suffix}" for suffix, count in others.most_common(_NUM_NAMED))
+        more = ", ..." if len(others) > _NUM_NAMED else ""
+        say(f"{path}: files left out for their ending, which is no image's: {others.total():,} ({counts}{more})")
     # A name that is no UTF-8 is no text that Parquet could hold.
     ids = [os.fsencode(file.relative_to(path).as_posix()).decode("utf-8", "backslashreplace") for file in files]
     return Encoded(ids, labels, names, lambda index: files[index].read_bytes())
@@ -259,117 +301,3 @@ def _read_columns(config, columns: dict[str, Callable[[], list]], names: tuple[s
         return image
 
     return Encoded(ids, labels, names, read)
-
-
-def _open(encoded: Encoded, index: int):
-    from PIL import Image
-
-    content = encoded.read(index)
-    if not isinstance(content, bytes):
-        raise OSError("no encoded bytes")
-    with warnings.catch_warnings():
-        # Its guard against decompression bombs: a warning is an image that is refused.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return Image.open(io.BytesIO(content))
-        except Image.DecompressionBombError as error:
-            raise OSError(str(error)) from error
-
-
-# What Pillow raises for a damaged file depends on the format; every one of these means that there is no image.
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, RuntimeError, Warning)
-
-
-def _stored_side(encoded: Encoded, size: int, crop: float) -> int:
-    sides = set()
-    for index in range(len(encoded.ids)):
-        try:
-            sides.update(_open(encoded, index).size)
-        except _DECODE_ERRORS:
-            continue
-        if len(sides) > 1 or crop != 1.0:
-            return size
-    return min([size, *sides])
-
-
-def _decode_cached(config, encoded: Encoded, side: int) -> tuple[np.ndarray, list[int]]:
-    """Pixels of all images and the indices of those that did not decode, whose pixels are 0."""
-    shape = (len(encoded.ids), side, side, 3)
-    if config.cache is None:
-        pixels = np.zeros(shape, np.uint8)
-        return pixels, _decode_into(pixels, encoded, config.crop)
-    key = fingerprint(
-        [json.dumps([shape, config.crop, _DECODING]).encode(), *map(_bytes_or_nothing(encoded), range(shape[0]))]
-    )
-    path = Path(config.cache).expanduser() / f"{key}.npy"
-    bad_path = path.with_suffix(".json")
-    # Runs that share a cache would write to one temporary file. The cache's directory may be locked by a run of its own.
-    with exclusive_file(path, wait=True):
-        if not (path.is_file() and bad_path.is_file()):
-            require_disk_space(path, int(np.prod(shape)))
-            with atomic_path(path) as temporary:
-                pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-                bad = _decode_into(pixels, encoded, config.crop)
-                pixels.flush()
-                del pixels
-            with atomic_path(bad_path) as temporary:
-                temporary.write_text(json.dumps(bad))
-    return np.load(path, mmap_mode="r"), json.loads(bad_path.read_text())
-
-
-def _bytes_or_nothing(encoded: Encoded) -> Callable[[int], bytes]:
-    def read(index: int) -> bytes:
-        try:
-            content = encoded.read(index)
-        except _DECODE_ERRORS:
-            return b""
-        return content if isinstance(content, bytes) else b""
-
-    return read
-
-
-def _decode_into(pixels: np.ndarray, encoded: Encoded, crop: float) -> list[int]:
-    bad = []
-    for index in range(len(pixels)):
-        try:
-            pixels[index] = _square(_to_rgb(_open(encoded, index)), pixels.shape[1], crop)
-        except _DECODE_ERRORS:
-            bad.append(index)
-    return bad
-
-
-_ORIENTATION = 0x0112
-
-
-def _to_rgb(image):
-    """Upright (EXIF), 8 bits a channel."""
-    from PIL import Image
-
-    image.load()  # what is wrong with the pixels is not to be taken for a damaged block
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # whatever a damaged block makes Pillow raise: the pixels are as they are stored
-        orientation = None
-    # In the order of EXIF's numbers; 1 is upright.
-    turns = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
-                            "ROTATE_90"), start=2))  # fmt: skip
-    if orientation in turns:
-        image = image.transpose(Image.Transpose[turns[orientation]])
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image, np.uint16) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        # Pillow would clip them to 0..255, whatever their range is.
-        raise ValueError(f"mode {image.mode} has no range that is known")
-    return image.convert("RGB")
-
-
-def _square(image, side: int, crop: float) -> np.ndarray:
-    """The central square of `crop` times the short side, at `side` pixels, `[side, side, 3]` uint8."""
-    from PIL import Image
-
-    if image.size != (side, side) or crop != 1.0:
-        width, height = image.size
-        length = crop * min(width, height)
-        left, top = (width - length) / 2, (height - length) / 2
-        image = image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + length, top + length))
-    return np.asarray(image)

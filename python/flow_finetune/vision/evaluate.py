@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,32 +41,61 @@ class Original:
 class ImageTask:
     """An evaluation whose images are decoded."""
 
-    config: ImageTaskConfig
+    config: ImageTaskConfig  # with its name
     images: ImageSet
     size: int
 
     @property
     def name(self) -> str:
-        return self.config.name or Path(self.config.source).stem
+        return self.config.name
 
     @property
     def fingerprint(self) -> str:
-        """Of what is measured: pixels, labels, ids, class names and the size that the network sees."""
-        return fingerprint([self.images.fingerprint.encode(), str(self.size).encode()])
+        """Of what is measured: pixels, labels, ids, class names, how they are matched, and the size that is seen."""
+        # Left out at its default, so that fingerprints stay what they were.
+        match = [] if self.config.match_classes == "name" else [self.config.match_classes.encode()]
+        return fingerprint([self.images.fingerprint.encode(), str(self.size).encode(), *match])
+
+    def labels(self, class_names: tuple[str, ...] | None, num_classes: int) -> np.ndarray:
+        """`align_labels` of its images, as its configuration says."""
+        return align_labels(self.images, class_names, num_classes, self.config.match_classes)
 
 
-def prepare_tasks(tasks: Sequence[ImageTaskConfig], original: Description, size: int) -> list[ImageTask]:
-    """Decode the images of every task: target ones for `size` pixels, retained ones for the model's own size."""
+def named_tasks(tasks: Sequence[ImageTaskConfig]) -> list[ImageTaskConfig]:
+    """`tasks` with the names of those that have none: the source's stem, behind its folder's name where others have it.
+
+    Raises:
+        InputError: two tasks of one name.
+    """
+    names = [task.name or Path(task.source).stem for task in tasks]
+    names = [
+        name if task.name or names.count(name) == 1 else f"{_folder_name(task.source)}-{name}"
+        for task, name in zip(tasks, names, strict=True)
+    ]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"two tasks are named {repeated[0]!r}; give them different names (name: in a run's file), or evaluate them "
+            "in two calls"
+        )
+    return [replace(task, name=name) for task, name in zip(tasks, names, strict=True)]
+
+
+def _folder_name(source: str) -> str:
+    path = Path(source).expanduser()
+    # Of a path such as "test" the folder is that of the call; a hub id has its owner there.
+    return (Path(os.path.abspath(path)) if path.exists() else path).parent.name
+
+
+def prepare_tasks(tasks: Sequence[ImageTaskConfig], original: Description, size: int, crop: float) -> list[ImageTask]:
+    """Decode the images of every task: target ones at training's `size` and `crop`, retained ones at the model's."""
     prepared = []
-    for config in tasks:
-        wanted = config.size or (size if config.role == "target" else original.size)
-        prepared.append(ImageTask(config, load_images(config, wanted), wanted))
+    for config in named_tasks(tasks):
+        seen = (size, crop) if config.role == "target" else (original.size, original.crop)
+        wanted = config.size or seen[0]
+        prepared.append(ImageTask(config, load_images(config, wanted, seen[1]), wanted))
         if config.role == "retained":
-            align_labels(prepared[-1].images, original.class_names, original.num_classes)
-    names = [task.name for task in prepared]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two tasks are named {name!r}; give them different names")
+            prepared[-1].labels(original.class_names, original.num_classes)
     return prepared
 
 
@@ -113,7 +144,7 @@ def evaluate_classifier(
 
 def _measure(classifier: ImageClassifier, original: Original | None, task: ImageTask, batch_size: int) -> dict:
     def run(description: Description) -> tuple[Tensor, Tensor, np.ndarray]:
-        labels = align_labels(task.images, description.class_names, description.num_classes)
+        labels = task.labels(description.class_names, description.num_classes)
         features = extract_features(classifier, task.images.pixels, task.size, batch_size)
         return *losses_of(classifier.head, features, torch.from_numpy(labels)), labels
 
@@ -156,6 +187,7 @@ def evaluate_saved(
     require_unused(output, overwrite, model.source)
     if not tasks:
         raise InputError("there is nothing to evaluate: give at least one task")
+    tasks = named_tasks(tasks)
     classifier = load_classifier(model)
     original = Original.of(classifier if pretrained is None else load_classifier(pretrained))
     shapes = [
@@ -164,7 +196,8 @@ def evaluate_saved(
     ]
     if shapes[0] != shapes[1] or original.head.in_features != classifier.head.in_features:
         raise InputError(f"{model.source} is not a fine-tuned {pretrained.source}: their layers differ")
-    prepared = prepare_tasks(tasks, original.description, size or classifier.description.size)
+    own = classifier.description
+    prepared = prepare_tasks(tasks, original.description, size or own.size, own.crop)
     return evaluate_classifier(
         classifier, original, prepared, output,
         batch_size=batch_size, source=model.source, overwrite=overwrite, summary=summary_of(model.source),

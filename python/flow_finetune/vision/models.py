@@ -45,11 +45,12 @@ class Description:
     num_classes: int
     class_names: tuple[str, ...] | None = None
     bgr: bool = False  # channels in the order blue, green, red
+    crop: float = 1.0  # side of the central square that training saw, as a share of the short side
 
     def as_dict(self) -> dict:
         """Its entries; one that was added later is left out at its default, so that fingerprints stay what they were."""
-        entries = asdict(self)
-        return entries if self.bgr else {name: value for name, value in entries.items() if name != "bgr"}
+        added = {"bgr": False, "crop": 1.0}
+        return {name: value for name, value in asdict(self).items() if name not in added or value != added[name]}
 
 
 class ImageClassifier(nn.Module):
@@ -141,7 +142,7 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
     Raises:
         InputError: no such model, a library that is missing, or a model that classifies no images.
     """
-    directory, head_is_missing, processor = Path(config.source).expanduser(), False, {}
+    directory, head_is_missing, processor, seen = Path(config.source).expanduser(), False, {}, 1.0
     if config.revision is not None and (
         directory.is_dir() or config.source == _LITE0 or config.source.startswith("timm:")
     ):
@@ -160,13 +161,16 @@ def load_classifier(config: ImageModelConfig) -> ImageClassifier:
         network, description = _efficientnet_lite0()
     elif config.source.startswith("timm:"):
         network, description = _from_timm(config.source.removeprefix("timm:"))
+        seen = share_seen({}, network)
     else:
         source = str(directory) if directory.is_dir() else config.source
         network, description, head_is_missing, processor = _from_transformers(source, config.revision)
-        if (share := share_seen(processor)) < 1.0:
-            say(
-                f"{source}'s image processor sees the central {share:.3g} of an image; for uncropped ones set crop: {share:.3g}"
-            )
+        seen = share_seen(processor, network.config)
+    if seen < 1.0:
+        say(
+            f"{config.source} sees the central {seen:.3g} of an image; for uncropped ones set crop: {seen:.3g} "
+            f"(--crop {seen:.3g})"
+        )
     head_name = _head_name(network, description.num_classes, config.source)
     images = np.arange(3 * description.size**2, dtype=np.uint32).reshape(1, description.size, description.size, 3) % 251
     network.eval()

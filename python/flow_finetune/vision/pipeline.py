@@ -31,7 +31,7 @@ from flow_finetune.run_directory import check_rows, claim, run_directories
 from flow_finetune.storage import exclusive, is_used, used_error, write_json
 from flow_finetune.vision.config import ImageRunConfig, ImageTrainConfig, check_image_run
 from flow_finetune.vision.data import ImageSet, align_labels, load_images
-from flow_finetune.vision.evaluate import ImageTask, Original, evaluate_classifier, prepare_tasks
+from flow_finetune.vision.evaluate import ImageTask, Original, evaluate_classifier, named_tasks, prepare_tasks
 from flow_finetune.vision.models import ImageClassifier, classifier_fingerprint, load_classifier, save_classifier
 from flow_finetune.vision.scores import write_scores
 from flow_finetune.vision.stages import extract_features, losses_of, train_head
@@ -52,6 +52,7 @@ class Prepared:
     images: ImageSet
     labels: np.ndarray  # [N] int64
     size: int
+    crop: float
     tasks: list[ImageTask]
     original: Original
     fingerprints: dict[str, str]
@@ -93,6 +94,7 @@ def check_run(config: ImageRunConfig) -> None:
     """Raise `InputError` for anything that can be seen to be wrong before a model is loaded."""
     check_image_run(config)
     check_rows(config, [])
+    named_tasks(config.tasks)
     for method in config.methods:
         check_image_method(method)
 
@@ -120,7 +122,8 @@ def probe_and_score(config: ImageRunConfig, output: Path, *, overwrite: bool = F
     classifier = load_classifier(config.model)
     original = Original.of(classifier)
     size = config.data.size or classifier.description.size
-    images = load_images(config.data, size)
+    crop = classifier.description.crop if config.data.crop is None else config.data.crop
+    images = load_images(config.data, size, crop)
     if len(np.unique(images.labels)) < 2:
         raise InputError(f"{config.data.source}: all images read are of one class; a classifier needs at least 2")
     present = len(np.unique(images.labels))
@@ -134,12 +137,13 @@ def probe_and_score(config: ImageRunConfig, output: Path, *, overwrite: bool = F
     _check_size(classifier, images, size, config.model.source)
     labels = align_labels(images, images.class_names, images.num_classes)
     # Before anything is trained: an evaluation file that cannot be used is found now.
-    tasks = prepare_tasks(config.tasks, original.description, size)
+    tasks = prepare_tasks(config.tasks, original.description, size, crop)
     for task in tasks:
         if task.config.role == "target":
-            align_labels(task.images, images.class_names, images.num_classes)
+            task.labels(images.class_names, images.num_classes)
     say(f"{config.data.source}: {len(images.ids):,} images of {images.num_classes} classes, {images.num_bad} left out")
-    prepared = Prepared(config, output, images, labels, size, tasks, original, {"images": images.fingerprint})
+    fingerprints = {"images": images.fingerprint}
+    prepared = Prepared(config, output, images, labels, size, crop, tasks, original, fingerprints)
     _probe(prepared, classifier, overwrite)
     prepared.fingerprints["model"] = classifier_fingerprint(prepared.load(prepared.probed))
     return prepared
@@ -163,7 +167,8 @@ def _probe(prepared: Prepared, classifier: ImageClassifier, overwrite: bool) -> 
     """
     train = prepared.config.train
     identity = {
-        "images": prepared.images.fingerprint, "size": prepared.size, "precision": prepared.config.model.precision,
+        "images": prepared.images.fingerprint, "size": prepared.size, "crop": prepared.crop,
+        "precision": prepared.config.model.precision,
         "model": classifier_fingerprint(classifier), "seed": train.seed,
         "head": [train.head_epochs, train.head_batch_size, train.head_learning_rate],
     }  # fmt: skip
@@ -171,7 +176,8 @@ def _probe(prepared: Prepared, classifier: ImageClassifier, overwrite: bool) -> 
     if not overwrite and not mark.is_file() and any(is_used(path) for path in (prepared.scores, prepared.probed)):
         raise used_error(prepared.output)
     if not overwrite and mark.is_file() and prepared.scores.is_file():
-        found = json.loads(mark.read_text())
+        # A mark of before does not say the crop; the images' fingerprint is of what was cropped.
+        found = {"crop": prepared.crop, **json.loads(mark.read_text())}
         if found == identity:
             return
         differs = ", ".join(name for name in identity if found.get(name) != identity[name])
@@ -187,7 +193,7 @@ def _probe(prepared: Prepared, classifier: ImageClassifier, overwrite: bool) -> 
     features = extract_features(classifier, prepared.images.pixels, prepared.size, prepared.config.batch_size)
     train_head(classifier, features, labels, train)
     # What is evaluated alone later sees what training saw.
-    classifier.description = dataclasses.replace(classifier.description, size=prepared.size)
+    classifier.description = dataclasses.replace(classifier.description, size=prepared.size, crop=prepared.crop)
     save_classifier(classifier, prepared.probed)
     loss, predicted = losses_of(classifier.head, features, labels)
     fingerprints = {"images": prepared.images.fingerprint, "model": classifier_fingerprint(classifier)}
@@ -219,7 +225,8 @@ def train_and_evaluate(
 
 def _evaluate_saved(prepared: Prepared, model: Path, directory: Path) -> None:
     """Evaluate into `directory` what was saved, not what is still in memory, unless that is done on the same images."""
-    forget_other_evaluation(directory, {task.name: task.fingerprint for task in prepared.tasks})
+    wanted = {task.name: task.fingerprint for task in prepared.tasks}
+    forget_other_evaluation(directory, wanted, {task.name: task.config.role for task in prepared.tasks})
     if (directory / EVALUATION_FILE).is_file():
         return
     result = evaluate_classifier(

@@ -62,8 +62,16 @@ def _side(size):
     return size[-1] if isinstance(size, list | tuple) and size else size
 
 
-def share_seen(found: dict) -> float:
-    """The side of the central square that an image processor sees, as a share of the short side."""
+def share_seen(found: dict, holder: object = None) -> float:
+    """The side of the central square that an image processor sees, as a share of the short side.
+
+    Args:
+        found: `processor_file`'s entries.
+        holder: what has timm's `pretrained_cfg`, which says so of models without that file: a network or a config.
+    """
+    if not found:
+        of_timm = getattr(holder, "pretrained_cfg", None) or {}
+        return min(1.0, float(of_timm.get("crop_pct") or 1.0))
     short, side = _side(found.get("size")), _side(found.get("crop_size"))
     if found.get("crop_pct") and (short or 0) < 384:  # ConvNeXt's and ResNet's, which enlarge by it before they crop
         return float(found["crop_pct"])
