@@ -51,6 +51,16 @@ def test_trainings_and_scorings_do_not_share_a_directory(image_run, image_mappin
     assert "another process works in" in " ".join(result.output.split())
 
 
+def test_a_model_is_not_replaced_by_what_is_trained_from_it(image_run, tmp_path):
+    method, config = MethodConfig("plain", weights="none"), dataclasses.replace(image_run.config.train, epochs=1)
+    train_method(image_run, method, tmp_path / "t", config)
+    model = dataclasses.replace(image_run.config.model, source=str(tmp_path / "t/model"))
+    other = dataclasses.replace(image_run, config=dataclasses.replace(image_run.config, model=model))
+    with pytest.raises(InputError, match=r"--overwrite would remove .*model, which this training starts from"):
+        train_method(other, method, tmp_path / "t", config, overwrite=True)
+    assert (tmp_path / "t/model").is_dir()
+
+
 def test_a_directory_may_be_a_link_to_another_disk(image_run, tmp_path):
     method, config = MethodConfig("plain", weights="none"), dataclasses.replace(image_run.config.train, epochs=1)
     (tmp_path / "disk").mkdir()

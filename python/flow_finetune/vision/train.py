@@ -27,6 +27,7 @@ from flow_finetune.storage import (
     differences,
     disk_space_errors,
     is_used,
+    refuse_own_source,
     require_disk_space,
     require_same_run,
     used_error,
@@ -73,10 +74,11 @@ class _Directory:
         self._lock = DirectoryLock()
         self._started, self._earlier = time.perf_counter(), 0.0
 
-    def open(self, *, overwrite: bool = False) -> dict | None:
+    def open(self, source: str, *, overwrite: bool = False) -> dict | None:
         """Claim the directory; returns the summary if it is finished already, else leaves only a checkpoint of it.
 
-        `overwrite` leaves nothing of a finished or another training either; an unfinished one is continued.
+        `overwrite` leaves nothing of a finished or another training either; an unfinished one is continued. `source` is
+        the model that the training starts from.
         """
         identity = self._train / "identity.json"
         if self.path.is_dir():
@@ -93,6 +95,8 @@ class _Directory:
                     return json.loads((self._train / "summary.json").read_text())
             # The same command made again continues, also one with --overwrite that was killed.
             is_replaced = overwrite and (is_finished or differences(found, self._identity))
+            if is_replaced:
+                refuse_own_source(self.path, source)
             if is_replaced or not self._checkpoint.is_file():
                 shutil.rmtree(self.path)
         self._train.mkdir(parents=True, exist_ok=True)
@@ -163,7 +167,7 @@ def train_method(
     # Before the directory is claimed: a method without weights leaves nothing behind.
     check_weights(prepared, method)
     with contextlib.closing(run):
-        summary = run.open(overwrite=overwrite)
+        summary = run.open(prepared.config.model.source, overwrite=overwrite)
         if summary is not None:
             return summary
         classifier = prepared.load(prepared.probed)
@@ -246,7 +250,7 @@ def wise_ft_method(prepared: Prepared, method: MethodConfig, directory: Path) ->
                 "fingerprints": prepared.fingerprints}  # fmt: skip
     run = _Directory(directory, identity)
     with contextlib.closing(run):
-        summary = run.open()
+        summary = run.open(prepared.config.model.source)
         if summary is not None:
             return summary
         classifier = prepared.load(prepared.probed)
