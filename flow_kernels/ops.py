@@ -2,7 +2,7 @@
 
 Four operators for given logits, four for a linear head, each over N flat rows, one from rows to samples, two of attention:
 
-    *_fwd       per-row loss, lse and correctness; differentiable in the loss with any per-row upstream gradient
+    *_fwd       per-row loss, lse (fp64) and correctness; differentiable in the loss with any per-row upstream gradient
     *_bwd       its backward pass, from the saved lse
     *_fwd_bwd   for row weights known before the forward pass (mean, sum, FLOW): the weighted total and its gradients
                 in one pass; differentiable with a scalar upstream gradient, which only scales what is already there
@@ -180,9 +180,9 @@ def _rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(like.shape[0], dtype=dtype or accumulation_dtype(like.dtype))
 
 
-@_register_fake(cross_entropy_fwd)
-def _(logits, target, *options):
-    return _rows(logits), _rows(logits), _rows(logits, torch.bool)
+@_register_fake(cross_entropy_fwd, linear_cross_entropy_fwd)
+def _(input, *rest):
+    return _rows(input), _rows(input, torch.float64), _rows(input, torch.bool)
 
 
 @_register_fake(cross_entropy_score, linear_cross_entropy_score)
@@ -216,11 +216,6 @@ def _(dloss, logits, *rest):
 def _(logits, target, row_weight, *options):
     loss = _rows(logits)
     return loss.new_empty(()), loss, torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@_register_fake(linear_cross_entropy_fwd)
-def _(input, *rest):
-    return _rows(input), _rows(input), _rows(input, torch.bool)
 
 
 def _fake_head_gradients(input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias):

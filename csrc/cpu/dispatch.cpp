@@ -215,7 +215,7 @@ RowLoss finish_row(const LossOptions& options, const RowTotals& row, int64_t tar
     loss += options.label_smoothing * (lse * options.mean_class_weight - row.smooth / options.num_classes);
   }
   if (options.z_loss > 0) loss += options.z_loss * lse * lse;
-  return {static_cast<float>(loss), static_cast<float>(lse), static_cast<float>(-nll),
+  return {lse, static_cast<float>(loss), static_cast<float>(-nll),
           options.need_entropy ? entropy_of(row, margin, log_sum) : 0.0f,
           is_largest && !(row.max_before >= row.target_logit)};
 }

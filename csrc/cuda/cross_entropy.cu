@@ -252,12 +252,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const Tensor& logits_,
   const Tensor logits = readable(logits_);
   const int64_t num_rows = logits.size(0);
   Tensor loss = torch::stable::new_empty(logits, {num_rows}, ScalarType::Float);
-  Tensor lse = torch::stable::new_empty(logits, {num_rows}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(logits, {num_rows}, ScalarType::Double);
   Tensor correct = torch::stable::new_empty(logits, {num_rows}, ScalarType::Bool);
   if (num_rows == 0) return {loss, lse, correct};
   CrossEntropyArgs args = args_of(logits, target, class_weight, {ignore_index, label_smoothing, softcap, z_loss});
   args.loss = static_cast<float*>(loss.mutable_data_ptr());
-  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.lse = static_cast<double*>(lse.mutable_data_ptr());
   args.correct = static_cast<bool*>(correct.mutable_data_ptr());
   const Kernels kernels = kernels_for(logits.scalar_type(), softcap > 0, label_smoothing > 0);
   // No shared memory for rows and no clusters: the plan is the one of rows that are not held.
