@@ -95,6 +95,8 @@ def row_losses(
     # (max - z_y) + log_sum instead of lse - z_y: no cancellation when the target is the maximum, so the loss of a
     # confident row, which FLOW weights most, keeps its relative precision.
     nll = (z_max - z.gather(1, target[:, None]).squeeze(1)) + log_sum
+    # A row without a softmax, of a NaN or an infinite maximum, has no prediction; argmax would find the NaN.
+    correct = (z.argmax(-1) == target) & ~nll.isnan()
     if class_weight is not None:
         nll = nll * class_weight[target]
     loss = (1 - label_smoothing) * nll
@@ -106,7 +108,7 @@ def row_losses(
         loss = loss + label_smoothing * smooth
     if z_loss > 0:
         loss = loss + z_loss * lse.square()
-    return loss, z_max.double() + log_sum.double(), z.argmax(-1) == target
+    return loss, z_max.double() + log_sum.double(), correct
 
 
 def row_entropies(logits: Tensor, softcap: float) -> Tensor:

@@ -251,6 +251,9 @@ def test_infinite_logits(host):
         torch.testing.assert_close(found[0], loss.float(), equal_nan=True)
         torch.testing.assert_close(found[1].isnan().any(1), dlogits.isnan().any(1))
         torch.testing.assert_close(found[1][[0, 5]], dlogits[[0, 5]].float())
+    logits[:2, 3] = 9.0  # the largest number; a row that holds a NaN or infinity has no prediction
+    correct = host.fwd(logits, target, Options(), host.shape(70, 4, False, 1))[2]
+    assert correct.tolist() == [True, False, False, False, False, False]
 
 
 @pytest.mark.parametrize(

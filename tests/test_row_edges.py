@@ -1,11 +1,11 @@
-"""Rows at the edge of fp32, on every backend: gradients from a saved lse where the target is nearly certain."""
+"""Rows at the edge of fp32, on every backend: targets that are nearly certain, and logits that are no numbers."""
 
 import oracle
 import pytest
 import torch
 from linear_heads import identity_head
 
-from flow_kernels import cross_entropy, linear_cross_entropy
+from flow_kernels import cross_entropy, linear_cross_entropy, linear_score_tokens, score_tokens
 
 # Input dtypes and reductions whose gradient is made in a backward pass of its own.
 TWO_PASSES = [
@@ -43,3 +43,18 @@ def test_confident_rows_far_from_zero(backend, loss_fn, dtype, reduction, probab
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     oracle.assert_bounded(logits.grad, expected, (fp32_error + rounding) * expected.abs() + smallest)
+
+
+@pytest.mark.parametrize("return_entropy", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_without_a_softmax_has_no_prediction(backend, value, return_entropy):
+    """Neither the largest of the other logits nor the one that spoils the row counts as predicted."""
+    logits = torch.tensor([value, 1.0, 0.0]).expand(3, 3)
+    target = torch.tensor([1, 0, 2])
+    options = {"return_entropy": return_entropy, "backend": backend}
+    for scores in (
+        score_tokens(logits, target, **options),
+        linear_score_tokens(torch.zeros(3, 2), torch.ones(3, 2), target, linear_bias=logits[0], **options),
+    ):
+        assert scores.loss.isnan().all()
+        assert not scores.correct.any()

@@ -217,7 +217,7 @@ RowLoss finish_row(const LossOptions& options, const RowTotals& row, int64_t tar
   if (options.z_loss > 0) loss += options.z_loss * lse * lse;
   return {lse, static_cast<float>(loss), static_cast<float>(-nll),
           options.need_entropy ? entropy_of(row, margin, log_sum) : 0.0f,
-          is_largest && !(row.max_before >= row.target_logit)};
+          is_largest && !(row.max_before >= row.target_logit) && !std::isnan(nll)};
 }
 
 }  // namespace flow_kernels

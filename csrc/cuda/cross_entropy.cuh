@@ -188,8 +188,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_kernel(const
     const RowLoss result = finish_row<kSmoothing>(stats, target, args);
     store_global(args.loss + row, result.loss);
     store_global(args.lse + row, static_cast<double>(result.max) + result.log_sum);
-    // The first of equal maxima is the prediction, as in torch.argmax.
-    store_global(args.correct + row, stats.target >= stats.max && stats.target > stats.max_before);
+    // The first of equal maxima is the prediction, as in torch.argmax; a row without a softmax has none.
+    const bool is_prediction = stats.target >= stats.max && stats.target > stats.max_before;
+    store_global(args.correct + row, is_prediction && !isnan(result.log_sum));
   }
 }
 

@@ -45,6 +45,7 @@ from flow_kernels.kernels.softmax_row import (
     expm1,
     group_of,
     is_accessed,
+    is_prediction,
     keep_raw,
     load_logits,
     load_raw,
@@ -89,8 +90,7 @@ def cross_entropy_fwd_kernel(
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
         tl.store(lse_ptr + row, softmax[0].to(tl.float64) + log_sum.to(tl.float64))
-        # argmax takes the first of equal logits.
-        tl.store(correct_ptr + row, (z_target >= z_max) & (z_target > max_before))
+        tl.store(correct_ptr + row, is_prediction(z_target, z_max, max_before, nll))
     else:
         absent = tl.where(target == ignore_index, 0.0, float("nan"))
         tl.store(loss_ptr + row, absent)

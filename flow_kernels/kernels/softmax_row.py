@@ -266,6 +266,15 @@ def merge_target(z_max, others, z_target):
 
 
 @triton.jit
+def is_prediction(z_target, z_max, max_before, nll):
+    """Whether the target is what argmax finds, the first of equal logits; in a row that holds a NaN nothing is.
+
+    The nll of a prediction is not negative, and NaN is neither.
+    """
+    return (z_target >= z_max) & (z_target > max_before) & (nll >= 0)
+
+
+@triton.jit
 def row_terms(target, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING: tl.constexpr):
     """`(hit, spread, smooth)`; the sum of the class weights stands behind the last of them."""
     hit = 1.0 - label_smoothing
