@@ -58,3 +58,23 @@ def test_a_row_without_a_softmax_has_no_prediction(backend, value, return_entrop
     ):
         assert scores.loss.isnan().all()
         assert not scores.correct.any()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_an_infinite_target_spoils_its_whole_row(backend, reduction):
+    """The gradient is NaN at every class, as in the reference, and no other row's is."""
+    logits, target = oracle.batch(4, 37)
+    target.clamp_(min=0)
+    logits[2, target[2]] = torch.inf
+    options = {"reduction": reduction, "backend": backend}
+    leaf = logits.requires_grad_()
+    loss = cross_entropy(leaf, target, **options)
+    loss.sum().backward()
+    assert loss.isnan().tolist() == ([False, False, True, False] if reduction == "none" else True)
+    assert torch.equal(leaf.grad.isnan(), (torch.arange(4) == 2)[:, None].expand(4, 37))
+
+    bias = torch.zeros(37).index_fill(0, torch.tensor([5]), torch.inf).requires_grad_()
+    loss = linear_cross_entropy(torch.ones(4, 2), torch.ones(37, 2), torch.full((4,), 5), linear_bias=bias, **options)
+    loss.sum().backward()
+    assert loss.isnan().all()
+    assert bias.grad.isnan().all()
