@@ -140,8 +140,10 @@ struct Options {
 CrossEntropyArgs args_of(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
                          const Options& options) {
   const int64_t num_rows = logits.size(0), num_classes = logits.size(1);
-  // Column arithmetic is int32 and looks one unit past the row.
-  STD_TORCH_CHECK(num_classes < std::numeric_limits<int>::max() - 64, "logits have too many columns: ", num_classes);
+  // Column arithmetic is int32 and looks one unit and one block of threads past the row. MAX_CLASSES of
+  // flow_kernels/cuda.py is the last number allowed.
+  STD_TORCH_CHECK(num_classes < std::numeric_limits<int>::max() - 64 - kMaxThreads, "logits have too many columns: ",
+                  num_classes);
   STD_TORCH_CHECK(num_rows <= std::numeric_limits<int>::max() / 16, "logits have too many rows: ", num_rows);
   CrossEntropyArgs args{};
   args.logits = logits.const_data_ptr();
