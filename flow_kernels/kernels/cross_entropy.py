@@ -85,11 +85,10 @@ def cross_entropy_fwd_kernel(
             row_ptr, y, z_target, bias_ptr, class_weight_ptr, width, softcap,
             HAS_SMOOTHING, HAS_SOFTCAP, False, ALIGNED, BLOCK_V, DEPTH,
         )  # fmt: skip
-        nll, log_sum, _, softmax = merge_target(z_max, others, z_target)
-        lse = softmax[0] + log_sum
+        nll, lse, _, softmax = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
-        tl.store(lse_ptr + row, softmax[0].to(tl.float64) + log_sum.to(tl.float64))
+        tl.store(lse_ptr + row, softmax[0].to(tl.float64) + softmax[2].to(tl.float64))
         tl.store(correct_ptr + row, is_prediction(z_target, z_max, max_before, nll))
     else:
         absent = tl.where(target == ignore_index, 0.0, float("nan"))
@@ -136,8 +135,7 @@ def cross_entropy_fwd_bwd_kernel(
             is_counted = thread + block * lanes.shape[1] != y_group
             running = accumulate(z, running, is_counted)
         z_max, others = merge_threads(running, z_target)
-        nll, log_sum, p_minus_1, softmax = merge_target(z_max, others, z_target)
-        lse = softmax[0] + log_sum
+        nll, lse, p_minus_1, softmax = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, tl.sum(weighted, 0), terms, z_loss, HAS_SMOOTHING))
         dz_target = target_gradient(
@@ -185,8 +183,7 @@ def cross_entropy_walk_kernel(
             row_ptr, y, z_target, bias_ptr, class_weight_ptr, width, softcap,
             HAS_SMOOTHING, HAS_SOFTCAP, False, ALIGNED, BLOCK_V, DEPTH,
         )  # fmt: skip
-        nll, log_sum, p_minus_1, softmax = merge_target(z_max, others, z_target)
-        lse = softmax[0] + log_sum
+        nll, lse, p_minus_1, softmax = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
         dz_target = target_gradient(

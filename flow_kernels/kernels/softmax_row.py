@@ -251,9 +251,9 @@ def log_of_sum(others, share):
 
 @triton.jit
 def merge_target(z_max, others, z_target):
-    """Bring the target's logit into `(z_max, others)`: `(nll, log_sum, p_target - 1, softmax)`.
+    """Bring the target's logit into `(z_max, others)`: `(nll, lse, p_target - 1, softmax)`.
 
-    `softmax = (shift, 1 / sum)` gives p_j = exp(z_j - shift) / sum with shift the row's maximum; lse = shift + log_sum.
+    `softmax = (shift, 1 / sum, log sum)` gives p_j = exp(z_j - shift) / sum with shift the row's maximum.
     exp(z_j - lse) would carry the rounding of lse, some 1e-6 of every p at lse = 16, where this one carries that of
     z_j - shift.
     """
@@ -262,7 +262,7 @@ def merge_target(z_max, others, z_target):
     share = tl.exp2((z_target - row_max) * LOG2E)
     log_sum = log_of_sum(others, share)
     total = others + share
-    return (row_max - z_target) + log_sum, log_sum, -others / total, (row_max, 1.0 / total)
+    return (row_max - z_target) + log_sum, row_max + log_sum, -others / total, (row_max, 1.0 / total, log_sum)
 
 
 @triton.jit
