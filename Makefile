@@ -64,7 +64,8 @@ test: lint
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
 ASAN_RUNTIMES = $(shell c++ -print-file-name=libasan.so):$(shell c++ -print-file-name=libubsan.so)
 ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_ops.py tests/test_losses.py tests/test_scoring.py \
-    tests/test_grad_filter.py tests/test_wide_head.py tests/test_cpu_stretches.py tests/test_attention.py
+    tests/test_grad_filter.py tests/test_wide_head.py tests/test_row_edges.py tests/test_cpu_stretches.py \
+    tests/test_attention.py
 test-asan: setup
 	FLOW_KERNELS_BUILD=cpu FLOW_KERNELS_CXXFLAGS="$(ASAN_FLAGS)" \
 	    $(BIN)/python setup.py build_ext --build-lib build/asan --build-temp build/asan-objects
@@ -79,7 +80,7 @@ TRITON_HALVES := "tests/test_losses.py" \
     "tests/test_properties.py tests/test_scoring.py tests/test_ops.py tests/test_bad_input.py tests/test_planted_mistakes.py \
      tests/test_weigh_samples.py tests/test_entropy.py \
      tests/test_triton_kernels.py tests/test_triton_head.py tests/test_triton_lines.py tests/test_triton_launchers.py \
-     tests/test_wide_head.py"
+     tests/test_wide_head.py tests/test_row_edges.py tests/test_batched_gradients.py"
 test-triton: setup
 	printf '%s\n' $(TRITON_HALVES) | \
 	    OPERATOR_BACKENDS=triton OMP_NUM_THREADS=1 $(if $(filter cuda,$(DEVICE)),DEVICE=cuda,TRITON_INTERPRET=1) xargs -P 2 -I FILES sh -c '$(BIN)/python -m pytest FILES'

@@ -123,6 +123,7 @@ class Case:
         row_options = ("i32", "fp32") if self.kernel is score.cross_entropy_score_kernel else ("i32", *["fp32"] * 3)
         types = {
             "target_ptr": "*i64", "Y_ptr": "*i64", "cu_seqlens_ptr": "*i64", "correct_ptr": "*u8",
+            "lse_ptr": "*fp64",
             "sizes": ("i32", "i32" if self.rows == "padded" else "constexpr", *strides),
             "row_options": row_options, "sum_non_ignore_weight": "fp32", "weight_sum": "fp32",
             "softcap": "fp32",

@@ -87,7 +87,7 @@ def measure(dtype: torch.dtype, num_classes: int) -> list[dict]:
     target = torch.randint(0, num_classes, (NUM_ROWS,), generator=generator)
     weight = torch.ones(NUM_ROWS)
     _, exact, exact_gradient = reference.cross_entropy_fwd_bwd(logits.double(), target, weight.double(), None, *PLAIN)
-    lse = torch.logsumexp(logits.float(), 1)
+    lse = torch.logsumexp(logits.float(), 1).double()
     runs = {
         "scoring (forward only)": lambda: kernels.cross_entropy_fwd(logits, target, None, *PLAIN)[:1],
         "training (loss and gradient)": lambda: kernels.cross_entropy_fwd_bwd(logits, target, weight, None, *PLAIN)[1:],

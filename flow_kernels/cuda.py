@@ -27,8 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = ("cross_entropy_fwd", "cross_entropy_fwd_bwd", "linear_cross_entropy_fwd_bwd")
 # cp.async, which every kernel uses, came with compute capability 8.0.
 MIN_CAPABILITY = (8, 0)
-# Column arithmetic is int32 and looks one unit past the row (csrc/cuda/cross_entropy.cu).
-MAX_CLASSES = 2**31 - 66
+# Column arithmetic is int32 and looks one unit and one block of 512 threads past the row (csrc/cuda/cross_entropy.cu).
+MAX_CLASSES = 2**31 - 66 - 512
 
 _is_loaded = False
 

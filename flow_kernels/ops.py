@@ -2,7 +2,7 @@
 
 Four operators for given logits, four for a linear head, each over N flat rows, one from rows to samples, two of attention:
 
-    *_fwd       per-row loss, lse and correctness; differentiable in the loss with any per-row upstream gradient
+    *_fwd       per-row loss, lse (fp64) and correctness; differentiable in the loss with any per-row upstream gradient
     *_bwd       its backward pass, from the saved lse
     *_fwd_bwd   for row weights known before the forward pass (mean, sum, FLOW): the weighted total and its gradients
                 in one pass; differentiable with a scalar upstream gradient, which only scales what is already there
@@ -180,9 +180,9 @@ def _rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(like.shape[0], dtype=dtype or accumulation_dtype(like.dtype))
 
 
-@_register_fake(cross_entropy_fwd)
-def _(logits, target, *options):
-    return _rows(logits), _rows(logits), _rows(logits, torch.bool)
+@_register_fake(cross_entropy_fwd, linear_cross_entropy_fwd)
+def _(input, *rest):
+    return _rows(input), _rows(input, torch.float64), _rows(input, torch.bool)
 
 
 @_register_fake(cross_entropy_score, linear_cross_entropy_score)
@@ -216,11 +216,6 @@ def _(dloss, logits, *rest):
 def _(logits, target, row_weight, *options):
     loss = _rows(logits)
     return loss.new_empty(()), loss, torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@_register_fake(linear_cross_entropy_fwd)
-def _(input, *rest):
-    return _rows(input), _rows(input), _rows(input, torch.bool)
 
 
 def _fake_head_gradients(input, linear_weight, linear_bias, need_dinput, need_dlinear_weight, need_dlinear_bias):
@@ -269,18 +264,25 @@ def _cross_entropy_fwd_backward(ctx, dloss, *_):
 _register_autograd(cross_entropy_fwd, _setup_cross_entropy_fwd, _cross_entropy_fwd_backward)
 
 
+def _is_plain(tensor) -> bool:
+    functorch = torch._C._functorch  # vmap's batches, and those of is_grads_batched
+    is_batch = functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor) is Tensor and not is_batch
+
+
 def _scale(grad, dtotal, backend):
     """`grad * dtotal` of a gradient made in the forward pass: as it is where the factor can be seen to be 1, else in place.
 
     The copy of a large head's gradient is a tenth of a training step on a CPU, and its size again in memory. Only a
-    plain CPU tensor is looked at: an accelerator would synchronise, and a traced tensor has no value. On a GPU Triton's
+    plain CPU tensor is looked at: an accelerator would synchronise, a traced tensor has no value, and one that stands for
+    a batch of upstream gradients has several, each of which wants its own product. On a GPU Triton's
     kernel looks there itself, also at what the CUDA kernels made: torch multiplies 16-bit values by an fp32 factor one
     by one, on an H100 in 2.1 ms a GiB, three times what a copy takes. Where the graph is retained the gradient stays
     here for another backward pass, so what is handed out, which may be written to, is a copy.
     """
     # torch's own, as its compiled backward passes ask; an older torch without it copies.
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if type(dtotal) is not Tensor or torch.compiler.is_compiling() or dtotal.requires_grad or keeps_graph():
+    if torch.compiler.is_compiling() or not _is_plain(dtotal) or dtotal.requires_grad or keeps_graph():
         return grad * dtotal
     if dtotal.device.type == "cpu":
         return grad if dtotal.item() == 1 else grad.mul_(dtotal)

@@ -82,7 +82,11 @@ def _cap(logits: Tensor, softcap: float) -> Tensor:
 def row_losses(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, label_smoothing: float, softcap: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(loss, lse, correct)` of rows that all have a target; `logits` already in the accumulation dtype."""
+    """`(loss, lse, correct)` of rows that all have a target; `logits` already in the accumulation dtype.
+
+    The lse is fp64: the gradient of a confident row is made of z_y - lse, which can be far smaller than fp32's rounding
+    of lse.
+    """
     z = _cap(logits, softcap)
     z_max = z.amax(-1).detach()
     # -inf everywhere would give NaN from inf - inf; keep torch's result for it (NaN) without a special case.
@@ -91,6 +95,8 @@ def row_losses(
     # (max - z_y) + log_sum instead of lse - z_y: no cancellation when the target is the maximum, so the loss of a
     # confident row, which FLOW weights most, keeps its relative precision.
     nll = (z_max - z.gather(1, target[:, None]).squeeze(1)) + log_sum
+    # A row without a softmax, of a NaN or an infinite maximum, has no prediction; argmax would find the NaN.
+    correct = (z.argmax(-1) == target) & ~nll.isnan()
     if class_weight is not None:
         nll = nll * class_weight[target]
     loss = (1 - label_smoothing) * nll
@@ -102,7 +108,7 @@ def row_losses(
         loss = loss + label_smoothing * smooth
     if z_loss > 0:
         loss = loss + z_loss * lse.square()
-    return loss, lse, z.argmax(-1) == target
+    return loss, z_max.double() + log_sum.double(), correct
 
 
 def row_entropies(logits: Tensor, softcap: float) -> Tensor:
@@ -129,16 +135,19 @@ def row_gradients(
     """Gradient of `sum(row_scale * loss)` with respect to `logits`, in the accumulation dtype."""
     z = _cap(logits, softcap)
     num_classes = z.shape[1]
-    hit = (1 - label_smoothing) * (torch.ones_like(lse) if class_weight is None else class_weight[target])
-    spread = hit + 2 * z_loss * lse
+    shift = lse.to(z.dtype)
+    # What rounding took from lse, as a factor of every probability of the row.
+    factor = torch.exp(shift - lse).to(z.dtype)
+    hit = (1 - label_smoothing) * (torch.ones_like(shift) if class_weight is None else class_weight[target])
+    spread = hit + 2 * z_loss * shift
     if label_smoothing > 0:
         spread = spread + label_smoothing * (1.0 if class_weight is None else class_weight.sum() / num_classes)
-    p = torch.exp(z - lse[:, None])
-    p_target = p.gather(1, target[:, None]).squeeze(1)
+    p = torch.exp(z - shift[:, None])
+    p_target = factor * p.gather(1, target[:, None]).squeeze(1)
     # At the target, spread * p - hit = (spread - hit) * p - hit * (1 - p). Near p = 1, where FLOW puts its weight, 1 - p
-    # is taken as the sum of the others: the rounding of lse is then relative to each of them, not to 1.
-    others = p.scatter(1, target[:, None], 0.0).sum(1)
-    dlogits = spread[:, None] * p
+    # is taken as the sum of the others: rounding is then relative to each of them, not to 1.
+    others = factor * p.scatter(1, target[:, None], 0.0).sum(1)
+    dlogits = (spread * factor)[:, None] * p
     dlogits.scatter_(1, target[:, None], ((spread - hit) * p_target - hit * others)[:, None])
     if label_smoothing > 0:
         dlogits -= label_smoothing / num_classes * (1.0 if class_weight is None else class_weight)
@@ -156,11 +165,11 @@ def _row_chunks(keep: Tensor, num_classes: int, chunk_size: int) -> tuple[Tensor
 
 
 def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothing, softcap, z_loss):
-    """Per-row `(loss [N], lse [N], correct [N] bool)` of `logits [N, V]`; 0, 0 and False for ignored rows."""
+    """Per-row `(loss [N], lse [N] fp64, correct [N] bool)` of `logits [N, V]`; 0, 0 and False for ignored rows."""
     check_target(target, logits.shape[1], ignore_index)
     dtype = accumulation_dtype(logits.dtype)
     loss = logits.new_zeros(logits.shape[0], dtype=dtype)
-    lse = torch.zeros_like(loss)
+    lse = torch.zeros_like(loss, dtype=torch.float64)
     correct = torch.zeros_like(loss, dtype=torch.bool)
     for rows in _row_chunks(target != ignore_index, logits.shape[1], 0):
         loss[rows], lse[rows], correct[rows] = row_losses(
@@ -190,7 +199,7 @@ def cross_entropy_bwd(dloss, logits, target, lse, class_weight, ignore_index, la
     dlogits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     for rows in _row_chunks((target != ignore_index) & (dloss != 0), logits.shape[1], 0):
         dlogits[rows] = row_gradients(
-            logits[rows].to(lse.dtype), target[rows], lse[rows], dloss[rows],
+            logits[rows].to(accumulation_dtype(logits.dtype)), target[rows], lse[rows], dloss[rows],
             class_weight, label_smoothing, softcap, z_loss,
         ).to(logits.dtype)  # fmt: skip
     return dlogits
@@ -261,7 +270,7 @@ def linear_cross_entropy_fwd(
     check_target(target, num_classes, ignore_index)
     linear_weight = head_to_multiply(input, linear_weight)
     loss = input.new_zeros(input.shape[0], dtype=accumulation_dtype(input.dtype))
-    lse = torch.zeros_like(loss)
+    lse = torch.zeros_like(loss, dtype=torch.float64)
     correct = torch.zeros_like(loss, dtype=torch.bool)
     for rows in _row_chunks(target != ignore_index, num_classes, chunk_size):
         loss[rows], lse[rows], correct[rows] = row_losses(

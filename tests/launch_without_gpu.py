@@ -50,7 +50,7 @@ def main(backend: str) -> None:
     options, weights = (-100, 0.1, 5.0, 1e-3), torch.rand(2)
     target = torch.tensor([1, -100])
     for num_classes, numbers in ((48, (-100, 0.0, 0.0, 0.0)), (33, options)):
-        logits, lse = torch.randn(2, num_classes).bfloat16(), torch.zeros(2)
+        logits, lse = torch.randn(2, num_classes).bfloat16(), torch.zeros(2, dtype=torch.float64)
         class_weight = torch.rand(num_classes) if numbers is options else None
         kernels.cross_entropy_fwd(logits, target, class_weight, *numbers)
         kernels.cross_entropy_score(logits, target, numbers[0], numbers[2])
@@ -62,7 +62,7 @@ def main(backend: str) -> None:
         hidden, head, bias = torch.randn(2, 16), torch.randn(num_classes, 16), torch.randn(num_classes)
         kernels.linear_cross_entropy_fwd(hidden, head, target, bias, None, *numbers)
         kernels.linear_cross_entropy_score(hidden, head, target, bias, -100, 0.0, 2)
-        kernels.linear_cross_entropy_bwd(weights, hidden, head, target, weights, bias, None, *numbers, *needs)
+        kernels.linear_cross_entropy_bwd(weights, hidden, head, target, lse, bias, None, *numbers, *needs)
         kernels.linear_cross_entropy_fwd_bwd(hidden, head, target, weights, bias, None, *numbers, *needs)
     kernels.scale_(torch.ones(5000).bfloat16(), torch.tensor(0.5))
     kernels.flow_weights(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.int64), torch.tensor(0.7), None, -100, "mean")

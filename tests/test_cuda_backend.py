@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from cuda_host.harness import Options
+from cuda_host.harness import SOURCES, Options
 
 import flow_kernels
 from flow_kernels import backends, cuda
@@ -69,6 +69,20 @@ def test_a_row_too_long_names_the_limit_and_the_backend(monkeypatch):
         cuda.linear_cross_entropy_fwd_bwd(
             logits, torch.zeros(10, 10), target, torch.ones(1), None, None, *Options()[1:], 0, True, True, False
         )  # fmt: skip
+
+
+def test_the_longest_row_leaves_room_for_a_block_of_threads():
+    """An int32 column of the last thread of a block, a block's step past the row's last column, does not wrap."""
+    threads = int(re.search(r"kMaxThreads = (\d+);", (SOURCES / "plan.h").read_text())[1])
+    unit = 16 // torch.bfloat16.itemsize
+    assert cuda.MAX_CLASSES - 1 + unit + threads <= torch.iinfo(torch.int32).max
+    limit = re.search(
+        r"num_classes < (std::numeric_limits<int>::max\(\)[^,]*),", (SOURCES / "cross_entropy.cu").read_text()
+    )
+    expression = limit[1].replace("std::numeric_limits<int>::max()", "2147483647").replace("kMaxThreads", str(threads))
+    assert re.fullmatch(r"[\d -]+", expression), expression
+    first, *less = map(int, expression.split("-"))
+    assert first - sum(less) == cuda.MAX_CLASSES + 1
 
 
 @pytest.mark.parametrize(("capability", "available"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])

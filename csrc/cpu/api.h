@@ -44,12 +44,12 @@ struct RowTotals {
 };
 
 // The loss of the rows and what their gradients need, [N] each; log_p is null in a backward pass that only has
-// lse.
+// lse, which is fp64: the target's log-probability is what is left of its logit.
 struct RowResults {
   const int64_t* target;
   float* target_logit;
   float* max_before;  // largest logit in front of the target within its stretch: decides ties of the argmax
-  const float* lse;
+  const double* lse;
   const float* log_p;      // log-probability of the target, exact near 0
   const float* row_scale;  // g
 };
@@ -140,7 +140,7 @@ struct Kernels {
                         int64_t first, int64_t last, DType, void* out, int64_t out_stride);
   // Given logits of one row [V]: its statistics, and its gradient in dtype.
   RowTotals (*row_totals)(const void* logits, DType, int64_t target, const LossOptions&);
-  void (*row_gradient)(const void* logits, DType, int64_t target, const LossOptions&, float lse, const float* log_p,
+  void (*row_gradient)(const void* logits, DType, int64_t target, const LossOptions&, double lse, const float* log_p,
                        float row_scale, void* out);
   // Attention of one segment by the query heads of one key head; `forward` writes out and lse, `backward` dquery and,
   // added to zeros, [num_keys and dim padded to `width`] sums of dkey and dvalue.

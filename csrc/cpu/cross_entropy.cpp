@@ -82,9 +82,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
   check_rows(logits_, target, "target");
   const KeptRows rows = keep_rows(target, std::nullopt, num_classes, ignore_index);
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
-  at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat), lse = at::zeros_like(loss);
+  at::Tensor loss = at::zeros({logits_.size(0)}, at::kFloat), lse = at::zeros({logits_.size(0)}, at::kDouble);
   at::Tensor correct = at::zeros({logits_.size(0)}, at::kBool);
-  float *loss_ptr = loss.mutable_data_ptr<float>(), *lse_ptr = lse.mutable_data_ptr<float>();
+  float* loss_ptr = loss.mutable_data_ptr<float>();
+  double* lse_ptr = lse.mutable_data_ptr<double>();
   bool* correct_ptr = correct.mutable_data_ptr<bool>();
   score_rows(logits, rows, options, kernels_name, [&](int64_t i, const RowLoss& row) {
     loss_ptr[i] = row.loss;
@@ -126,8 +127,8 @@ at::Tensor cross_entropy_bwd_cpu(const at::Tensor& dloss, const at::Tensor& logi
   const LossOptions options = loss_options(class_weight, num_classes, label_smoothing, softcap, z_loss);
   at::Tensor dlogits = empty_gradient(logits_, rows);
   const Kernels& kernels = row_kernels(kernels_name);
-  const at::Tensor lses = lse.contiguous();
-  const float* lse_ptr = lses.const_data_ptr<float>();
+  const at::Tensor lses = lse.to(at::kDouble).contiguous();
+  const double* lse_ptr = lses.const_data_ptr<double>();
   const int64_t* index = rows.index.const_data_ptr<int64_t>();
   const int64_t* targets = rows.target.const_data_ptr<int64_t>();
   const float* scale = rows.scale.const_data_ptr<float>();

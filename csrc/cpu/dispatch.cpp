@@ -205,19 +205,21 @@ LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t 
 RowLoss finish_row(const LossOptions& options, const RowTotals& row, int64_t target) {
   const double margin = static_cast<double>(row.target_logit) - row.max;
   const bool is_largest = row.target_logit >= row.max;
-  const double log_sum = is_largest ? std::log1p(row.sum * std::exp(-margin)) : std::log(row.sum + std::exp(margin));
+  // An infinite target_logit is NaN here as it is in the reference: no loss of 0, and no gradient of 0 for the others.
+  const double log_sum = is_largest
+                             ? std::log1p(row.sum * std::exp(-margin)) + (row.target_logit - row.target_logit)
+                             : std::log(row.sum + std::exp(margin));
   const double lse = (is_largest ? row.target_logit : row.max) + log_sum;
-  // An infinite target_logit is NaN here as it is in the reference, not a loss of 0.
-  const double nll = is_largest ? log_sum + (row.target_logit - row.target_logit) : log_sum - margin;
+  const double nll = is_largest ? log_sum : log_sum - margin;
   const double weight = options.class_weight == nullptr ? 1.0 : options.class_weight[target];
   double loss = (1.0 - options.label_smoothing) * weight * nll;
   if (options.label_smoothing > 0) {
     loss += options.label_smoothing * (lse * options.mean_class_weight - row.smooth / options.num_classes);
   }
   if (options.z_loss > 0) loss += options.z_loss * lse * lse;
-  return {static_cast<float>(loss), static_cast<float>(lse), static_cast<float>(-nll),
+  return {lse, static_cast<float>(loss), static_cast<float>(-nll),
           options.need_entropy ? entropy_of(row, margin, log_sum) : 0.0f,
-          is_largest && !(row.max_before >= row.target_logit)};
+          is_largest && !(row.max_before >= row.target_logit) && !std::isnan(nll)};
 }
 
 }  // namespace flow_kernels

@@ -46,7 +46,8 @@ LossOptions loss_options(const std::optional<at::Tensor>& class_weight, int64_t 
 // Row results from complete statistics of the classes other than the target. log_p is that of the target, exact to
 // fp32's relative precision also near 0.
 struct RowLoss {
-  float loss, lse, log_p, entropy;  // the entropy with need_entropy only
+  double lse;
+  float loss, log_p, entropy;  // the entropy with need_entropy only
   bool correct;
 };
 RowLoss finish_row(const LossOptions& options, const RowTotals& row, int64_t target);

@@ -98,7 +98,8 @@ struct Head {
   void work_on(int64_t first, int64_t last) {
     first_row = first;
     problem.num_rows = last - first;
-    problem.rows.lse = problem.rows.log_p = nullptr;  // another block's
+    problem.rows.lse = nullptr;  // another block's, as log_p is
+    problem.rows.log_p = nullptr;
     problem.rows.target = rows.target.const_data_ptr<int64_t>() + first;
     if (rows.scale.numel() > 0) problem.rows.row_scale = rows.scale.const_data_ptr<float>() + first;
   }
@@ -126,7 +127,8 @@ struct Head {
   void forward(at::Tensor& loss_out, at::Tensor* lse_out, at::Tensor* correct_out, at::Tensor* entropy_out) {
     const int64_t n = problem.num_rows;
     if (n == 0) return;
-    for (at::Tensor* t : {&target_logit, &max_before, &lse, &log_p}) *t = at::empty({n}, at::kFloat);
+    for (at::Tensor* t : {&target_logit, &max_before, &log_p}) *t = at::empty({n}, at::kFloat);
+    lse = at::empty({n}, at::kDouble);
     problem.rows.target_logit = target_logit.mutable_data_ptr<float>();
     problem.rows.max_before = max_before.mutable_data_ptr<float>();
     Stretches stretches(problem, std::min(max_stretches, problem.num_tiles));
@@ -146,14 +148,14 @@ struct Head {
         }
       }
     });
-    float *loss_ptr = loss_out.mutable_data_ptr<float>(), *lse_ptr = lse.mutable_data_ptr<float>();
-    float* log_p_ptr = log_p.mutable_data_ptr<float>();
+    float *loss_ptr = loss_out.mutable_data_ptr<float>(), *log_p_ptr = log_p.mutable_data_ptr<float>();
+    double* lse_ptr = lse.mutable_data_ptr<double>();
     for (int64_t i = 0; i < n; ++i) {
       const RowLoss row = finish_row(problem.loss, stretches.total(i), problem.rows.target[i]);
       lse_ptr[i] = row.lse;
       log_p_ptr[i] = row.log_p;
       loss_ptr[index()[i]] = row.loss;
-      if (lse_out != nullptr) lse_out->mutable_data_ptr<float>()[index()[i]] = row.lse;
+      if (lse_out != nullptr) lse_out->mutable_data_ptr<double>()[index()[i]] = row.lse;
       if (entropy_out != nullptr) entropy_out->mutable_data_ptr<float>()[index()[i]] = row.entropy;
       if (correct_out != nullptr) correct_out->mutable_data_ptr<bool>()[index()[i]] = row.correct;
     }
@@ -255,7 +257,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_fwd_cpu(
     double label_smoothing, double softcap, double z_loss, const std::string& kernels) {
   Head head(input, linear_weight, target, linear_bias, std::nullopt, class_weight, ignore_index, label_smoothing,
             softcap, z_loss, kernels);
-  at::Tensor loss = at::zeros({input.size(0)}, at::kFloat), lse = at::zeros_like(loss);
+  at::Tensor loss = at::zeros({input.size(0)}, at::kFloat), lse = at::zeros({input.size(0)}, at::kDouble);
   at::Tensor correct = at::zeros({input.size(0)}, at::kBool);
   head.score(loss, &lse, &correct, nullptr);
   return {loss, lse, correct};
@@ -282,8 +284,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd_cpu(
             z_loss, kernels);
   head.problem.grad_filter_eps = static_cast<float>(grad_filter_eps);
   auto [dinput, dweight, dbias] = head.gradients(need_dinput, need_dlinear_weight, need_dlinear_bias);
-  head.lse = lse.to(at::kFloat).index_select(0, head.rows.index);
-  head.problem.rows.lse = head.lse.const_data_ptr<float>();
+  head.lse = lse.to(at::kDouble).index_select(0, head.rows.index);
+  head.problem.rows.lse = head.lse.const_data_ptr<double>();
   head.pack_a();
   if (need_dlinear_weight) head.pack_b();
   head.backward(dinput);

@@ -9,7 +9,7 @@ namespace flow_kernels {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// `kernels`, here and below, names the kernels to use, "" for the best of this CPU.
+// `kernels`, here and below, names the kernels to use, "" for the best of this CPU. lse is fp64.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_fwd_cpu(
     const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& class_weight, int64_t ignore_index,
     double label_smoothing, double softcap, double z_loss, const std::string& kernels);

@@ -185,16 +185,20 @@ static inline float add_to_stats(float* z, int64_t n, int64_t t, const float* cl
 
 // The gradient of g * loss of one row, in terms of its target and lse.
 struct RowGradient {
+  double exact_lse;
   float g, hit, spread, lse;
+  float scale;  // of exp(z - lse); makes good what the rounding of lse took
   int64_t target;
 
-  RowGradient(const LossOptions& loss, float row_scale, float lse_, int64_t target_) {
+  RowGradient(const LossOptions& loss, float row_scale, double lse_, int64_t target_) {
     g = row_scale;
-    lse = lse_;
+    exact_lse = lse_;
+    lse = static_cast<float>(lse_);
     target = target_;
     hit = (1.0f - loss.label_smoothing) * (loss.class_weight == nullptr ? 1.0f : loss.class_weight[target_]);
-    spread = hit + 2.0f * loss.z_loss * lse_;
+    spread = hit + 2.0f * loss.z_loss * lse;
     if (loss.label_smoothing > 0) spread += loss.label_smoothing * loss.mean_class_weight;
+    scale = g * spread * expf(static_cast<float>(lse - lse_));
   }
   // spread * p - hit, with p - 1 from expm1 so that it keeps its precision near p = 1.
   float at_target(float log_p) const { return g * ((spread - hit) * expf(log_p) + hit * expm1f(log_p)); }
@@ -213,7 +217,6 @@ static inline void row_gradient(float* d, int64_t n, int64_t v0, const LossOptio
   const int64_t t = row.target - v0;
   const bool has_target = t >= 0 && t < n;
   const float target_logit = has_target && kept == nullptr ? d[t] : 0.0f;
-  const float scale = row.g * row.spread;
   if (loss.softcap > 0) {
     const F inverse = Vec::set1(1.0f / loss.softcap), one = Vec::set1(1.0f);
     for (int64_t j = 0; j < padded; j += W) {
@@ -222,12 +225,12 @@ static inline void row_gradient(float* d, int64_t n, int64_t v0, const LossOptio
     }
   }
   if (kept == nullptr) {
-    const F vscale = Vec::set1(scale), lse = Vec::set1(row.lse);
+    const F vscale = Vec::set1(row.scale), lse = Vec::set1(row.lse);
     for (int64_t j = 0; j < padded; j += W) {
       Vec::store(d + j, Vec::mul(vscale, exp_(Vec::sub(Vec::load(d + j), lse))));
     }
   } else {
-    const float factor = scale * expf(kept_max - row.lse);
+    const float factor = row.scale * expf(kept_max - row.lse);
     const F f32_factor = Vec::set1(factor), f16_factor = Vec::set1(factor / kept_scale);
     const F u8_factor = Vec::set1(factor / (kept_steps * kept_steps));
     for (int64_t j = 0; j < padded; j += W) {
@@ -241,7 +244,7 @@ static inline void row_gradient(float* d, int64_t n, int64_t v0, const LossOptio
       }
     }
   }
-  if (has_target) d[t] = row.at_target(log_p != nullptr ? *log_p : target_logit - row.lse);
+  if (has_target) d[t] = row.at_target(log_p != nullptr ? *log_p : static_cast<float>(target_logit - row.exact_lse));
   if (loss.label_smoothing > 0) {
     const float shift = row.g * loss.label_smoothing / static_cast<float>(loss.num_classes);
     const F vshift = Vec::set1(shift);

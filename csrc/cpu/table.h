@@ -124,7 +124,7 @@ static void totals_of_row(const void* logits, int64_t target, const LossOptions&
 }
 
 template <class, DType T>
-static void gradient_of_row(const void* logits, int64_t target, const LossOptions& loss, float lse, const float* log_p,
+static void gradient_of_row(const void* logits, int64_t target, const LossOptions& loss, double lse, const float* log_p,
                             float row_scale, void* out) {
   alignas(64) float d[max_stretch];
   const RowGradient gradient(loss, row_scale, lse, target);
@@ -144,7 +144,7 @@ static RowTotals row_totals(const void* logits, DType dtype, int64_t target, con
   return totals;
 }
 
-static void given_row_gradient(const void* logits, DType dtype, int64_t target, const LossOptions& loss, float lse,
+static void given_row_gradient(const void* logits, DType dtype, int64_t target, const LossOptions& loss, double lse,
                                const float* log_p, float row_scale, void* out) {
   using C = Singles;
   FLOW_WITH_DTYPE(dtype, gradient_of_row, logits, target, loss, lse, log_p, row_scale, out)

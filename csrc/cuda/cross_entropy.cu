@@ -140,8 +140,10 @@ struct Options {
 CrossEntropyArgs args_of(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
                          const Options& options) {
   const int64_t num_rows = logits.size(0), num_classes = logits.size(1);
-  // Column arithmetic is int32 and looks one unit past the row.
-  STD_TORCH_CHECK(num_classes < std::numeric_limits<int>::max() - 64, "logits have too many columns: ", num_classes);
+  // Column arithmetic is int32 and looks one unit and one block of threads past the row. MAX_CLASSES of
+  // flow_kernels/cuda.py is the last number allowed.
+  STD_TORCH_CHECK(num_classes < std::numeric_limits<int>::max() - 64 - kMaxThreads, "logits have too many columns: ",
+                  num_classes);
   STD_TORCH_CHECK(num_rows <= std::numeric_limits<int>::max() / 16, "logits have too many rows: ", num_rows);
   CrossEntropyArgs args{};
   args.logits = logits.const_data_ptr();
@@ -252,12 +254,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd_cuda(const Tensor& logits_,
   const Tensor logits = readable(logits_);
   const int64_t num_rows = logits.size(0);
   Tensor loss = torch::stable::new_empty(logits, {num_rows}, ScalarType::Float);
-  Tensor lse = torch::stable::new_empty(logits, {num_rows}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(logits, {num_rows}, ScalarType::Double);
   Tensor correct = torch::stable::new_empty(logits, {num_rows}, ScalarType::Bool);
   if (num_rows == 0) return {loss, lse, correct};
   CrossEntropyArgs args = args_of(logits, target, class_weight, {ignore_index, label_smoothing, softcap, z_loss});
   args.loss = static_cast<float*>(loss.mutable_data_ptr());
-  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.lse = static_cast<double*>(lse.mutable_data_ptr());
   args.correct = static_cast<bool*>(correct.mutable_data_ptr());
   const Kernels kernels = kernels_for(logits.scalar_type(), softcap > 0, label_smoothing > 0);
   // No shared memory for rows and no clusters: the plan is the one of rows that are not held.

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_bwd_kernel(c
   if (args.cluster_size > 1) cluster_wait();
 }
 
-// Loss, lse and correct [N], each logit read once; one block a row, nothing held. Rows with `ignore_index` have 0, 0
+// Loss, lse (fp64) and correct [N], each logit read once; one block a row, nothing held. Rows with `ignore_index` have 0, 0
 // and false; a target outside [0, V) gives NaN, NaN and false.
 template <class T, bool kSoftcap, bool kSmoothing>
 __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_kernel(const CrossEntropyArgs args) {
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_kernel(const
     if (threadIdx.x == 0) {
       const float value = kind == RowKind::kSkipped ? 0.0f : NAN;
       store_global(args.loss + row, value);
-      store_global(args.lse + row, value);
+      store_global(args.lse + row, static_cast<double>(value));
       store_global(args.correct + row, false);
     }
     return;
@@ -187,9 +187,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_fwd_kernel(const
   if (threadIdx.x == 0) {
     const RowLoss result = finish_row<kSmoothing>(stats, target, args);
     store_global(args.loss + row, result.loss);
-    store_global(args.lse + row, result.lse);
-    // The first of equal maxima is the prediction, as in torch.argmax.
-    store_global(args.correct + row, stats.target >= stats.max && stats.target > stats.max_before);
+    store_global(args.lse + row, static_cast<double>(result.max) + result.log_sum);
+    // The first of equal maxima is the prediction, as in torch.argmax; a row without a softmax has none.
+    const bool is_prediction = stats.target >= stats.max && stats.target > stats.max_before;
+    store_global(args.correct + row, is_prediction && !isnan(result.log_sum));
   }
 }
 

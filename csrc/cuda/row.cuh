@@ -23,7 +23,7 @@ struct CrossEntropyArgs {
   const float* class_weight;  // [V] or null
   void* dlogits;              // [N, V], unit column stride, may be logits; forward with gradient only
   float* loss;                // [N]
-  float* lse;                 // [N]; forward only
+  double* lse;                // [N]; forward only
   bool* correct;              // [N]; forward only
   int64_t logits_row_stride;  // in elements
   int64_t dlogits_row_stride;
@@ -262,7 +262,7 @@ __device__ __forceinline__ void merge_row(RowStats& stats, float* scratch, int c
 }
 
 struct RowLoss {
-  float loss, lse, max, sum, others, target_exp, hit, spread, target_weight;
+  float loss, lse, log_sum, max, sum, others, target_exp, hit, spread, target_weight;
 };
 
 // The target joins the statistics of the other columns.
@@ -276,11 +276,11 @@ __device__ __forceinline__ RowLoss finish_row(const RowStats& stats, int target,
   row.target_exp = exp_difference(z, row.max);
   // A row whose largest logit is infinite has no softmax: NaN in the loss and in the gradient, as in the reference.
   row.sum = fabsf(row.max) == INFINITY ? NAN : row.others + row.target_exp;
-  const float log_sum = z == row.max && fabsf(z) != INFINITY ? log1pf(row.others) : logf(row.sum);
-  row.lse = row.max + log_sum;
+  row.log_sum = z == row.max && fabsf(z) != INFINITY ? log1pf(row.others) : logf(row.sum);
+  row.lse = row.max + row.log_sum;
   row.hit = (1.0f - args.label_smoothing) * row.target_weight;
   row.spread = row.hit + 2.0f * args.z_loss * row.lse;
-  row.loss = row.hit * ((row.max - z) + log_sum);
+  row.loss = row.hit * ((row.max - z) + row.log_sum);
   if (kSmoothing) {
     const float share = args.label_smoothing / args.num_classes;
     const float smooth = stats.smooth + row.target_weight * z, weight = stats.weight + row.target_weight;

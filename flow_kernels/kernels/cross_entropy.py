@@ -17,8 +17,9 @@ The target's own exponential is kept out of the sum: `others = sum_{j != y} exp(
 FLOW weights confident rows most, and bf16 gradients lose them first. Only the block that covers the target, or in a row
 kept in registers its 16 bytes, compares its columns with it.
 
-p_j is exp(z_j - max) / sum wherever the row's maximum is at hand; exp(z_j - lse) carries the rounding of lse, which only
-the backward pass from a saved lse cannot avoid.
+p_j is exp(z_j - max) / sum wherever the row's maximum is at hand. The backward pass from a saved lse has no sum of the
+others: its p_y - 1 is expm1(z_y - lse), the little that is left of z_y, so lse is saved in fp64 and taken in two parts of
+fp32.
 
 A row whose target is `ignore_index`, or whose weight is 0, writes zeros and reads no logits. A target outside [0, V)
 raises on the CPU; on a GPU, where looking would synchronise, its row gets loss and lse NaN, gradient 0, and nothing is
@@ -38,11 +39,13 @@ from torch.nn import functional as F
 from flow_kernels.chunks import ROW_ALIGNMENT, padded
 from flow_kernels.kernels import configs
 from flow_kernels.kernels.softmax_row import (
+    LOG2E,
     accumulate,
     columns,
     expm1,
     group_of,
     is_accessed,
+    is_prediction,
     keep_raw,
     load_logits,
     load_raw,
@@ -82,12 +85,11 @@ def cross_entropy_fwd_kernel(
             row_ptr, y, z_target, bias_ptr, class_weight_ptr, width, softcap,
             HAS_SMOOTHING, HAS_SOFTCAP, False, ALIGNED, BLOCK_V, DEPTH,
         )  # fmt: skip
-        nll, lse, _, _ = merge_target(z_max, others, z_target)
+        nll, lse, _, softmax = merge_target(z_max, others, z_target)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         tl.store(loss_ptr + row, row_loss(nll, lse, weighted, terms, z_loss, HAS_SMOOTHING))
-        tl.store(lse_ptr + row, lse)
-        # argmax takes the first of equal logits.
-        tl.store(correct_ptr + row, (z_target >= z_max) & (z_target > max_before))
+        tl.store(lse_ptr + row, softmax[0].to(tl.float64) + softmax[2].to(tl.float64))
+        tl.store(correct_ptr + row, is_prediction(z_target, z_max, max_before, nll))
     else:
         absent = tl.where(target == ignore_index, 0.0, float("nan"))
         tl.store(loss_ptr + row, absent)
@@ -220,17 +222,21 @@ def cross_entropy_bwd_kernel(
     scale = tl.load(dloss_ptr + row)
     if (target != ignore_index) & (scale != 0) & (target >= 0) & (target < V):
         y = target.to(tl.int32)
-        lse = tl.load(lse_ptr + row)
+        exact_lse = tl.load(lse_ptr + row)
+        lse = exact_lse.to(tl.float32)
+        rest = (exact_lse - lse).to(tl.float32)
         terms = row_terms(y, lse, class_weight_ptr, V, label_smoothing, z_loss, HAS_SMOOTHING)
         z = load_logits(row_ptr, bias_ptr, cols, width, softcap, HAS_SOFTCAP)
         dz = others_gradient(
-            z, cols, (lse, 1.0), terms, scale, class_weight_ptr, width, softcap, HAS_SMOOTHING, HAS_SOFTCAP
-        )
+            z, cols, (lse, tl.exp2(rest * -LOG2E)), terms, scale, class_weight_ptr, width, softcap,
+            HAS_SMOOTHING, HAS_SOFTCAP,
+        )  # fmt: skip
         if (y >= start) & (y < start + BLOCK_V):
             # Every column as if it were the target, rather than a second read of a logit that is being overwritten.
             dz_target = target_gradient(
-                z, expm1(z - lse), cols, terms, scale, class_weight_ptr, width, softcap, HAS_SMOOTHING, HAS_SOFTCAP
-            )
+                z, expm1((z - lse) - rest), cols, terms, scale, class_weight_ptr, width, softcap,
+                HAS_SMOOTHING, HAS_SOFTCAP,
+            )  # fmt: skip
             dz = tl.where(cols == y, dz_target, dz)
         tl.store(dlogits_row_ptr + cols, dz.to(dlogits_ptr.dtype.element_ty), mask=is_accessed(cols, width))
     else:
@@ -291,7 +297,7 @@ def launch(kernel, config, grid, tensors, sizes, options, aligned, **flags):
 
 
 def launch_fwd(logits, target, bias, class_weight, loss, lse, correct, options, end=None) -> None:
-    """Write loss, lse (fp32) and correct (bool) of every row of `logits [N, V]`.
+    """Write loss (fp32), lse (fp64) and correct (bool) of every row of `logits [N, V]`.
 
     `end`, here and below: the column up to which rows may be accessed, a multiple of 16, if that is not V.
     """
@@ -340,7 +346,7 @@ def cross_entropy_fwd(logits, target, class_weight, ignore_index, label_smoothin
     """`reference.cross_entropy_fwd`: each logit is read once."""
     logits = check_rows(logits, target, ignore_index)
     loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    lse, correct = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
+    lse, correct = torch.empty_like(loss, dtype=torch.float64), torch.empty_like(loss, dtype=torch.bool)
     options = (ignore_index, label_smoothing, softcap, z_loss)
     launch_fwd(logits, target.contiguous(), None, with_sum(class_weight), loss, lse, correct, options)
     return loss, lse, correct

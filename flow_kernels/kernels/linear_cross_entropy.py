@@ -31,7 +31,7 @@ def linear_cross_entropy_fwd(
     check_classes(linear_weight.shape[0], target, ignore_index)
     target, linear_bias, class_weight = target.contiguous(), with_padding(linear_bias), with_sum(class_weight)
     loss = input.new_empty(input.shape[0], dtype=torch.float32)
-    lse, correct = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
+    lse, correct = torch.empty_like(loss, dtype=torch.float64), torch.empty_like(loss, dtype=torch.bool)
     for rows, logits in chunks:
         launch_fwd(
             logits, target[rows], linear_bias, class_weight, loss[rows], lse[rows], correct[rows], options, chunks.end

@@ -17,7 +17,7 @@ import triton.language as tl
 from flow_kernels.chunks import SCORING_ROWS, Chunks
 from flow_kernels.kernels import configs
 from flow_kernels.kernels.cross_entropy import check_classes, check_rows, is_aligned, launch, with_padding
-from flow_kernels.kernels.softmax_row import load_logits, merge_target, row_entropy, walk_row
+from flow_kernels.kernels.softmax_row import is_prediction, load_logits, merge_target, row_entropy, walk_row
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def cross_entropy_score_kernel(
         nll, _, _, _ = merge_target(z_max, others, z_target)
         tl.store(loss_ptr + row, nll)
         tl.store(entropy_ptr + row, row_entropy(z_max, others, product, z_target))
-        tl.store(correct_ptr + row, (z_target >= z_max) & (z_target > max_before))
+        tl.store(correct_ptr + row, is_prediction(z_target, z_max, max_before, nll))
     else:
         absent = tl.where(target == ignore_index, 0.0, float("nan"))
         tl.store(loss_ptr + row, absent)

@@ -133,7 +133,8 @@ class Host:
 
     def fwd(self, logits, target, options, plan, seed=0) -> tuple[Tensor, Tensor, Tensor]:
         """`(loss, lse, correct)`, each `[N]`."""
-        loss, lse = torch.full((2, *target.shape), float("nan"))
+        loss = torch.full(target.shape, float("nan"))
+        lse = torch.full(target.shape, float("nan"), dtype=torch.float64)
         correct = torch.zeros(target.shape, dtype=torch.bool)
         plan = plan._replace(held=False, cluster_size=1)
         self._run(logits, target, options, plan, seed, True, loss=loss, lse=lse, correct=correct)
