@@ -178,7 +178,7 @@ def _spread(weight: Tensor, rows: Rows, cu_seqlens: Tensor | None, shift: bool) 
 def _check_finite(weight: Tensor, spread: Tensor, rows: Rows, cu_seqlens: Tensor | None, shift: bool) -> None:
     """Raise for the first weight of a row that counts which is not finite."""
     bad = ~torch.isfinite(spread) & (rows.target != rows.ignore_index)
-    if not bool(bad.any()):
+    if not bad.nonzero().shape[0]:  # which a tracer (make_fx) allows, and not a look at a number
         return
     places = torch.arange(weight.numel(), dtype=torch.float64).reshape(weight.shape)
     flat = int(_spread(places, rows, cu_seqlens, shift)[bad].min())

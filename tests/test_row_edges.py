@@ -38,8 +38,9 @@ def test_confident_rows_far_from_zero(backend, loss_fn, dtype, reduction, probab
     share = scale / len(target) if reduction == "mean" else scale
     others = torch.where(torch.nn.functional.one_hot(target, z.shape[1]).bool(), 0.0, log_p.exp())
     expected = share * others.scatter(1, target[:, None], -others.sum(1, keepdim=True))
-    # The exponent of p_j is a rounded difference, the target's p - 1 has none.
-    fp32_error = torch.finfo(torch.float32).eps * (8 - log_p)
+    # The exponent of p_j is a rounded difference, and the target's p - 1 is the sum of the others: it errs as their mean.
+    of_target = (others * log_p).sum(1) / others.sum(1)
+    fp32_error = torch.finfo(torch.float32).eps * (8 - log_p.scatter(1, target[:, None], of_target[:, None]))
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     oracle.assert_bounded(logits.grad, expected, (fp32_error + rounding) * expected.abs() + smallest)
