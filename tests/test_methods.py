@@ -275,6 +275,15 @@ def setup(tiny_model_dir, qa_file, tmp_path_factory):
     return Setup(tiny_model_dir, qa_file).score(tmp_path_factory.mktemp("methods"))
 
 
+def test_steps_in_which_nothing_counts_have_no_loss(setup, tmp_path):
+    method = MethodConfig("easiest", "none", keep_easiest=0.25)
+    summary = setup.train(tmp_path / "out", method, epochs=1, batch_size=1, learning_rate=1e-3)
+    lines = [json.loads(text) for text in (tmp_path / "out/train/log.jsonl").read_text().splitlines()]
+    assert sum(line["loss"] is None for line in lines) == 18
+    assert all(line["loss"] is None or line["loss"] > 0.1 for line in lines)
+    assert summary["final_loss"] == lines[-1]["loss"]
+
+
 def test_a_run_of_an_older_version_is_still_known(setup, tmp_path):
     first = setup.train(tmp_path / "out", MethodConfig(), epochs=1)
     path = tmp_path / "out/train/identity.json"

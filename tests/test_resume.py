@@ -9,13 +9,14 @@ import os
 import pytest
 import torch
 from flow_finetune import checkpoint as checkpoint_module
+from flow_finetune import scores as scores_module
 from flow_finetune.adapters import prepare_parameters
 from flow_finetune.checkpoint import TrainDirectory, restore_generators
 from flow_finetune.config import MethodConfig
 from flow_finetune.errors import InputError
 from flow_finetune.methods import named_method
 from flow_finetune.models import load_model
-from flow_finetune.scores import score
+from flow_finetune.scores import read_scores, score, scoring_fingerprints
 from flow_finetune.storage import DirectoryLock
 from flow_finetune.train import Meter
 from run_files import assert_same_files
@@ -175,6 +176,34 @@ def test_the_same_command_with_overwrite_continues_what_it_began(setup, tmp_path
     # Finished, it is made again.
     setup.train(tmp_path / "out", PLAIN, overwrite=True, **options)
     assert json.loads((tmp_path / "out/train/log.jsonl").read_text().splitlines()[0]) != first
+
+
+def test_a_scoring_that_replaces_another_continues_too(setup, tmp_path, monkeypatch):
+    config, lm, tokenizer, samples = setup.config, setup.lm, setup.tokenizer, setup.samples
+    other = tmp_path / "other.parquet"
+    score(lm, tokenizer, samples, other, model_config=config)  # without the tokens' losses
+    made, original = [], scores_module._score_batch
+
+    def second_fails(*arguments):
+        if made:
+            raise KeyboardInterrupt
+        made.append(1)
+        return original(*arguments)
+
+    options = {"model_config": config, "tokens": True, "overwrite": True, "batch_tokens": 256}
+    with monkeypatch.context() as patch:
+        patch.setattr(scores_module, "_score_batch", second_fails)
+        with pytest.raises(KeyboardInterrupt):
+            score(lm, tokenizer, samples, other, **options)
+    counted = []
+    monkeypatch.setattr(scores_module, "_score_batch", lambda *a: counted.append(1) or original(*a))
+    score(lm, tokenizer, samples, other, **options)
+    num_all = len(counted) + 1
+    score(lm, tokenizer, samples, other, **options)  # complete now, so from the beginning
+    assert len(counted) == 2 * num_all - 1 > 2
+    assert (
+        read_scores(other, samples, scoring_fingerprints(lm, tokenizer, samples), tokens=True).token_losses is not None
+    )
 
 
 def test_a_model_is_not_replaced_by_what_is_trained_from_it(setup, tmp_path):

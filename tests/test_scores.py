@@ -220,34 +220,6 @@ def test_a_torn_journal_line_is_dropped_and_a_foreign_journal_refused(scored, tm
     assert other.read_bytes() == path.read_bytes()
 
 
-def test_a_scoring_that_replaces_another_continues_too(scored, tmp_path, monkeypatch):
-    config, lm, tokenizer, samples, _ = scored
-    other = tmp_path / "other.parquet"
-    score(lm, tokenizer, samples, other, model_config=config)  # without the tokens' losses
-    made, original = [], scores_module._score_batch
-
-    def second_fails(*arguments):
-        if made:
-            raise KeyboardInterrupt
-        made.append(1)
-        return original(*arguments)
-
-    options = {"model_config": config, "tokens": True, "overwrite": True, "batch_tokens": 256}
-    with monkeypatch.context() as patch:
-        patch.setattr(scores_module, "_score_batch", second_fails)
-        with pytest.raises(KeyboardInterrupt):
-            score(lm, tokenizer, samples, other, **options)
-    counted = []
-    monkeypatch.setattr(scores_module, "_score_batch", lambda *a: counted.append(1) or original(*a))
-    score(lm, tokenizer, samples, other, **options)
-    num_all = len(counted) + 1
-    score(lm, tokenizer, samples, other, **options)  # complete now, so from the beginning
-    assert len(counted) == 2 * num_all - 1 > 2
-    assert (
-        read_scores(other, samples, scoring_fingerprints(lm, tokenizer, samples), tokens=True).token_losses is not None
-    )
-
-
 def test_killed_scoring_continues_to_the_same_bytes(tiny_model_dir, tmp_path):
     def command(output):
         return [

@@ -213,15 +213,6 @@ def test_the_plain_loss_is_of_the_samples_that_are_kept(setup, tmp_path):
     assert line["weighted_loss"] == pytest.approx(expected * num_kept / line["num_targets"], rel=1e-5)
 
 
-def test_steps_in_which_nothing_counts_have_no_loss(setup, tmp_path):
-    method = MethodConfig("easiest", "none", keep_easiest=0.25)
-    summary = setup.train(tmp_path / "out", method, epochs=1, batch_size=1, learning_rate=1e-3)
-    lines = [json.loads(text) for text in (tmp_path / "out/train/log.jsonl").read_text().splitlines()]
-    assert sum(line["loss"] is None for line in lines) == 18
-    assert all(line["loss"] is None or line["loss"] > 0.1 for line in lines)
-    assert summary["final_loss"] == lines[-1]["loss"]
-
-
 def test_no_clipping_is_clipping_at_infinity(setup, tmp_path):
     for name, norm in (("none", 0.0), ("huge", 1e9), ("small", 1e-3)):
         setup.train(tmp_path / name, epochs=1, learning_rate=1e-3, max_grad_norm=norm)
