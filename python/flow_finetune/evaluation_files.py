@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def forget_other_evaluation(directory: Path, wanted: dict[str, str], roles: dict
             say(f"{directory.name} was evaluated {what} {', '.join(changed)}; evaluating it again")
             path.unlink()
             return
+
+
+def told_apart(names: Sequence[str], tasks: Sequence) -> list[str]:
+    """`names` of `tasks`; of those that have none of their own, equal ones stand behind the name of the source's folder."""
+    return [
+        f"{_folder_name(task.source)}-{name}" if names.count(name) > 1 and not task.name else name
+        for task, name in zip(tasks, names, strict=True)
+    ]
+
+
+def _folder_name(source: str) -> str:
+    path = Path(source).expanduser()
+    # Of a path such as "test" the folder is that of the call; a hub id has its owner there.
+    return (Path(os.path.abspath(path)) if path.exists() else path).parent.name
 
 
 def summary_of(model: str) -> dict | None:

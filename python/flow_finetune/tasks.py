@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from flow_finetune.config import DataConfig, TaskConfig, choose, non_defaults
 from flow_finetune.data import Sample, describe_rows, load_samples, starts_with_bos
 from flow_finetune.errors import InputError
+from flow_finetune.evaluation_files import told_apart
 from flow_finetune.generate import compile_answer_pattern, extract_answer
 from flow_finetune.harness import HarnessTasks, load_harness
 from flow_finetune.progress import say
@@ -101,10 +102,7 @@ def task_names(configs: Sequence[TaskConfig]) -> list[str]:
         InputError: two tasks of one name all the same.
     """
     plain = [task_name(config) for config in configs]
-    names = [
-        f"{Path(config.source).resolve().parent.name}-{name}" if plain.count(name) > 1 and not config.name else name
-        for config, name in zip(configs, plain, strict=True)
-    ]
+    names = told_apart(plain, configs)
     for name, given in zip(names, plain, strict=True):
         if names.count(name) > 1:
             raise InputError(f"{names.count(name)} evaluations are named {given!r}; give each its own name")

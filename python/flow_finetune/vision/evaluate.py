@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flow_finetune.errors import InputError
-from flow_finetune.evaluation_files import metric_record, require_unused, summary_of, write_evaluation
+from flow_finetune.evaluation_files import metric_record, require_unused, summary_of, told_apart, write_evaluation
 from flow_finetune.statistics import Items
 from flow_finetune.storage import fingerprint
 from flow_finetune.vision.config import ImageModelConfig, ImageTaskConfig
@@ -67,11 +66,7 @@ def named_tasks(tasks: Sequence[ImageTaskConfig]) -> list[ImageTaskConfig]:
     Raises:
         InputError: two tasks of one name.
     """
-    names = [task.name or Path(task.source).stem for task in tasks]
-    names = [
-        name if task.name or names.count(name) == 1 else f"{_folder_name(task.source)}-{name}"
-        for task, name in zip(tasks, names, strict=True)
-    ]
+    names = told_apart([task.name or Path(task.source).stem for task in tasks], tasks)
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise InputError(
@@ -79,12 +74,6 @@ def named_tasks(tasks: Sequence[ImageTaskConfig]) -> list[ImageTaskConfig]:
             "in two calls"
         )
     return [replace(task, name=name) for task, name in zip(tasks, names, strict=True)]
-
-
-def _folder_name(source: str) -> str:
-    path = Path(source).expanduser()
-    # Of a path such as "test" the folder is that of the call; a hub id has its owner there.
-    return (Path(os.path.abspath(path)) if path.exists() else path).parent.name
 
 
 def prepare_tasks(tasks: Sequence[ImageTaskConfig], original: Description, size: int, crop: float) -> list[ImageTask]:
