@@ -12,7 +12,7 @@ from experiment import ImageSearch
 from flow_finetune.config import MethodConfig
 from flow_finetune.evaluation_files import EVALUATION_FILE, ITEMS_FILE
 from flow_finetune.storage import write_json
-from flow_finetune.vision.config import ImageRunConfig, ImageTaskConfig
+from flow_finetune.vision.config import ImageRunConfig, ImageTaskConfig, check_image_run
 from flow_finetune.vision.data import is_here
 from flow_finetune.vision.pipeline import Prepared, prepare, train_and_evaluate
 from records import locked
@@ -22,9 +22,14 @@ class ImageLaboratory:
     """The twin of laboratory.LanguageLaboratory; what is called pre-trained is the model with its probed head.
 
     Vision's pipeline trains and evaluates in one call, so `evaluate` finds nothing left to do.
+
+    Raises:
+        InputError: a value of `setup` that is out of range, or validation images that are trained on.
     """
 
     def __init__(self, setup: ImageRunConfig, search: ImageSearch | None, work: Path) -> None:
+        # Before anything is made; which images are of one source can be seen once the sources are located.
+        check_image_run(setup)
         self.setup, self.search, self.work = setup, search, work
         self._prepared: dict[str, Prepared] = {}
 

@@ -1,4 +1,4 @@
-"""What a language experiment keeps in its working directory, when the file or the data change under it."""
+"""What an experiment keeps in its working directory, when the file or the data change under it."""
 
 import json
 import shutil
@@ -7,14 +7,14 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 import tiny_images
-from flow_finetune.config import MethodConfig
+from flow_finetune.config import MethodConfig, from_mapping
 from flow_finetune.data import load_samples
 from flow_finetune.errors import InputError
 from flow_finetune.evaluation_files import read_items
 from flow_finetune.scores import read_metadata
 from flow_finetune.storage import write_json
 from flow_finetune.tasks import prepare
-from flow_finetune.vision.config import read_image_run
+from flow_finetune.vision.config import ImageRunConfig, read_image_run
 from paper_cells import MAPPING, write_experiment
 from transformers import AutoTokenizer
 
@@ -131,6 +131,15 @@ def test_a_learning_rate_of_images_is_tried_on_the_share_that_is_held_out(image_
     held_out = {item for item in read_items(tmp_path / "work/search/standard")["validation", "nats"].ids}
     assert len(trained) == tiny_images.NUM_IMAGES - len(held_out)
     assert held_out.isdisjoint(trained)
+
+
+def test_an_image_experiment_is_not_tested_on_what_it_trains_on(image_mapping, tmp_path):
+    data = image_mapping["data"]
+    tasks = [{"source": data["source"], "name": "validation", "role": "target", "part": "validation"}]
+    setup = from_mapping(ImageRunConfig, {**image_mapping, "tasks": tasks}, "test")
+    with pytest.raises(InputError, match="its validation part would be of images that are trained on"):
+        ImageLaboratory(setup, None, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_an_evaluation_in_another_role_is_made_again_and_not_copied(image_mapping, tmp_path, capfd):
