@@ -89,13 +89,13 @@ def test_beta_eigenvalues_and_eigenvector_diagonalise_q(rho, tau, distance, dime
     assert model.tau_of(beta) == pytest.approx(tau, rel=1e-12)
     assert model.mu(tau) ** 2 == pytest.approx(beta * (1 - rho**2) / ((1 + beta) * (1 - beta * rho**2)), rel=1e-12)
     q = model.contraction(tau)
-    np.testing.assert_allclose(sorted(np.linalg.eigvalsh(q)), sorted(model.eigenvalues(beta)), atol=1e-13)
+    np.testing.assert_allclose(sorted(np.linalg.eigvalsh(q)), sorted(model.eigenvalues(beta)), rtol=0, atol=1e-13)
     first, second = model.eigenvalues(beta)
     top = model.top_eigenvector(beta)
-    np.testing.assert_allclose(q @ top, first * top, atol=1e-13)
+    np.testing.assert_allclose(q @ top, first * top, rtol=0, atol=1e-13)
     other = np.array([beta * rho, 1.0])
-    np.testing.assert_allclose(q @ other, second * other, atol=1e-13)
-    np.testing.assert_allclose(model.weighted_covariance(tau), model.mu(tau) * (np.eye(2) - q), atol=1e-15)
+    np.testing.assert_allclose(q @ other, second * other, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(model.weighted_covariance(tau), model.mu(tau) * (np.eye(2) - q), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(("rho", "tau", "distance", "dimensions"), SETTINGS)
@@ -109,10 +109,10 @@ def test_iterates_equal_brute_force_in_all_dimensions(rho, tau, distance, dimens
     descended = model.descend(model.weighted_covariance(tau), 1 / (2 * mu), 40)
     for steps in (0, 1, 2, 5, 40):
         powers = np.linalg.matrix_power(np.eye(dimensions) - 2 / (2 * mu) * weighted, steps)
-        np.testing.assert_allclose(embed(model.flow_iterate(beta, steps), basis), powers @ start, atol=1e-10)
-        np.testing.assert_allclose(embed(descended[steps], basis), powers @ start, atol=1e-10)
+        np.testing.assert_allclose(embed(model.flow_iterate(beta, steps), basis), powers @ start, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(embed(descended[steps], basis), powers @ start, rtol=0, atol=1e-10)
         powers = np.linalg.matrix_power(np.eye(dimensions) - plain, steps)
-        np.testing.assert_allclose(embed(model.plain_iterate(steps), basis), powers @ start, atol=1e-10)
+        np.testing.assert_allclose(embed(model.plain_iterate(steps), basis), powers @ start, rtol=0, atol=1e-10)
     together = model.flow_iterate(beta, np.arange(6))
     np.testing.assert_array_equal(together[5], model.flow_iterate(beta, 5))
 
