@@ -25,11 +25,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flow_finetune.config import MethodConfig, RunConfig, choose, from_mapping, non_defaults, read_yaml
+from flow_finetune.config import (
+    DataConfig,
+    MethodConfig,
+    RunConfig,
+    TaskConfig,
+    choose,
+    from_mapping,
+    non_defaults,
+    read_yaml,
+)
 from flow_finetune.errors import InputError
 from flow_finetune.methods import check_method, check_name
 
@@ -225,6 +235,8 @@ def _check(experiment: Experiment, where: str) -> None:
             raise InputError(f"{place} has a learning rate twice: {list(options.learning_rates)}")
         check_method(method)
         check_name(method)
+        if experiment.task == "image":
+            _check_image_method(method)
         if method.of is not None:
             _check_averaged(experiment, row, place)
         if options.compare_with is not None and options.compare_with not in set(names) - {row.name}:
@@ -258,6 +270,33 @@ def _check_search(experiment: Experiment, place: str) -> None:
             f"{place}: the validation rows from {search.validation_first} on are trained on; give data a limit, and let "
             "them begin behind it and behind num_samples"
         )
+    else:
+        validation = (search.validation_first, search.validation_first + search.validation_samples)
+        for task in experiment.setup.tasks:
+            if _has_rows(task, data, *validation):
+                raise InputError(
+                    f"{place}: the task {task.name or task.source} is of rows {validation[0]} to {validation[1] - 1} of "
+                    f"{data.source} too, which learning rates are chosen on; give it others, as in split "
+                    f"'{data.split}[{validation[1]}:]'"
+                )
+
+
+def _has_rows(task: TaskConfig, data: DataConfig, first: int, end: int) -> bool:
+    """Whether a task is of any of the rows from `first` to before `end` of the training data, as far as its split says."""
+    slice_of = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", task.split.replace(" ", ""))
+    if task.kind == "lm_eval" or slice_of is None:
+        return False
+    name, start, stop = slice_of[1], int(slice_of[2] or 0), int(slice_of[3] or sys.maxsize)
+    if (task.source, task.subset, name) != (data.source, data.subset, data.split):
+        return False
+    stop = stop if task.limit is None else min(stop, start + task.limit)
+    return max(start, first) < min(stop, end)
+
+
+def _check_image_method(method: MethodConfig) -> None:
+    from flow_finetune.vision.train import check_image_method
+
+    check_image_method(method)
 
 
 def _check_averaged(experiment: Experiment, row: Row, place: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from experiment import ImageSearch
@@ -27,10 +28,17 @@ class ImageLaboratory:
         InputError: a value of `setup` that is out of range, or validation images that are trained on.
     """
 
-    def __init__(self, setup: ImageRunConfig, search: ImageSearch | None, work: Path) -> None:
+    def __init__(
+        self,
+        setup: ImageRunConfig,
+        search: ImageSearch | None,
+        work: Path,
+        *,
+        check_start: Callable[[dict[str, str]], None] = lambda fingerprints: None,
+    ) -> None:
         # Before anything is made; which images are of one source can be seen once the sources are located.
         check_image_run(setup)
-        self.setup, self.search, self.work = setup, search, work
+        self.setup, self.search, self.work, self.check_start = setup, search, work, check_start
         self._prepared: dict[str, Prepared] = {}
 
     def make_pretrained(self, directory: Path) -> dict[str, float]:
@@ -45,6 +53,7 @@ class ImageLaboratory:
     def train(self, method: MethodConfig, seed: int, directory: Path) -> None:
         """Train `method` on all training images into `directory`, and evaluate it."""
         prepared, _ = self._prepare(self.setup, self.work)
+        self.check_start(prepared.fingerprints)
         train_and_evaluate(prepared, method, directory, dataclasses.replace(self.setup.train, seed=seed))
 
     def average(self, method: MethodConfig, finetuned: Path, directory: Path) -> None:

@@ -51,7 +51,7 @@ def run(
 ) -> None:
     """Run the cells that have no record yet, then write the report."""
     with messages():
-        from harness import commit, machine
+        from harness import provenance
         from runner import Runner
 
         experiment = read_experiment(file)
@@ -65,10 +65,10 @@ def run(
         source = model or _model_file(experiment.mapping["model"]["source"], output / "models")
         names = {str(data) + "/": "", str(work) + "/": "", source: experiment.mapping["model"]["source"]}
         names = {f"{work}/pretrained/model": experiment.mapping["model"]["source"], **names}
-        command = f"python benchmarks/paper.py run {_shown(file)} --output DIR"
-        provenance = {"command": command, "commit": commit(PROGRAMS), "machine": machine() + _gpu()}
+        made = provenance("paper.py", ["run", _shown(file), "--output", "DIR"], PROGRAMS)
+        made["machine"] += _gpu()
         laboratory = _laboratory(kept, experiment.located(data, source), work)
-        runner = Runner(experiment, kept, laboratory, work, provenance, names, keep_models)
+        runner = Runner(experiment, kept, laboratory, work, made, names, keep_models)
         failed, left = runner.run(cells)
         if failed:
             say(f"failed, see the messages above: {', '.join(c.key for c in failed)}")
@@ -128,7 +128,7 @@ def _laboratory(kept: Records, setup: object, work: Path):
     if experiment.task == "image":
         from image_laboratory import ImageLaboratory
 
-        return ImageLaboratory(setup, experiment.search, work)
+        return ImageLaboratory(setup, experiment.search, work, check_start=kept.check_start)
     from laboratory import LanguageLaboratory, token_losses_needed
 
     tokens = token_losses_needed([row.method for row in experiment.rows])

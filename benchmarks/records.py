@@ -105,14 +105,18 @@ class Records:
         return {rate: record and _validation_loss(record) for rate, record in records.items()}
 
     def _check_validation(self, owner, done: list[Cell]) -> None:
-        """Refuse losses of a grid that were measured on different samples: their lowest means nothing."""
+        """Refuse losses of a grid that were trained or measured on different samples: their lowest means nothing."""
         # What diverged was not evaluated.
         files = [path for cell in done if (path := self.directory(cell) / EVALUATION_FILE).is_file()]
-        if len({json.loads(path.read_text())["tasks"][0]["fingerprint"] for path in files}) > 1:
-            raise InputError(
-                f"the learning rates of {owner.name} were tried on different validation samples; remove the records "
-                f"{owner.name}-lr* in {self.path / 'search'} that are not of this data"
-            )
+        measured = {json.loads(path.read_text())["tasks"][0]["fingerprint"] for path in files}
+        starts = [self.start(cell) for cell in done]
+        trained = {kind: {start[kind] for start in starts if kind in start} for kind in ("data", "images")}
+        for samples, found in (("validation", measured), *(("training", of) for of in trained.values())):
+            if len(found) > 1:
+                raise InputError(
+                    f"the learning rates of {owner.name} were tried on different {samples} samples; remove the records "
+                    f"{owner.name}-lr* in {self.path / 'search'} that are not of this data"
+                )
 
     def start(self, cell: Cell) -> dict[str, str]:
         """Fingerprints of the model and the training data that a cell is made from; none where it has no record."""

@@ -91,7 +91,10 @@ class Runner:
             if not self._make_model(cell, directory):
                 return False
             self.laboratory.evaluate(directory)
-        record["seconds"] = {**seconds, **_seconds(directory), "cell": time.perf_counter() - started}
+        parts = _seconds(directory)
+        # Parts that a killed call has made are in these alone; what it took to load is not known.
+        whole = max(time.perf_counter() - started, sum(parts.values()))
+        record["seconds"] = {**seconds, **parts, "cell": whole}
         self.records.write(cell, directory, record, self.names)
         self._remove_models()
         return True

@@ -16,7 +16,7 @@ from evaluation_cases import MC, QA, TEXT, metrics_of, qa_task, run, target_log_
 from flow_finetune import evaluate as evaluation
 from flow_finetune.config import DataConfig, TaskConfig
 from flow_finetune.data import ALPACA_TEMPLATE, template_fingerprint
-from flow_finetune.errors import InputError
+from flow_finetune.errors import DivergedError, InputError
 from flow_finetune.evaluation_files import read_items, summary_of
 from flow_finetune.models import CausalLM
 from flow_finetune.results import items_text, load_runs
@@ -177,7 +177,7 @@ def test_nan_names_task_and_items_and_leaves_nothing(tiny, files, tmp_path):
     kept = head[row].clone()
     head[row] = torch.nan
     try:
-        with pytest.raises(InputError, match=r"NaN or infinite losses in choices, first for item \d:\d"):
+        with pytest.raises(DivergedError, match=r"NaN or infinite losses in choices, first for item \d:\d"):
             run(tiny, [TaskConfig("multiple_choice", files["mc"])], tmp_path / "out")
     finally:
         head[row] = kept
@@ -328,7 +328,7 @@ def test_an_infinite_loss_is_refused(tiny, files, tmp_path):
     bias[tokenizer(TEXT, add_special_tokens=False).input_ids[5]] = -torch.inf
     lm.head.bias = torch.nn.Parameter(bias)
     try:
-        with pytest.raises(InputError, match="NaN or infinite losses in text, first for item 0"):
+        with pytest.raises(DivergedError, match="NaN or infinite losses in text, first for item 0"):
             run(tiny, [TaskConfig("perplexity", files["text"])], tmp_path / "out")
     finally:
         lm.head.bias = None

@@ -61,6 +61,14 @@ def test_names(name, options):
     check_method(method)
 
 
+def test_what_a_name_leaves_open_is_as_in_the_paper():
+    flow, lora, l2, sfa = map(named_method, ("flow", "lora", "l2", "sfa"))
+    assert (flow.quantile, flow.temperature, flow.normalize) == (0.5, None, "none")
+    assert (lora.lora_rank, lora.lora_alpha) == (64, 64)
+    assert l2.penalty_strength == 1e-3
+    assert (sfa.average_every, sfa.average_share) == (0.25, 0.5)
+
+
 @pytest.mark.parametrize(
     ("name", "match"),
     [

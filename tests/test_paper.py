@@ -89,12 +89,36 @@ def test_the_mean_over_seeds_is_over_the_same_items(tiny_experiment, tmp_path):
         ({"task": "image", "data": {"source": "images", "part": "train"}, "search": {"holdout": 0.2},
           "tasks": [{"source": "images", "role": "target", "part": "validation"}], "rows": MAPPING["rows"][:2]},
          "of which data has only the part 'train'"),
+        ({"tasks": [{"kind": "qa", "source": "train.jsonl", "role": "target", "split": "train[12:]"},
+                    {"kind": "qa", "source": "train.jsonl", "name": "own"}]},
+         "the task own is of rows 8 to 11 of train.jsonl too.*as in split 'train.12:.'"),
+        ({"tasks": [{"kind": "qa", "source": "train.jsonl", "role": "target", "split": "train[4:]", "limit": 5}]},
+         "the task train.jsonl is of rows 8 to 11"),
+        ({"task": "image", "data": {"source": "images"}, "search": {"holdout": 0.2}, "tasks": [{"source": "test"}],
+          "rows": [*MAPPING["rows"][5:], {"name": "standard", "learning_rate": 1e-5}, {"name": "lora", "learning_rate": 1e-4}]},
+         "method lora: LoRA is for language models"),
         ({"task": "speech"}, "task must be one of language, image"),
     ],
 )  # fmt: skip
 def test_a_file_that_makes_no_sense_is_refused(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         read_experiment(write_experiment(tmp_path / "tiny.yaml", {**MAPPING, **change}))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"split": "train[12:]"},
+        {"split": "train[:8]"},
+        {"limit": 8},
+        {"split": "train[2:]", "limit": 6},
+        {"source": "hub/name", "split": "test"},
+    ],
+)
+def test_a_task_may_be_of_other_rows_of_the_training_file(tmp_path, task):
+    data = {**MAPPING["data"], "source": task.get("source", "train.jsonl")}
+    tasks = [{"kind": "qa", "source": "train.jsonl", "role": "target", **task}]
+    read_experiment(write_experiment(tmp_path / "tiny.yaml", {**MAPPING, "data": data, "tasks": tasks}))
 
 
 def test_the_names_of_the_harnesss_tasks_are_no_paths(tmp_path):

@@ -142,6 +142,27 @@ def test_an_image_experiment_is_not_tested_on_what_it_trains_on(image_mapping, t
     assert not (tmp_path / "work").exists()
 
 
+def test_an_image_training_on_other_images_than_the_records_is_refused_before_it_begins(image_mapping, tmp_path):
+    rows = [{"name": "standard", "weights": "none", "learning_rate": 1e-3}]
+    mapping = {key: value for key, value in image_mapping.items() if key != "methods"}
+    experiment = read_experiment(write_experiment(tmp_path / "tiny.yaml", {**mapping, "rows": rows}))
+    records = Records(experiment, tmp_path / "records")
+    setup = experiment.located(tmp_path, mapping["model"]["source"])
+    laboratory = ImageLaboratory(setup, None, tmp_path / "work", check_start=records.check_start)
+    method, directory = experiment.rows[0].method, tmp_path / "work/cells/standard-seed0"
+    start = {"images": "another", "model": "this machine's own"}
+    write_json(records.path / "cells/standard-seed0/train/summary.json", {"fingerprints": start})
+    with pytest.raises(InputError, match="standard-seed0 was made from another images than this training would be"):
+        laboratory.train(method, 0, directory)
+    assert not directory.exists()
+    shutil.rmtree(records.path)
+    laboratory.train(method, 0, directory)
+    summary = json.loads((directory / "train/summary.json").read_text())
+    write_json(records.path / "cells/standard-seed0/train/summary.json", summary)
+    records.check_start(summary["fingerprints"])
+    laboratory.train(method, 1, tmp_path / "work/cells/standard-seed1")
+
+
 def test_an_evaluation_in_another_role_is_made_again_and_not_copied(image_mapping, tmp_path, capfd):
     _, source = image_mapping["tasks"]
 

@@ -44,6 +44,9 @@ def test_finished_cells_are_not_run_again_and_a_killed_run_continues(tiny_experi
         assert make_runner(tiny_experiment, root, second).run(tiny_experiment.cells()) == ([], [])
         # Only the call that was killed is made twice.
         assert sorted(first.calls[:-1] + second.calls, key=str) == sorted(undisturbed.calls, key=str)
+        # 2 s of training, whichever call did it, and two tasks of 1.5 s.
+        record = json.loads((root / "records/tiny/cells/flow-seed0/cell.json").read_text())
+        assert record["seconds"]["cell"] == pytest.approx(5.0)
 
 
 def test_the_learning_rate_is_the_lowest_validation_loss_of_the_own_or_named_search(tiny_experiment, tmp_path):
@@ -56,16 +59,23 @@ def test_the_learning_rate_is_the_lowest_validation_loss_of_the_own_or_named_sea
     assert losses == pytest.approx({rate: 1 + math.log(rate / 3e-5) ** 2 for rate in (1e-5, 3e-5, 1e-4)})
 
 
-def test_validation_losses_of_different_samples_are_not_compared(tiny_experiment, tmp_path):
+@pytest.mark.parametrize(
+    ("samples", "file", "change"),
+    [
+        ("validation", "evaluation.json", lambda found: found["tasks"][0].update(fingerprint="another machine's")),
+        ("training", "train/summary.json", lambda found: found.update(fingerprints={"data": "another machine's"})),
+    ],
+)
+def test_losses_of_different_samples_are_not_compared(tiny_experiment, tmp_path, samples, file, change):
     make_runner(tiny_experiment, tmp_path, FakeLaboratory()).run(tiny_experiment.cells())
-    path = tmp_path / "records/tiny/search/flow-lr0.001/evaluation.json"
-    evaluation = json.loads(path.read_text())
-    evaluation["tasks"][0]["fingerprint"] = "of another machine's file"
-    path.write_text(json.dumps(evaluation))
+    path = tmp_path / "records/tiny/search/flow-lr0.001" / file
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
     records = Records(tiny_experiment, tmp_path / "records")
     records.search_losses(tiny_experiment.row("standard"))
     with pytest.raises(
-        InputError, match=r"learning rates of flow were tried on different validation samples.*flow-lr\*"
+        InputError, match=rf"learning rates of flow were tried on different {samples} samples.*flow-lr\*"
     ):
         records.search_losses(tiny_experiment.row("flow"))
 

@@ -20,7 +20,7 @@ import flow_kernels
 from flow_finetune.compiled_layers import uncompiled
 from flow_finetune.context import Contexts, continues_contexts
 from flow_finetune.data import Sample, collate
-from flow_finetune.errors import InputError
+from flow_finetune.errors import DivergedError
 from flow_finetune.models import CausalLM, autocast
 from flow_finetune.packing import num_packed_tokens, packs_texts
 from flow_finetune.progress import track
@@ -174,7 +174,7 @@ def score_groups(
             if bad:
                 # The harness's have no names.
                 first_of = f", first for item {', '.join(bad[:_NUM_NAMED])}" if all(bad) else ""
-                raise InputError(
+                raise DivergedError(
                     f"the model gives NaN or infinite losses in {name}{first_of}; "
                     "check the model, or evaluate it with --dtype float32 --precision full"
                 )

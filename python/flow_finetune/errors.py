@@ -6,4 +6,4 @@ class InputError(Exception):
 
 
 class DivergedError(InputError):
-    """Training ended in a loss that is no finite number."""
+    """A loss is no finite number, in training or of the model that it made."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flow_finetune.errors import InputError
+from flow_finetune.errors import DivergedError, InputError
 from flow_finetune.evaluation_files import metric_record, require_unused, summary_of, told_apart, write_evaluation
 from flow_finetune.statistics import Items
 from flow_finetune.storage import fingerprint
@@ -146,7 +146,7 @@ def _measure(classifier: ImageClassifier, original: Original | None, task: Image
         loss, predicted, labels = run(classifier.description)
     bad = [task.images.ids[i] for i in range(len(loss)) if not math.isfinite(float(loss[i]))]
     if bad:
-        raise InputError(f"the model gives NaN or infinite losses in {task.name}, first for image {bad[0]}")
+        raise DivergedError(f"the model gives NaN or infinite losses in {task.name}, first for image {bad[0]}")
     weight = np.ones(len(labels))
     correct = (predicted.numpy() == labels).astype(np.float64)
     return {"accuracy": Items(task.images.ids, correct, weight), "nats": Items(task.images.ids, loss.numpy(), weight)}

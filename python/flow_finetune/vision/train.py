@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flow_kernels
 from flow_finetune.config import MethodConfig, non_defaults
-from flow_finetune.errors import InputError
+from flow_finetune.errors import DivergedError, InputError
 from flow_finetune.methods import make_weights, needs_scores, temperature_of, weigh
 from flow_finetune.progress import say
 from flow_finetune.storage import (
@@ -158,6 +158,9 @@ def train_method(
     """Train `method` from the probed model into `directory/model`; returns the summary, also in `train/summary.json`.
 
     `train: head` is the linear probe: stage 0's model as it is. `overwrite` replaces another training in `directory`.
+
+    Raises:
+        InputError: `directory` holds another training, or (DivergedError) a loss or feature is NaN or infinite.
     """
     identity = {
         "method": non_defaults(method), "train": non_defaults(config), "size": prepared.size,
@@ -192,6 +195,9 @@ def _stages_1_and_2(
     last = fine_tune(classifier, images.pixels, labels, size, weights_of, method, config, run)
     rate = len(labels) * config.epochs / (run.seconds() - start)
     features = extract_features(classifier, images.pixels, size, prepared.config.batch_size)
+    # The loss that was logged last is of before the last step.
+    if not bool(torch.isfinite(features).all()):
+        raise DivergedError("the tuned network's features are NaN or infinite; lower the learning rate")
     head_loss = train_head(classifier, features, labels, config)
     return {
         **describe(), "num_steps": last["step"], "final_loss": last["loss"], "head_loss": head_loss,
