@@ -36,7 +36,7 @@ from flow_finetune.storage import (
 from flow_finetune.vision.config import ImageTrainConfig
 from flow_finetune.vision.models import ImageClassifier, save_classifier
 from flow_finetune.vision.scores import read_scores
-from flow_finetune.vision.stages import OnlineWeights, extract_features, fine_tune, train_head
+from flow_finetune.vision.stages import OnlineWeights, extract_features, fine_tune, losses_of, train_head
 
 if TYPE_CHECKING:
     from flow_finetune.vision.pipeline import Prepared
@@ -160,7 +160,7 @@ def train_method(
     `train: head` is the linear probe: stage 0's model as it is. `overwrite` replaces another training in `directory`.
 
     Raises:
-        InputError: `directory` holds another training, or (DivergedError) a loss or feature is NaN or infinite.
+        InputError: `directory` holds another training, or (DivergedError) a loss is NaN or infinite.
     """
     identity = {
         "method": non_defaults(method), "train": non_defaults(config), "size": prepared.size,
@@ -196,8 +196,8 @@ def _stages_1_and_2(
     rate = len(labels) * config.epochs / (run.seconds() - start)
     features = extract_features(classifier, images.pixels, size, prepared.config.batch_size)
     # The loss that was logged last is of before the last step.
-    if not bool(torch.isfinite(features).all()):
-        raise DivergedError("the tuned network's features are NaN or infinite; lower the learning rate")
+    if not bool(torch.isfinite(losses_of(classifier.head, features, labels)[0]).all()):
+        raise DivergedError("the tuned network's losses are NaN or infinite; lower the learning rate")
     head_loss = train_head(classifier, features, labels, config)
     return {
         **describe(), "num_steps": last["step"], "final_loss": last["loss"], "head_loss": head_loss,
